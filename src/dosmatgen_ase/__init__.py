@@ -1,0 +1,37 @@
+"""Crystal structures from an electronic density of states.
+
+The public names are imported on first use (PEP 562), so that ``import dosmatgen_ase`` loads neither torch nor ASE.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dosmatgen_ase.dos import EnergyGrid, TargetDOS
+    from dosmatgen_ase.generator import DOSGenerator
+    from dosmatgen_ase.predictor import predict_dos
+
+__version__ = "0.1.0"
+
+__all__ = ["DOSGenerator", "EnergyGrid", "TargetDOS", "__version__", "predict_dos"]
+
+_HOME = {
+    "DOSGenerator": "generator",
+    "EnergyGrid": "dos",
+    "TargetDOS": "dos",
+    "predict_dos": "predictor",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type is that of the name asked for
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; the public names are {', '.join(__all__)}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # the next access finds it without coming here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
