@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The main job on a fresh machine: crystals whose first site has the DOS of Ni in Au3Ni.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash scripts/setup.sh
+.venv/bin/dosmatgen generate data/ni_in_au3ni.npz --site 3 -n 8 --num-atoms 4-7 -o out.extxyz --plot out.png
