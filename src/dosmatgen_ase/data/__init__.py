@@ -1,8 +1,9 @@
 """Structures and site DOS labels as dense, padded numpy arrays, and the batches drawn from them.
 
-Reading order: `Structures` (the parquet file), `SiteDOSLabels` (the shards of computed DOS, brought to the model's grid),
-`CrystalDataset` (both joined by `material_id`), then how a training run walks through them (`size_bucket_batches`) and how
-labels are halved (`formula_fold`). Cells hold at most 20 atoms, so everything is padded to 20 sites and kept in memory.
+Reading order: `Structures` (the parquet file), `SiteDOSLabels` (the shards of computed DOS, brought to the model's
+grid), `CrystalDataset` (both joined by `material_id`), then how a training run walks through them
+(`size_bucket_batches`) and how labels are halved (`formula_fold`). Cells hold at most 20 atoms, so everything is padded
+to 20 sites and kept in memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,20 @@ MAX_ATOMS = 20
 LABEL_SIGMA = 0.1  # eV, broadening of the stored labels
 MODEL_SIGMA = 0.2  # eV, broadening at which every DOS enters the model
 SHARD_UNIT = 1e-3  # states/eV: shards store integers
+ROUNDING_FLOOR = 10 * SHARD_UNIT  # states/eV per cell: below, the rounding of the shards decides the ratio of two DOS
+SHARD_KEYS = (
+    "material_id",
+    "split",
+    "atom_offset",
+    "atomic_numbers",
+    "frac_coords",
+    "cell",
+    "energies",
+    "site_dos",
+    "total_dos",
+    "e_max",
+    "band_gap",
+)
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
@@ -102,7 +117,7 @@ def load_structures(path: str | Path, split: str | None = None, max_atoms: int =
 
     Parameters
     ----------
-    path : file of columns material_id, split, reduced_formula, spacegroup, num_atoms, cell (9), atomic_numbers, frac_coords
+    path : file with the attributes of `Structures` as columns (cell as 9 floats, frac_coords as 3 n)
     split : keep only "train", "val" or "test"; all by default
     max_atoms : keep only cells of at most this many atoms (20 is the most the arrays hold)
 
@@ -141,7 +156,8 @@ def load_structures(path: str | Path, split: str | None = None, max_atoms: int =
         return pc.list_flatten(table[name]).to_numpy().astype(np.float64)
 
     counts = table["num_atoms"].to_numpy().astype(np.int64)
-    cell, frac = right_handed(flat("cell").reshape(-1, 3, 3), _pad(flat("frac_coords").reshape(-1, 3), counts, np.float64))
+    frac = _pad(flat("frac_coords").reshape(-1, 3), counts, np.float64)
+    cell, frac = right_handed(flat("cell").reshape(-1, 3, 3), frac)
     return Structures(
         **{name: _frozen(column) for name, column in text.items()},
         spacegroup=_frozen(table["spacegroup"].to_numpy().astype(np.int64)),
@@ -162,7 +178,7 @@ class SiteDOSLabels:
     num_atoms : (n,) int array
     cell, frac_coords, atomic_numbers : as in `Structures`
     values : (n, 20, 151) float32
-        states/eV per site, sites scaled to the total, sigma 0.2 eV, on `dos.MODEL_GRID`; zero on padding and unknown bins.
+        states/eV per site, sites scaled to the total, sigma 0.2 eV, on `dos.MODEL_GRID`; zero where padded or unknown.
     known : (n, 151) bool
         Bins that were computed.
     band_gap : (n,) float, eV
@@ -201,8 +217,8 @@ class SiteDOSLabels:
 def _to_model_grid(energies: np.ndarray, site_dos: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Smear labels from sigma 0.1 to 0.2 eV and sample them on the model's grid, without unknown bins leaking in.
 
-    Weights of unknown bins are left out and the others renormalised (a kernel mean over what was computed). A bin of the
-    result is known where everything within one `MODEL_SIGMA` of it is.
+    Weights of unknown bins are left out and the others renormalised (a kernel mean over what was computed). A bin of
+    the result is known where everything within one `MODEL_SIGMA` of it is.
 
     Parameters
     ----------
@@ -227,7 +243,8 @@ def load_site_dos(directory: str | Path) -> SiteDOSLabels:
     """Read every label shard `*.npz` of a directory, in name order; the first wins where a `material_id` comes twice.
 
     The layout of a shard is told in `data/README.md`. Sites are summed over l, scaled so that they add up to the total
-    DOS, masked to what was computed (below `e_max`, projections covering at least 70 % of the total), smeared to sigma 0.2 eV.
+    DOS, masked to what was computed (below `e_max`, projections covering at least 70 % of the total) and smeared to
+    sigma 0.2 eV.
 
     Raises
     ------
@@ -238,16 +255,15 @@ def load_site_dos(directory: str | Path) -> SiteDOSLabels:
     """
     paths = sorted(Path(directory).glob("*.npz"))
     if not paths:
-        raise FileNotFoundError(f"no label shards (*.npz) in {directory}: pass data/site_dos of a clone of the repository")
+        raise FileNotFoundError(f"no label shards (*.npz) in {directory}: pass data/site_dos of a repository clone")
     seen: set[str] = set()
     rows: list[tuple] = []
     for path in paths:
         with np.load(path, allow_pickle=False) as shard:
-            needed = ("material_id", "split", "atom_offset", "atomic_numbers", "frac_coords", "cell", "energies", "site_dos")
-            missing = [k for k in (*needed, "total_dos", "e_max", "band_gap") if k not in shard.files]
+            missing = [key for key in SHARD_KEYS if key not in shard.files]
             if missing:
                 raise ValueError(f"{path} lacks {', '.join(missing)}: not a label shard as described in data/README.md")
-            data = {k: shard[k] for k in (*needed, "total_dos", "e_max", "band_gap")}
+            data = {key: shard[key] for key in SHARD_KEYS}
         energies = data["energies"].astype(np.float64)
         for i, material_id in enumerate(data["material_id"].tolist()):
             if material_id in seen:
@@ -256,7 +272,8 @@ def load_site_dos(directory: str | Path) -> SiteDOSLabels:
             sites = slice(data["atom_offset"][i], data["atom_offset"][i + 1])
             raw = data["site_dos"][sites].sum(axis=1, dtype=np.int64) * SHARD_UNIT
             total = data["total_dos"][i] * SHARD_UNIT
-            scaled, known = scale_sites_to_total(raw, total, energies, float(data["e_max"][i]))
+            scaled, known = scale_sites_to_total(raw, total, energies=energies, e_max=float(data["e_max"][i]))
+            known |= (energies <= data["e_max"][i]) & (total < ROUNDING_FLOOR)
             values, known = _to_model_grid(energies, np.where(known, scaled, 0.0), known)
             rows.append(
                 (
@@ -352,7 +369,7 @@ class CrystalDataset:
             guess = [(i, j) for i, j in pairs if i >= 0 and i not in taken]
         for i, j in real:
             if not np.array_equal(structures.atomic_numbers[i], labels.atomic_numbers[j]):
-                raise ValueError(f"label and structure of {labels.material_id[j]} list different sites: rebuild the shard")
+                raise ValueError(f"label and structure of {labels.material_id[j]} list different sites: rebuild it")
         rows = np.array([j for _, j in real], dtype=np.int64)
         site = labels.atomic_numbers[rows] > 0
         dos = [labels.values[rows].astype(np.float16)]
@@ -377,8 +394,9 @@ def size_bucket_batches(num_atoms: np.ndarray, max_pairs: int, generator: np.ran
     """Yield one epoch of batches of structures of similar size, each structure once, in random order.
 
     The dense network costs as much as its pairs of sites after padding, so a batch of b structures padded to N sites is
-    kept at b N^2 <= `max_pairs` (a single structure is always allowed). Ties in size are shuffled before cutting, and so
-    are the batches. To resume at batch p of epoch e, seed the generator with (seed, e) and skip p batches: nothing else is drawn.
+    kept at b N^2 <= `max_pairs` (a single structure is always allowed). Ties in size are shuffled before cutting, and
+    so are the batches. To resume at batch p of epoch e, seed the generator with (seed, e) and skip p batches: nothing
+    else is drawn.
 
     Parameters
     ----------
@@ -393,7 +411,7 @@ def size_bucket_batches(num_atoms: np.ndarray, max_pairs: int, generator: np.ran
     if max_pairs < 1:
         raise ValueError(f"max_pairs={max_pairs} must be at least 1")
     order = generator.permutation(len(num_atoms))
-    order = order[np.argsort(-np.asarray(num_atoms)[order], kind="stable")]  # largest first: a batch's first sets its padding
+    order = order[np.argsort(-np.asarray(num_atoms)[order], kind="stable")]  # the first of a batch sets its padding
     batches = []
     start = 0
     while start < len(order):
