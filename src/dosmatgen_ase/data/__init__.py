@@ -17,11 +17,10 @@ import numpy as np
 from ase import Atoms
 from ase.formula import Formula
 
-from dosmatgen_ase.dos import MODEL_GRID, scale_sites_to_total
+from dosmatgen_ase.dos import resample, scale_sites_to_total
 
 MAX_ATOMS = 20
 LABEL_SIGMA = 0.1  # eV, broadening of the stored labels
-MODEL_SIGMA = 0.2  # eV, broadening at which every DOS enters the model
 SHARD_UNIT = 1e-3  # states/eV: shards store integers
 ROUNDING_FLOOR = 10 * SHARD_UNIT  # states/eV per cell: below, the rounding of the shards decides the ratio of two DOS
 SHARD_KEYS = (
@@ -214,31 +213,6 @@ class SiteDOSLabels:
         return SiteDOSLabels(**{f.name: _frozen(getattr(self, f.name)[rows]) for f in fields(self)})
 
 
-def _to_model_grid(energies: np.ndarray, site_dos: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Smear labels from sigma 0.1 to 0.2 eV and sample them on the model's grid, without unknown bins leaking in.
-
-    Weights of unknown bins are left out and the others renormalised (a kernel mean over what was computed). A bin of
-    the result is known where everything within one `MODEL_SIGMA` of it is.
-
-    Parameters
-    ----------
-    energies : (G,) eV
-    site_dos : (sites, G) states/eV
-    known : (G,) bool
-
-    Returns
-    -------
-    values : (sites, 151)
-    known : (151,) bool
-    """
-    distance = np.abs(MODEL_GRID.energies[:, None] - energies)
-    kernel = np.exp(-0.5 * distance**2 / (MODEL_SIGMA**2 - LABEL_SIGMA**2)) * known
-    near = distance <= MODEL_SIGMA + 1e-6
-    known_out = ~np.any(near & ~known, axis=1) & near.any(axis=1)
-    weight = np.where(known_out, kernel.sum(axis=1), 1.0)
-    return np.where(known_out, site_dos @ kernel.T / weight, 0.0), known_out
-
-
 def load_site_dos(directory: str | Path) -> SiteDOSLabels:
     """Read every label shard `*.npz` of a directory, in name order; the first wins where a `material_id` comes twice.
 
@@ -274,7 +248,7 @@ def load_site_dos(directory: str | Path) -> SiteDOSLabels:
             total = data["total_dos"][i] * SHARD_UNIT
             scaled, known = scale_sites_to_total(raw, total, energies=energies, e_max=float(data["e_max"][i]))
             known |= (energies <= data["e_max"][i]) & (total < ROUNDING_FLOOR)
-            values, known = _to_model_grid(energies, np.where(known, scaled, 0.0), known)
+            values, known = resample(energies, scaled, known, LABEL_SIGMA)
             rows.append(
                 (
                     material_id,
