@@ -1,0 +1,190 @@
+"""Conditioning on the DOS: encoder with a learned null, dropout for training, guidance around the denoiser.
+
+A condition is partial by nature: some sites, some energies, or only the total of the cell. What is not known is told to
+the network as unknown, never as zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .crystal import MAX_ATOMS
+from .denoiser import Denoiser, mlp
+from .diffusion.process import NoisyCrystals, Prediction
+
+_Stackable = TypeVar("_Stackable", NoisyCrystals, "DOSCondition")
+
+
+@dataclass(frozen=True)
+class DOSCondition:
+    """DOS targets on the model's grid (G bins, Gaussian sigma 0.2 eV).
+
+    Attributes
+    ----------
+    site : Tensor, shape (B, N, G)
+        states/eV.
+    site_known : Tensor of bool, shape (B, N, G)
+    total : Tensor, shape (B, G)
+        states/eV per cell.
+    total_known : Tensor of bool, shape (B, G)
+    """
+
+    site: Tensor
+    site_known: Tensor
+    total: Tensor
+    total_known: Tensor
+
+    @classmethod
+    def none(cls, batch: int, size: int, num_bins: int, device: torch.device | str = "cpu") -> DOSCondition:
+        """Nothing known."""
+        site, total = (torch.zeros(s, device=device) for s in ((batch, size, num_bins), (batch, num_bins)))
+        return cls(site, site.bool(), total, total.bool())
+
+    def to(self, device: torch.device | str) -> DOSCondition:
+        """Move every tensor to ``device``."""
+        return replace(self, **{k: v.to(device) for k, v in self.__dict__.items()})
+
+
+class DOSEncoder(nn.Module):
+    """Embed partial DOS targets, one vector per site; also a distribution over the number of atoms given them."""
+
+    def __init__(self, num_bins: int, width: int) -> None:
+        super().__init__()
+        self.site = mlp(2 * num_bins, 2 * width, width)
+        self.total = mlp(2 * num_bins, 2 * width, width)
+        self.null_site = nn.Parameter(torch.zeros(width))
+        self.null_total = nn.Parameter(torch.zeros(width))
+        self.num_atoms = mlp(2 * width, width, MAX_ATOMS + 1)
+
+    def forward(self, condition: DOSCondition, num_atoms: Tensor) -> Tensor:
+        """Embedding added to the sites, shape (B, N, width)."""
+        per_atom = condition.total / num_atoms[:, None]
+        return self._site(condition) + self._total(per_atom, condition.total_known)[:, None]
+
+    def size_logits(self, condition: DOSCondition) -> Tensor:
+        """Logits over the number of atoms, shape (B, 21), from what is known of the sites and of the total."""
+        given = condition.site_known.any(-1)
+        site = (self._site(condition) * given[..., None]).sum(1) / given.sum(1, keepdim=True).clamp(min=1)
+        return self.num_atoms(torch.cat([site, self._total(condition.total, condition.total_known)], -1))
+
+    def _site(self, condition: DOSCondition) -> Tensor:
+        return self._embed(self.site, self.null_site, condition.site, condition.site_known)
+
+    def _total(self, total: Tensor, known: Tensor) -> Tensor:
+        return self._embed(self.total, self.null_total, total, known)
+
+    @staticmethod
+    def _embed(network: nn.Module, null: Tensor, values: Tensor, known: Tensor) -> Tensor:
+        features = torch.cat([torch.log1p(values) * known, known.to(values.dtype)], -1)
+        return torch.where(known.any(-1, keepdim=True), network(features), null)
+
+
+class ConditionalDenoiser(nn.Module):
+    """The denoiser and the encoder of its condition; ``condition=None`` is unconditional."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.encoder = DOSEncoder(denoiser.config.num_bins, denoiser.config.width)
+
+    def forward(self, state: NoisyCrystals, condition: DOSCondition | None) -> Prediction:
+        """Run the network once."""
+        if condition is None:
+            batch, size = state.species.shape
+            condition = DOSCondition.none(batch, size, self.denoiser.config.num_bins, state.lattice.device)
+        return self.denoiser(state, self.encoder(condition, state.num_atoms))
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """How much of a known DOS a training example is shown; each probability is drawn per structure.
+
+    Attributes
+    ----------
+    structure : float
+        Nothing is shown (unconditional).
+    single_site : float
+        One random site only (the masked task).
+    some_sites : float
+        Every site with its own random rate.
+    window : float
+        Only a random energy window.
+    total : float
+        The total of the cell is shown as well; half of the time it replaces the sites.
+    """
+
+    structure: float = 0.15
+    single_site: float = 0.25
+    some_sites: float = 0.2
+    window: float = 0.2
+    total: float = 0.15
+
+    def __call__(self, condition: DOSCondition, mask: Tensor, generator: torch.Generator) -> DOSCondition:
+        """Drop parts of ``condition``; ``mask``, shape (B, N), marks real sites."""
+        batch, size, bins = condition.site.shape
+        device = condition.site.device
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, device=device)
+
+        mode = uniform(batch)
+        single = mode < self.single_site
+        some = (mode >= self.single_site) & (mode < self.single_site + self.some_sites)
+        score = torch.where(mask, uniform(batch, size), torch.full_like(uniform(batch, size), -1.0))
+        keep_one = score == score.amax(1, keepdim=True)
+        keep_some = uniform(batch, size) < uniform(batch, 1)
+        keep = torch.where(single[:, None], keep_one, torch.where(some[:, None], keep_some, mask)) & mask
+        ends = (uniform(batch, 2) * (bins + 1)).sort(1).values
+        index = torch.arange(bins, device=device)
+        window = (index >= ends[:, :1]) & (index < ends[:, 1:])
+        window = window | (uniform(batch, 1) >= self.window)
+        shown = uniform(batch) >= self.structure
+        with_total = (uniform(batch) < self.total) & shown
+        without_sites = with_total & (uniform(batch) < 0.5)
+        site_known = condition.site_known & (keep & (shown & ~without_sites)[:, None])[..., None] & window[:, None]
+        total_known = condition.total_known & with_total[:, None] & window
+        return DOSCondition(condition.site, site_known, condition.total, total_known)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (arXiv 2207.12598) within an interval of noise levels (arXiv 2404.07724).
+
+    ``prediction = unconditional + scale * (conditional - unconditional)`` on velocities and logits. Scale 1 needs the
+    conditional pass only, scale 0 ignores the condition; otherwise both passes run as one batch. Outside ``interval`` the
+    scale is 1.
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def wrap(
+        self, model: ConditionalDenoiser, condition: DOSCondition | None
+    ) -> Callable[[NoisyCrystals, float], tuple[Prediction, int]]:
+        """Return a function of (state, t) that gives the guided prediction and the number of network passes it took."""
+
+        def denoise(state: NoisyCrystals, t: float) -> tuple[Prediction, int]:
+            scale = self.scale if self.interval[0] <= t <= self.interval[1] or self.scale == 0 else 1.0
+            if condition is None or scale == 0.0:
+                return model(state, None), 1
+            if scale == 1.0:
+                return model(state, condition), 1
+            batch, size, bins = condition.site.shape
+            null = DOSCondition.none(batch, size, bins, condition.site.device)
+            both = model(_stack(state, state), _stack(condition, null))
+            mixed = {}
+            for name, value in both.__dict__.items():
+                with_dos, without = value.chunk(2)
+                mixed[name] = without + scale * (with_dos - without)
+            return Prediction(**mixed), 2
+
+        return denoise
+
+
+def _stack(a: _Stackable, b: _Stackable) -> _Stackable:
+    return replace(a, **{k: torch.cat([v, getattr(b, k)]) for k, v in a.__dict__.items()})
