@@ -1,0 +1,62 @@
+"""The published network of the cost benchmark has the published shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cost import PublishedNetwork, Row, markdown, num_parameters
+
+
+@pytest.fixture(scope="module")
+def network() -> PublishedNetwork:
+    torch.manual_seed(0)
+    return PublishedNetwork(hidden=32, layers=2, frequencies=8).eval()
+
+
+def inputs(batch: int, atoms: int) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(7)
+    shapes = [(batch, atoms, 100), (batch, atoms, 3), (batch, 3, 3), (batch, atoms, 400), (batch,)]
+    return [torch.rand(shape, generator=rng) for shape in shapes]
+
+
+def test_it_is_not_larger_than_the_published_one() -> None:
+    parameters = num_parameters(PublishedNetwork())
+    assert 0.98 * 12.76e6 < parameters <= 12.76e6
+
+
+@torch.inference_mode()
+def test_structures_of_a_batch_do_not_see_each_other(network: PublishedNetwork) -> None:
+    arguments = inputs(3, 4)
+    together = network(*arguments)
+    for index in range(3):
+        alone = network(*(argument[index : index + 1] for argument in arguments))
+        for many, one in zip(together, alone, strict=True):
+            torch.testing.assert_close(many[index : index + 1], one)
+
+
+@torch.inference_mode()
+def test_every_pair_of_atoms_is_an_edge(network: PublishedNetwork) -> None:
+    species, frac_coords, cell, dos, t = inputs(1, 5)
+    logits, coords, _ = network(species, frac_coords, cell, dos, t)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    permuted_logits, permuted_coords, _ = network(species[:, order], frac_coords[:, order], cell, dos[:, order], t)
+    torch.testing.assert_close(permuted_logits, logits[:, order])
+    torch.testing.assert_close(permuted_coords, coords[:, order])
+    changed = dos.clone()
+    changed[0, 4] += 1
+    assert (network(species, frac_coords, cell, changed, t)[0] != logits).any(-1).all()
+
+
+@torch.inference_mode()
+def test_it_sees_differences_of_fractional_coordinates_only(network: PublishedNetwork) -> None:
+    species, frac_coords, cell, dos, t = inputs(2, 4)
+    shifted = (frac_coords + torch.tensor([0.3, -0.1, 2.0])) % 1.0
+    torch.testing.assert_close(
+        network(species, shifted, cell, dos, t)[0], network(species, frac_coords, cell, dos, t)[0], atol=1e-4, rtol=1e-3
+    )
+
+
+def test_the_table_shows_the_ratios() -> None:
+    row = Row(num_atoms=4, batch=16, ours_calls=50, ours_cpu_s=0.02, published_calls=4000, published_cpu_s=16.0)
+    table = markdown([row], {"torch": "2", "repeats": 1, "published_parameters": 12_551_780})
+    assert "| 4 | 16 | 50 | 4000 | 80x | 0.02 | 16 | 800x |" in table
