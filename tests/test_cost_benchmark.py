@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import cost
 import pytest
 import torch
-from cost import PublishedNetwork, Row, markdown, num_parameters
+from ase import Atoms
+from cost import PublishedNetwork, Row, markdown, measure, num_parameters
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +62,27 @@ def test_the_table_shows_the_ratios() -> None:
     row = Row(num_atoms=4, batch=16, ours_calls=50, ours_cpu_s=0.02, published_calls=4000, published_cpu_s=16.0)
     table = markdown([row], {"torch": "2", "repeats": 1, "published_parameters": 12_551_780})
     assert "| 4 | 16 | 50 | 4000 | 80x | 0.02 | 16 | 800x |" in table
+
+
+class _FakeGenerator:
+    """Counts what it is asked for and burns no time worth measuring."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, int]] = []
+
+    def generate(self, dos: object, **request: int) -> list[Atoms]:
+        self.asked.append(request)
+        made = [Atoms() for _ in range(request["n"])]
+        for atoms in made:
+            atoms.info["dosmatgen"] = {"network_calls": 50}
+        return made
+
+
+def test_a_case_takes_turns_and_counts_per_structure(network: PublishedNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "cpu_seconds", lambda job: (job(), 2.0)[1])
+    generator = _FakeGenerator()
+    row = measure(generator, None, network, num_atoms=4, batch=16, repeats=3, calls=2)
+    assert generator.asked == [{"n": 16, "num_atoms": 4, "seed": seed} for seed in range(4)]  # the first one warms up
+    assert row.ours_calls == 50
+    assert row.ours_cpu_s == 2.0 / 16
+    assert row.published_cpu_s == 2.0 * 4000 / 16
