@@ -78,7 +78,7 @@ class _FakeGenerator:
         return made
 
 
-def test_a_case_takes_turns_and_counts_per_structure(network: PublishedNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_counts_per_structure(network: PublishedNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "cpu_seconds", lambda job: (job(), 2.0)[1])
     generator = _FakeGenerator()
     row = measure(generator, None, network, num_atoms=4, batch=16, repeats=3, calls=2)
