@@ -203,7 +203,8 @@ def field_losses(
     mask = crystals.mask
     length = (torch.linalg.det(crystals.cell).abs() / crystals.num_atoms) ** (1 / 3)
     error = torch.einsum("bic,bcx->bix", prediction.coords - target.coords, crystals.cell) / length[:, None, None]
-    moving = (mask & (state.t_coords > 0)).float()
+    # Near t = 1 nothing can be known of the velocity: full weight there would only add noise to the gradient.
+    moving = (mask & (state.t_coords > 0)) * (1.05 - state.t_coords)
     noisy = (state.t_lattice > 0).float()
     hidden = mask & (state.species == 0)
     logits = prediction.species[hidden].float()

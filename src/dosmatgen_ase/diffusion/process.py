@@ -101,11 +101,7 @@ class JointProcess:
         state = NoisyCrystals(lattice, frac, masked, batch.num_atoms, t_lattice, t_coords)
         return state, Prediction(lattice_velocity, velocity, batch.atomic_numbers)
 
-    def clean(self, state: NoisyCrystals, cell: Tensor | None = None) -> CrystalBatch:
-        """Read a finished state as crystals; ``cell``, shape (B, 3, 3), replaces the decoded one where it was fixed."""
-        decoded = self.lattice.decode(state.lattice, state.num_atoms)
-        if cell is not None:
-            decoded = torch.where(torch.isnan(cell), decoded, cell)
-        return CrystalBatch(decoded, state.frac_coords, state.species, state.num_atoms)
-
-
+    def clean(self, state: NoisyCrystals) -> CrystalBatch:
+        """Read a finished state as crystals, in the canonical orientation."""
+        cell = self.lattice.decode(state.lattice, state.num_atoms)
+        return CrystalBatch(cell, state.frac_coords, state.species, state.num_atoms)

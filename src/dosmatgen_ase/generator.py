@@ -1,0 +1,569 @@
+"""`DOSGenerator`: from a DOS to ``ase.Atoms``.
+
+Reading order: :class:`Request` turns what the user wrote into sizes, targets and constraints, or into one clear error;
+:class:`DOSGenerator` draws structures in batches, screens them, draws rejected ones again, and tells in ``atoms.info`` how
+each was made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+import ase.io
+import numpy as np
+import torch
+from ase import Atoms
+from ase.constraints import FixAtoms
+from ase.data import atomic_numbers as NUMBER_OF
+from ase.data import chemical_symbols
+from ase.formula import Formula
+from tqdm import tqdm
+
+from . import __version__
+from .checkpoint import DEFAULT_WEIGHTS, load_model, write_atomic
+from .conditioning import DOSCondition, Guidance
+from .constraints import Constraints
+from .crystal import MAX_ATOMIC_NUMBER, MAX_ATOMS, CrystalBatch, check_atoms
+from .diffusion.lattice import symmetric_exp, symmetric_log
+from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
+from .sampler import Randomness, SamplerConfig, sample
+from .screening import screen
+
+DOSInput = TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS] | None
+MAX_ATTEMPTS = 5  # draws per structure before the generator gives up on it
+BATCH_PAIRS = 2048  # a batch of b crystals of N sites has b N^2 at most this: bounds memory
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for, checked: site targets, sizes to choose from, and pins."""
+
+    site_targets: dict[int, TargetDOS]
+    total_target: TargetDOS | None
+    sizes: tuple[int, ...] | None
+    template: Atoms | None
+    strength: float
+    fixed_species: dict[int, int]
+    fixed_sites: frozenset[int]
+    fixed_cell: bool
+    composition: dict[int, int]
+    allowed: frozenset[int]
+
+    @classmethod
+    def parse(
+        cls,
+        dos: DOSInput,
+        num_atoms: int | Sequence[int] | None,
+        sites: Sequence[int] | None,
+        template: Atoms | None,
+        strength: float,
+        fixed_species: Mapping[int, str | int] | None,
+        fixed_sites: Sequence[int] | None,
+        fixed_cell: bool,
+        composition: str | Mapping[str, int] | None,
+        elements: Sequence[str] | None,
+        exclude_elements: Sequence[str] | None,
+    ) -> Request:
+        """Check the arguments of :meth:`DOSGenerator.generate` against each other.
+
+        Raises
+        ------
+        TypeError, ValueError
+            With both culprits named where two arguments contradict each other.
+        """
+        total, targets = _targets(dos, sites)
+        pins = {int(i): _element(e, f"fixed_species[{i}]") for i, e in (fixed_species or {}).items()}
+        held = set(map(int, fixed_sites or ()))
+        if template is not None:
+            check_atoms(template, "template")
+            for constraint in template.constraints:
+                if not isinstance(constraint, FixAtoms):
+                    raise ValueError(f"template has a {type(constraint).__name__}: only FixAtoms is understood, remove it")
+                held |= set(map(int, constraint.get_indices()))
+                fixed_cell = True  # FixAtoms holds Cartesian positions, which a changing cell would move
+            if not 0.0 <= strength <= 1.0:
+                raise ValueError(f"strength={strength} must lie between 0 (the template) and 1 (noise)")
+        elif fixed_cell or held:
+            raise ValueError(f"{'fixed_cell' if fixed_cell else 'fixed_sites'} needs a template to take its values from")
+        counts = _composition(composition)
+        allowed = _allowed(elements, exclude_elements)
+        for i, z in pins.items():
+            if z not in allowed:
+                raise ValueError(f"fixed_species[{i}]={chemical_symbols[z]} contradicts elements/exclude_elements")
+            if counts and z not in counts:
+                raise ValueError(f"fixed_species[{i}]={chemical_symbols[z]} contradicts composition={composition!r}")
+        for z in counts:
+            if z not in allowed:
+                raise ValueError(f"composition={composition!r} contradicts elements/exclude_elements: {chemical_symbols[z]}")
+        chosen = _sizes(num_atoms)
+        whole = isinstance(dos, Sequence)
+        for name, size in (
+            ("template", len(template) if template is not None else None),
+            ("the list of targets", len(targets) if whole else None),
+            ("composition", sum(counts.values()) or None),
+        ):
+            if size is None:
+                continue
+            if chosen is None:
+                chosen = (size,)
+            multiple = name == "composition" and all(s % size == 0 for s in chosen)
+            if chosen != (size,) and not multiple:
+                raise ValueError(f"num_atoms={sorted(set(chosen))} contradicts {name}, which has {size} atoms")
+        for name, used in (("dos", set(targets)), ("fixed_species", set(pins)), ("fixed_sites", held)):
+            for i in sorted(used):
+                if not 0 <= i < (min(chosen) if chosen else MAX_ATOMS):
+                    raise ValueError(f"{name} names site {i}, but there are {min(chosen) if chosen else MAX_ATOMS} sites")
+        request = cls(
+            targets, total, chosen, template, strength if template is not None else 1.0, pins, frozenset(held), fixed_cell,
+            counts, allowed,
+        )  # fmt: skip
+        for size in chosen or ():
+            request.check_composition(size)
+        return request
+
+    @property
+    def smallest(self) -> int:
+        """The smallest cell that has every site named."""
+        return 1 + max([0, *self.site_targets, *self.fixed_species])
+
+    def check_composition(self, size: int) -> None:
+        """Raise ``ValueError`` if the pinned species alone use up more of an element than the composition has."""
+        for z, left in self.remaining(size).items():
+            if left < 0:
+                raise ValueError(f"fixed_species uses more {chemical_symbols[z]} than the composition has: pin fewer sites")
+
+    def remaining(self, size: int) -> dict[int, int]:
+        """Atoms of each element of the composition that are left for free sites in a cell of ``size`` atoms."""
+        if not self.composition:
+            return {}
+        factor = size // sum(self.composition.values())
+        pinned = list(self.pinned_species().values())
+        return {z: factor * count - pinned.count(z) for z, count in self.composition.items()}
+
+    def pinned_species(self) -> dict[int, int]:
+        """Fixed species, and those of fixed sites of the template."""
+        held = {} if self.template is None else {i: int(self.template.numbers[i]) for i in self.fixed_sites}
+        return {**held, **self.fixed_species}
+
+    def condition(self, sizes: Sequence[int]) -> DOSCondition | None:
+        """Targets on the model's grid for crystals of these sizes; None if there are none."""
+        if not self.site_targets and self.total_target is None:
+            return None
+        empty = DOSCondition.none(len(sizes), max(sizes), MODEL_GRID.size)
+        for i, target in self.site_targets.items():
+            empty.site[:, i], empty.site_known[:, i] = _on_model_grid(target)
+        if self.total_target is not None:
+            empty.total[:], empty.total_known[:] = _on_model_grid(self.total_target)
+        return empty
+
+    def constraints(self, sizes: Sequence[int]) -> Constraints:
+        """Pins and masks for crystals of these sizes."""
+        result = Constraints.none(torch.tensor(sizes))
+        if self.template is not None:
+            single = CrystalBatch.from_atoms([self.template])
+            result = replace(
+                result, start=CrystalBatch(*(v.repeat(len(sizes), *[1] * (v.ndim - 1)) for v in single.__dict__.values()))
+            )
+        for i in self.fixed_sites:
+            result.fixed_coords[:, i] = True
+        for i, z in self.pinned_species().items():
+            result.start.atomic_numbers[:, i] = z
+            result.fixed_species[:, i] = True
+        result.fixed_cell[:] = self.fixed_cell
+        forbidden = [z for z in range(MAX_ATOMIC_NUMBER + 1) if z not in self.allowed]
+        result.allowed[:, forbidden] = False
+        if self.composition:
+            for k, size in enumerate(sizes):
+                result.remaining[k] = 0
+                for z, left in self.remaining(size).items():
+                    result.remaining[k, z] = left
+        return result
+
+    def record(self) -> dict[str, Any]:
+        """What was asked, JSON-able, for ``atoms.info``."""
+        return {
+            "targets": {str(i): t.digest() for i, t in self.site_targets.items()},
+            "total_target": self.total_target.digest() if self.total_target is not None else None,
+            "template": self.template.get_chemical_formula() if self.template is not None else None,
+            "strength": self.strength if self.template is not None else None,
+            "fixed_species": {str(i): chemical_symbols[z] for i, z in self.fixed_species.items()},
+            "fixed_sites": sorted(self.fixed_sites),
+            "fixed_cell": self.fixed_cell,
+            "composition": {chemical_symbols[z]: count for z, count in self.composition.items()},
+            "forbidden_elements": [chemical_symbols[z] for z in range(1, MAX_ATOMIC_NUMBER + 1) if z not in self.allowed],
+        }
+
+
+class DOSGenerator:
+    """Generate crystals whose sites have a given density of states.
+
+    Parameters
+    ----------
+    weights : str or path
+        "default" for the weights shipped with the package, or a ``.safetensors`` file made by ``dosmatgen train``.
+    device : str, optional
+        "cpu", "cuda", ...; CUDA where there is one by default.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the weights are absent or damaged, or the device does not exist.
+
+    Examples
+    --------
+    >>> from dosmatgen_ase import DOSGenerator, TargetDOS
+    >>> dos = TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1))
+    >>> atoms = DOSGenerator().generate(dos, num_atoms=4, seed=0)
+    >>> len(atoms)
+    4
+    """
+
+    def __init__(self, weights: str | Path = "default", *, device: str | None = None) -> None:
+        self.device = _device(device)
+        model, self.header = load_model(DEFAULT_WEIGHTS if weights == "default" else weights)
+        self.model = model.to(self.device)
+
+    @overload
+    def generate(self, dos: DOSInput, n: None = None, **settings: Any) -> Atoms: ...
+    @overload
+    def generate(self, dos: DOSInput, n: int, **settings: Any) -> list[Atoms]: ...
+    def generate(self, dos: DOSInput, n: int | None = None, **settings: Any) -> Atoms | list[Atoms]:
+        """Generate one structure (``n=None``) or a list of ``n``; see :meth:`generate_iter` for the settings."""
+        made = sorted(self.generate_iter(dos, 1 if n is None else n, **settings), key=lambda a: a.info["dosmatgen"]["index"])
+        return made[0] if n is None else made
+
+    def generate_iter(
+        self,
+        dos: DOSInput,
+        n: int = 1,
+        *,
+        num_atoms: int | Sequence[int] | None = None,
+        sites: Sequence[int] | None = None,
+        template: Atoms | None = None,
+        strength: float = 0.6,
+        fixed_species: Mapping[int, str | int] | None = None,
+        fixed_sites: Sequence[int] | None = None,
+        fixed_cell: bool = False,
+        composition: str | Mapping[str, int] | None = None,
+        elements: Sequence[str] | None = None,
+        exclude_elements: Sequence[str] | None = None,
+        guidance_scale: float = 1.0,
+        num_steps: int = SamplerConfig.num_steps,
+        seed: int | None = None,
+        progress: bool = False,
+        out: str | Path | None = None,
+    ) -> Iterator[Atoms]:
+        """Yield structures as they are made, batch by batch.
+
+        Parameters
+        ----------
+        dos : TargetDOS, sequence of TargetDOS, mapping {site: TargetDOS}, or None
+            One site target goes on ``sites``; a total target conditions the cell; a sequence has one target per site;
+            None generates without a condition.
+        n : int
+            Number of structures in all.
+        num_atoms : int or sequence of int, optional
+            Atoms per cell, 1 to 20. A sequence is taken in turn. By default it is drawn from what the model learned about
+            the sizes of cells that have such a DOS.
+        sites : sequence of int, optional
+            Sites that get a single target, by default ``[0]``.
+        template : Atoms, optional
+            Start from this crystal; sets the number and order of the sites and the orientation.
+        strength : float
+            How far the template is noised: 0 returns it, 1 forgets it.
+        fixed_species : mapping {site: symbol or atomic number}, optional
+        fixed_sites : sequence of int, optional
+            Sites of the template that keep species and position; ``FixAtoms`` on the template is read as well.
+        fixed_cell : bool
+            Keep the template's cell.
+        composition : str or mapping, optional
+            Formula of the cell, or of a unit that divides ``num_atoms``.
+        elements, exclude_elements : sequence of str, optional
+            Elements that may, or may not, appear.
+        guidance_scale : float
+            0 ignores the DOS, 1 is the plain conditional model, larger amplifies.
+        num_steps : int
+            Sampler steps from pure noise.
+        seed : int, optional
+            The same seed and settings give the same structures, whatever ``n``.
+        progress : bool
+            Show a bar.
+        out : path, optional
+            Append each structure to this extxyz file as it is made; a file of the same request is continued.
+
+        Yields
+        ------
+        Atoms
+            ``info["dosmatgen"]`` tells version, weights, seed, index, settings and target, enough to make it again.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arguments that are wrong or contradict each other.
+        RuntimeError
+            If a structure is rejected by the screen five times in a row.
+        """
+        request = Request.parse(
+            dos, num_atoms, sites, template, strength, fixed_species, fixed_sites, fixed_cell, composition, elements,
+            exclude_elements,
+        )  # fmt: skip
+        if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+            raise ValueError(f"n={n!r} must be a whole number of at least 1")
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or not 1 <= num_steps <= 10000:
+            raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1 to 10000")
+        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+            raise ValueError(f"guidance_scale={guidance_scale} must be a finite number, 0 or larger")
+        if seed is None:
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
+        elif isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+            raise ValueError(f"seed={seed!r} must be a whole number of at least 0")
+        config = SamplerConfig(num_steps=int(num_steps))
+        record = {
+            "version": __version__,
+            "weights": self.header["sha256"],
+            "seed": int(seed),
+            "guidance_scale": float(guidance_scale),
+            "num_steps": int(num_steps),
+            **request.record(),
+        }
+        writer = None if out is None else _Stream(Path(out), record)
+        return self._run(request, int(n), config, record, progress, writer)
+
+    def regenerate(self, atoms: Atoms, dos: DOSInput, *, template: Atoms | None = None) -> Atoms:
+        """Make a structure again from its own record; the target (and the template) must be given again.
+
+        Raises
+        ------
+        ValueError
+            If ``atoms`` has no record, or target or weights are not those of the record.
+        """
+        info = atoms.info.get("dosmatgen")
+        if info is None:
+            raise ValueError("atoms.info has no 'dosmatgen' record: it was not made by DOSGenerator")
+        whole = isinstance(dos, Sequence)
+        request = Request.parse(
+            dos, len(atoms), None if whole or isinstance(dos, Mapping | None) else [int(i) for i in info["targets"]] or None,
+            template, info["strength"] or 1.0, {int(i): e for i, e in info["fixed_species"].items()}, info["fixed_sites"],
+            info["fixed_cell"], info["composition"] or None, None, info["forbidden_elements"],
+        )  # fmt: skip
+        if self.header["sha256"] != info["weights"] or request.record() != {k: info[k] for k in request.record()}:
+            raise ValueError("weights, target or template are not those of the record: give the same ones again")
+        config = SamplerConfig(num_steps=info["num_steps"])
+        rng = np.random.default_rng((info["seed"], info["index"], info["attempt"]))
+        made, _ = self._draw(request, [len(atoms)], [rng], config, info["guidance_scale"])
+        made[0].info["dosmatgen"] = dict(info)
+        return made[0]
+
+    def _run(
+        self, request: Request, n: int, config: SamplerConfig, record: dict[str, Any], progress: bool, out: _Stream | None
+    ) -> Iterator[Atoms]:
+        seed = record["seed"]
+        ready = {} if out is None else {a.info["dosmatgen"]["index"]: a for a in out.resume()}
+        yield from (a for i, a in ready.items() if i < n)
+        sizes = self._sizes(request, n, seed)
+        waiting = [(i, 0) for i in range(n) if i not in ready]  # (index, attempt)
+        with tqdm(total=n, initial=n - len(waiting), disable=not progress, unit="crystal") as bar:
+            while waiting:
+                size = sizes[waiting[0][0]]
+                room = max(1, BATCH_PAIRS // size**2)
+                batch = [w for w in waiting if sizes[w[0]] == size][:room]
+                waiting = [w for w in waiting if w not in batch]
+                rngs = [np.random.default_rng((seed, i, attempt)) for i, attempt in batch]
+                made, calls = self._draw(request, [size] * len(batch), rngs, config, record["guidance_scale"])
+                for (i, attempt), atoms in zip(batch, made, strict=True):
+                    result = screen(atoms)
+                    if not result.accepted:
+                        if attempt + 1 == MAX_ATTEMPTS:
+                            raise RuntimeError(
+                                f"structure {i} was rejected {MAX_ATTEMPTS} times, last because: {result.reason}; "
+                                "loosen the constraints or change the seed"
+                            )
+                        waiting.append((i, attempt + 1))
+                        continue
+                    atoms.info["dosmatgen"] = {**record, "index": i, "attempt": attempt, "network_calls": calls}
+                    if out is not None:
+                        out.append(atoms)
+                    bar.update()
+                    yield atoms
+
+    def _draw(
+        self,
+        request: Request,
+        sizes: list[int],
+        rngs: list[np.random.Generator],
+        config: SamplerConfig,
+        scale: float,
+    ) -> tuple[list[Atoms], int]:
+        """One batch through the sampler."""
+        constraints = request.constraints(sizes)
+        randomness = Randomness.draw(constraints.start.num_atoms, rngs).to(self.device)
+        condition = request.condition(sizes)
+        denoise = Guidance(scale).wrap(self.model, condition if condition is None else condition.to(self.device))
+        lattice = self.model.denoiser.lattice
+        result = sample(
+            denoise, lattice, constraints.to(self.device), randomness, config, strength=request.strength
+        )
+        structures = result.crystals.to_atoms()
+        for atoms in structures:
+            _orient(atoms, request)
+        return structures, result.network_calls
+
+    def _sizes(self, request: Request, n: int, seed: int) -> list[int]:
+        """Number of atoms of each structure: in turn from what the user gave, else drawn from the model."""
+        if request.sizes is not None:
+            return [request.sizes[i % len(request.sizes)] for i in range(n)]
+        condition = request.condition([request.smallest])
+        if condition is None:
+            condition = DOSCondition.none(1, 1, MODEL_GRID.size)
+        with torch.no_grad():
+            logits = self.model.encoder.size_logits(condition.to(self.device))[0].double().cpu()
+        logits[: request.smallest] = -torch.inf
+        logits[0] = -torch.inf
+        probability = torch.softmax(logits, 0).numpy()
+        return [int(np.random.default_rng((seed, i, 0, 1)).choice(len(probability), p=probability)) for i in range(n)]
+
+
+class _Stream:
+    """An extxyz file that grows structure by structure and survives a kill."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path, self.record = path, record
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist, create it")
+        try:
+            with open(path, "a"):
+                pass
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror}; choose another place") from error
+
+    def resume(self) -> list[Atoms]:
+        """Structures already there; a frame cut short by a kill is dropped from the file.
+
+        Raises
+        ------
+        ValueError
+            If the file holds structures of another request.
+        """
+        lines = self.path.read_text().splitlines(keepends=True)
+        end = 0
+        while end < len(lines) and lines[end].strip().isdigit():
+            after = end + 2 + int(lines[end])
+            if after > len(lines) or not lines[after - 1].endswith("\n"):
+                break
+            end = after
+        if end != len(lines):
+            write_atomic(self.path, "".join(lines[:end]).encode())
+        if end == 0:
+            return []
+        frames = ase.io.read(self.path, index=":", format="extxyz")
+        for atoms in frames:
+            info = atoms.info.get("dosmatgen")
+            if info is None or any(info.get(k) != v for k, v in json.loads(json.dumps(self.record)).items()):
+                raise ValueError(f"{self.path} holds structures of another request: choose another file or delete it")
+        return frames
+
+    def append(self, atoms: Atoms) -> None:
+        """Add one structure and flush it."""
+        ase.io.write(self.path, atoms, format="extxyz", append=True)
+
+
+def _targets(dos: DOSInput, sites: Sequence[int] | None) -> tuple[TargetDOS | None, dict[int, TargetDOS]]:
+    """Split what the user gave as ``dos`` into a target for the cell's total and targets per site."""
+    if sites is not None and not isinstance(dos, TargetDOS):
+        raise ValueError("sites goes with one target: with a list or a mapping of targets, leave it out")
+    if dos is None:
+        return None, {}
+    if isinstance(dos, TargetDOS):
+        if dos.kind == "total":
+            if sites is not None:
+                raise ValueError("sites contradicts a target of kind 'total', which belongs to the cell: drop one of them")
+            return dos, {}
+        chosen = [0] if sites is None else [int(i) for i in sites]
+        if not chosen:
+            raise ValueError("sites is empty: name at least one site, or leave it out for site 0")
+        return None, dict.fromkeys(chosen, dos)
+    pairs = list(dos.items() if isinstance(dos, Mapping) else enumerate(dos)) if isinstance(dos, Mapping | Sequence) else []
+    if not pairs or not all(isinstance(t, TargetDOS) for _, t in pairs):
+        raise TypeError("dos must be a TargetDOS, a list of them, a mapping {site: TargetDOS}, or None: see TargetDOS.from_*")
+    if any(t.kind == "total" for _, t in pairs):
+        raise ValueError("a target of kind 'total' belongs to the cell: give it alone, not in a list or mapping")
+    return None, {int(i): t for i, t in pairs}
+
+
+def _on_model_grid(target: TargetDOS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and known mask, shape (G,), on the model's grid."""
+    resampled = target.on_grid(MODEL_GRID, MODEL_SIGMA)
+    if not resampled.known.any():
+        low, high = MODEL_GRID.minimum, MODEL_GRID.maximum
+        raise ValueError(f"the target knows nothing between {low} and {high} eV: shift its zero to the Fermi level or VBM")
+    return torch.tensor(resampled.values * resampled.known, dtype=torch.float32), torch.tensor(resampled.known)
+
+
+def _element(value: str | int, name: str) -> int:
+    z = NUMBER_OF.get(value, 0) if isinstance(value, str) else int(value)
+    if not 1 <= z <= MAX_ATOMIC_NUMBER:
+        raise ValueError(f"{name}={value!r} is not an element from H to Pu: use a symbol such as 'Co'")
+    return z
+
+
+def _composition(composition: str | Mapping[str, int] | None) -> dict[int, int]:
+    if composition is None:
+        return {}
+    try:
+        counts = Formula(composition).count() if isinstance(composition, str) else dict(composition)
+    except ValueError as error:
+        raise ValueError(f"composition={composition!r} is not a formula: write it as 'NiAu3'") from error
+    if not counts or not all(isinstance(c, int | np.integer) and c > 0 for c in counts.values()):
+        raise ValueError(f"composition={composition!r} must count at least one atom of each element it names")
+    return {_element(e, "composition"): int(c) for e, c in counts.items()}
+
+
+def _allowed(elements: Sequence[str] | None, exclude: Sequence[str] | None) -> frozenset[int]:
+    for name, value in (("elements", elements), ("exclude_elements", exclude)):
+        if isinstance(value, str):
+            raise TypeError(f"{name} must be a list such as ['{value}'], not a string")
+    chosen = range(1, MAX_ATOMIC_NUMBER + 1) if elements is None else [_element(e, "elements") for e in elements]
+    allowed = frozenset(chosen) - {_element(e, "exclude_elements") for e in exclude or ()}
+    if not allowed:
+        raise ValueError("elements and exclude_elements together leave no element: allow at least one")
+    return allowed
+
+
+def _sizes(num_atoms: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    if num_atoms is None:
+        return None
+    sizes = (num_atoms,) if isinstance(num_atoms, int | np.integer) else tuple(num_atoms)
+    if not sizes or not all(isinstance(s, int | np.integer) and not isinstance(s, bool) for s in sizes):
+        raise ValueError(f"num_atoms={num_atoms!r} must be a whole number or a list of them")
+    if not all(1 <= s <= MAX_ATOMS for s in sizes):
+        raise ValueError(f"num_atoms={num_atoms!r} must lie between 1 and {MAX_ATOMS}")
+    return tuple(int(s) for s in sizes)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used here: leave device out, or use 'cpu'") from error
+    return device
+
+
+def _orient(atoms: Atoms, request: Request) -> None:
+    """Turn the canonical cell: into the template's orientation, else into the standard form (a along x)."""
+    if request.fixed_cell or (request.template is not None and request.strength == 0):
+        cell = np.asarray(request.template.cell)  # type: ignore[union-attr]  # both imply a template
+    elif request.template is not None:
+        template = torch.tensor(np.asarray(request.template.cell))[None]
+        rotation = symmetric_exp(-symmetric_log(template)) @ template
+        cell = np.asarray(atoms.cell) @ rotation[0].numpy()
+    else:
+        cell = atoms.cell.standard_form()[0]
+    atoms.set_cell(cell, scale_atoms=True)
