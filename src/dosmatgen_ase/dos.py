@@ -419,9 +419,14 @@ class TargetDOS:
             dos = (CompleteDos if dos.get("pdos") else Dos).from_dict(dict(dos))
         if not isinstance(dos, Dos):
             raise TypeError(f"from_pymatgen reads a pymatgen Dos, CompleteDos or its dict, not {type(dos).__name__}")
-        gap, _, vbm = dos.get_interpolated_gap(tol=GAP_DOS, abs_tol=True)
-        source = f"pymatgen {type(dos).__name__}"
-        return _from_pymatgen(dos, site, vbm if gap >= MIN_GAP else None, math.inf, None, source)
+        energies, occupied = np.asarray(dos.energies), np.asarray(dos.energies) <= dos.efermi
+        states = np.asarray(dos.get_densities()) * (dos.norm_vol or 1.0) >= GAP_DOS
+        below, above = np.flatnonzero(states & occupied), np.flatnonzero(states & ~occupied)
+        # Neighbouring energies that both hold states are no gap, however coarse the grid is.
+        vbm = None
+        if below.size and above.size and above[0] > below[-1] + 1:
+            vbm = energies[below[-1]] if energies[above[0]] - energies[below[-1]] >= MIN_GAP else None
+        return _from_pymatgen(dos, site, vbm, math.inf, None, f"pymatgen {type(dos).__name__}")
 
     @classmethod
     def from_vasprun(cls, path: str | PathLike[str], site: int | None = None) -> TargetDOS:
@@ -436,8 +441,6 @@ class TargetDOS:
         FileNotFoundError, ValueError
             If the file cannot be read, holds no DOS, or the site does not exist.
         """
-        from xml.etree.ElementTree import ParseError
-
         from pymatgen.io.vasp.outputs import Vasprun
 
         _existing(path)
@@ -445,7 +448,7 @@ class TargetDOS:
             run = Vasprun(str(path), parse_potcar_file=False)
             dos = run.complete_dos
             gap, _, vbm, _ = run.eigenvalue_band_properties
-        except (ParseError, ValueError, AttributeError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
+        except (SyntaxError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{path} is not a complete vasprun.xml with a DOS: {error}") from error
         top = min(float(bands[..., -1, 0].min()) for bands in run.eigenvalues.values())
         ismear, sigma = run.parameters.get("ISMEAR"), run.parameters.get("SIGMA")
