@@ -256,8 +256,8 @@ class TargetDOS:
             return self
         if self.sigma is None:
             step = f"broadening unknown, taken as none; widened to sigma {sigma:g} eV"
-        elif self.sigma > sigma:
-            step = f"already broader (sigma {self.sigma:g} eV) than the {sigma:g} eV asked for: interpolated only"
+        elif self.sigma >= sigma:
+            step = f"already at sigma {self.sigma:g} eV, {sigma:g} eV asked for: interpolated only"
         else:
             step = f"widened from sigma {self.sigma:g} to {sigma:g} eV"
         values, known = resample(self.energies, self.values, self.known, self.sigma or 0.0, grid, sigma)
