@@ -1,0 +1,88 @@
+"""What the benchmarks share: options, one batch through the sampler, CHGNet energies, writing results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from dosmatgen_ase.checkpoint import DEFAULT_WEIGHTS, write_atomic
+from dosmatgen_ase.conditioning import ConditionalDenoiser, DOSCondition, Guidance
+from dosmatgen_ase.constraints import Constraints
+from dosmatgen_ase.predictor import _chgnet, _graph
+from dosmatgen_ase.sampler import Randomness, SamplerConfig, sample
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every benchmark that draws structures: weights, split, seed, output, and each sampler setting."""
+    parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="generator (default: the one that ships)")
+    parser.add_argument("--val", action="store_true", help="measure on `val` (for tuning) instead of `test`")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=None, help="results folder (default: results/, with --val runs/)")
+    for f in fields(SamplerConfig):
+        option = "--" + f.name.replace("_", "-")
+        parser.add_argument(option, type=type(f.default), default=f.default, help="sampler (default %(default)s)")
+
+
+def split_of(options: argparse.Namespace) -> str:
+    """Split that is measured."""
+    return "val" if options.val else "test"
+
+
+def sampler_config(options: argparse.Namespace) -> SamplerConfig:
+    """Sampler settings from the command line."""
+    return SamplerConfig(**{f.name: getattr(options, f.name) for f in fields(SamplerConfig)})
+
+
+def rng_for(seed: int, material_id: str, *more: int) -> np.random.Generator:
+    """Random numbers of one structure, whatever else is drawn beside it."""
+    return np.random.default_rng((seed, zlib.crc32(material_id.encode()), *more))
+
+
+def draw(
+    model: ConditionalDenoiser,
+    constraints: Constraints,
+    condition: DOSCondition | None,
+    rngs: list[np.random.Generator],
+    config: SamplerConfig,
+    guidance_scale: float = 1.0,
+) -> list[Atoms]:
+    """First draws of one batch from pure noise, neither screened nor drawn again."""
+    randomness = Randomness.draw(constraints.start.num_atoms, rngs)
+    denoise = Guidance(guidance_scale).wrap(model, condition)
+    return sample(denoise, model.denoiser.lattice, constraints, randomness, config).crystals.to_atoms()
+
+
+def chgnet_energies(structures: Sequence[Atoms], batch_size: int = 16) -> np.ndarray:
+    """CHGNet energies, shape (n,), eV/atom; infinite where CHGNet cannot read a structure (collapsed, isolated atoms)."""
+    energies = np.full(len(structures), np.inf)
+    for start in range(0, len(structures), batch_size):
+        graphs, rows = [], []
+        for i in range(start, min(start + batch_size, len(structures))):
+            try:
+                graphs.append(_graph(structures[i]))
+                rows.append(i)
+            except ValueError:
+                continue
+        if graphs:
+            with torch.no_grad():
+                energies[rows] = _chgnet()(graphs, task="e")["e"].numpy()
+    return np.where(np.isfinite(energies), energies, np.inf)
+
+
+def write_results(folder: Path, name: str, report: dict[str, Any], markdown: str) -> None:
+    """Write ``name.json`` and ``name.md``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / f"{name}.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_atomic(folder / f"{name}.md", markdown.encode())
