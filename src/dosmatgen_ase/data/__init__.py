@@ -38,11 +38,6 @@ SHARD_KEYS = (
 )
 
 
-def _frozen(array: np.ndarray) -> np.ndarray:
-    array.flags.writeable = False
-    return array
-
-
 @dataclass(frozen=True, eq=False)
 class Structures:
     """Periodic crystals of 1 to 20 atoms, padded to 20 sites.
@@ -84,7 +79,7 @@ class Structures:
 
     def select(self, rows: np.ndarray) -> Structures:
         """Return the rows picked by a boolean mask or an index array, in that order."""
-        return Structures(**{f.name: _frozen(getattr(self, f.name)[rows]) for f in fields(self)})
+        return Structures(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 def right_handed(cell: np.ndarray, frac_coords: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -158,12 +153,12 @@ def load_structures(path: str | Path, split: str | None = None, max_atoms: int =
     frac = _pad(flat("frac_coords").reshape(-1, 3), counts, np.float64)
     cell, frac = right_handed(flat("cell").reshape(-1, 3, 3), frac)
     return Structures(
-        **{name: _frozen(column) for name, column in text.items()},
-        spacegroup=_frozen(table["spacegroup"].to_numpy().astype(np.int64)),
-        num_atoms=_frozen(counts),
-        cell=_frozen(cell),
-        frac_coords=_frozen(frac),
-        atomic_numbers=_frozen(_pad(flat("atomic_numbers"), counts, np.int64)),
+        **text,
+        spacegroup=table["spacegroup"].to_numpy().astype(np.int64),
+        num_atoms=counts,
+        cell=cell,
+        frac_coords=frac,
+        atomic_numbers=_pad(flat("atomic_numbers"), counts, np.int64),
     )
 
 
@@ -210,7 +205,7 @@ class SiteDOSLabels:
 
     def select(self, rows: np.ndarray) -> SiteDOSLabels:
         """Return the rows picked by a boolean mask or an index array, in that order."""
-        return SiteDOSLabels(**{f.name: _frozen(getattr(self, f.name)[rows]) for f in fields(self)})
+        return SiteDOSLabels(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 def load_site_dos(directory: str | Path) -> SiteDOSLabels:
@@ -261,20 +256,20 @@ def load_site_dos(directory: str | Path) -> SiteDOSLabels:
                     data["band_gap"][i],
                 )
             )
-    ids, split, cell, frac, numbers, values, known, band_gap = zip(*rows, strict=True)
+    ids, splits, cells, fracs, numbers, all_values, all_known, band_gaps = zip(*rows, strict=True)
     counts = np.array([len(z) for z in numbers])
-    padded_frac = _pad(np.concatenate(frac).astype(np.float64), counts, np.float64)
-    cells, padded_frac = right_handed(np.stack(cell).astype(np.float64), padded_frac)
+    padded_frac = _pad(np.concatenate(fracs).astype(np.float64), counts, np.float64)
+    cell, frac_coords = right_handed(np.stack(cells).astype(np.float64), padded_frac)
     return SiteDOSLabels(
-        material_id=_frozen(np.array(ids)),
-        split=_frozen(np.array(split)),
-        num_atoms=_frozen(counts),
-        cell=_frozen(cells),
-        frac_coords=_frozen(padded_frac),
-        atomic_numbers=_frozen(_pad(np.concatenate(numbers), counts, np.int64)),
-        values=_frozen(_pad(np.concatenate(values), counts, np.float32)),
-        known=_frozen(np.stack(known)),
-        band_gap=_frozen(np.array(band_gap, dtype=np.float64)),
+        material_id=np.array(ids),
+        split=np.array(splits),
+        num_atoms=counts,
+        cell=cell,
+        frac_coords=frac_coords,
+        atomic_numbers=_pad(np.concatenate(numbers), counts, np.int64),
+        values=_pad(np.concatenate(all_values), counts, np.float32),
+        known=np.stack(all_known),
+        band_gap=np.array(band_gaps, dtype=np.float64),
     )
 
 
@@ -357,10 +352,10 @@ class CrystalDataset:
         dos_index[owners] = np.arange(len(owners))
         return cls(
             structures=structures,
-            dos=_frozen(np.concatenate(dos)),
-            known=_frozen(np.concatenate(known)),
-            dos_index=_frozen(dos_index),
-            pseudo=_frozen(np.arange(len(owners)) >= len(real)),
+            dos=np.concatenate(dos),
+            known=np.concatenate(known),
+            dos_index=dos_index,
+            pseudo=np.arange(len(owners)) >= len(real),
         )
 
 

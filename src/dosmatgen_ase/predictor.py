@@ -1,0 +1,605 @@
+"""Forward model: a structure's site DOS, from frozen CHGNet atom features.
+
+`site_features` turns a crystal into 385 numbers per atom; `DOSPredictor`, an ensemble of small networks on top of a
+per-element mean, turns those into a DOS per site; `train_predictor` fits one to labels; `pseudo_labels` applies it to
+structures without a label. Two predictors exist, trained on the two halves of the labels (`data.formula_fold`): one
+ranks candidates and makes pseudo-labels, and ships with the package; the other, the judge, only ever measures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from tqdm import tqdm, trange
+
+from .checkpoint import load_tensors, save_tensors
+from .data import MAX_ATOMS, SiteDOSLabels, Structures, formula_fold
+from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+DEFAULT_PREDICTOR = Path(__file__).parent / "weights" / "predictor.safetensors"
+NUM_FEATURES = 385  # 4 convolutions x 64, final site vector 64, crystal vector 64, magnetic moment 1
+MAX_ATOMIC_NUMBER = 94  # last element CHGNet knows
+MIN_VOLUME = 2.0  # Angstrom^3 per atom: below, neighbour lists explode and CHGNet means nothing
+MIN_LABELS = 3  # labelled structures that an element needs, at an energy, for its DOS there to count as known
+
+# -- features ----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _chgnet() -> Any:
+    """Load CHGNet 0.3.0 once per process, quietly: its weights come with the chgnet wheel."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        from chgnet.model import CHGNet
+
+        model = CHGNet.load(use_device="cpu", verbose=False)
+    return model.eval().requires_grad_(False)
+
+
+def _graph(atoms: Atoms) -> object:
+    """Return the CHGNet graph of a structure, or raise ValueError with the reason why it has none."""
+    from pymatgen.core import Structure
+
+    cell, numbers = atoms.cell.array, atoms.numbers
+    if not (np.isfinite(cell).all() and np.isfinite(atoms.positions).all()):
+        raise ValueError("non-finite cell or positions")
+    if len(numbers) == 0 or not atoms.pbc.all():
+        raise ValueError("not a crystal: needs at least one atom and pbc=True")
+    if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
+        raise ValueError(f"elements outside CHGNet's 1..{MAX_ATOMIC_NUMBER}")
+    if abs(np.linalg.det(cell)) < MIN_VOLUME * len(numbers):
+        raise ValueError(f"collapsed cell: less than {MIN_VOLUME} A^3 per atom")
+    structure = Structure(cell, numbers, atoms.get_scaled_positions())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _chgnet().graph_converter(structure)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"CHGNet cannot build its graph: {error}") from error
+
+
+def _forward(model: Any, graphs: list, counts: list[int]) -> np.ndarray:
+    """Run CHGNet on graphs of `counts` atoms and return the (sum(counts), 385) features, caught by hooks."""
+    outputs: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        for layer in (*model.atom_conv_layers, model.readout_norm)
+    ]
+    try:
+        with torch.no_grad():
+            moments = torch.cat(model(graphs, task="em")["m"])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    crystal = torch.cat([part.mean(0, keepdim=True).expand(len(part), -1) for part in outputs[-1].split(counts)])
+    return torch.cat([*outputs, crystal, moments[:, None]], dim=1).numpy()
+
+
+def site_features(atoms_list: Sequence[Atoms], batch_size: int = 32, progress: bool = False) -> list[np.ndarray | str]:
+    """Return CHGNet's view of every site: a frozen descriptor of its chemical surroundings.
+
+    Per atom the output of each of the four convolutions, the normalised final site vector, the mean of those over the
+    crystal, and the predicted magnetic moment (mu_B). CHGNet was trained on energies, forces, stresses and moments of
+    most Materials Project crystals, never on a DOS.
+
+    Parameters
+    ----------
+    atoms_list : periodic crystals
+    batch_size : structures per forward pass
+    progress : show a progress bar
+
+    Returns
+    -------
+    list
+        Per structure an (n, 385) float32 array, or a line of text that says why it has none (collapsed, isolated
+        atoms, ...).
+    """
+    model = _chgnet()
+    found: list[np.ndarray | str] = [""] * len(atoms_list)
+    starts = range(0, len(atoms_list), batch_size)
+    for start in tqdm(starts, disable=not progress, unit="batch", desc="CHGNet features"):
+        graphs, rows = [], []
+        for i in range(start, min(start + batch_size, len(atoms_list))):
+            try:
+                graphs.append(_graph(atoms_list[i]))
+                rows.append(i)
+            except ValueError as error:
+                found[i] = str(error)
+        if not graphs:
+            continue
+        counts = [len(atoms_list[i]) for i in rows]
+        features = _forward(model, graphs, counts)
+        for i, part in zip(rows, np.split(features, np.cumsum(counts)[:-1]), strict=True):
+            found[i] = part if np.isfinite(part).all() else "CHGNet returned non-finite features"
+    return found
+
+
+def _save_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write an npz beside `path`, flush it, then replace."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def cached_site_features(structures: Structures, directory: str | Path, piece: int = 512) -> list[np.ndarray | str]:
+    """Return `site_features` of a table of structures, kept on disk in pieces so that an interrupted run resumes.
+
+    A piece is trusted only if it lists the same `material_id` in the same order.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    found: list[np.ndarray | str] = []
+    for start in range(0, len(structures), piece):
+        rows = np.arange(start, min(start + piece, len(structures)))
+        path = directory / f"{start:06d}.npz"
+        if path.exists():
+            with np.load(path, allow_pickle=False) as file:
+                if np.array_equal(file["material_id"], structures.material_id[rows]):
+                    parts = np.split(file["features"], np.cumsum(file["counts"])[:-1])
+                    reasons = file["reason"].tolist()
+                    found += [r if r else part for part, r in zip(parts, reasons, strict=True)]
+                    continue
+        fresh = site_features([structures.atoms(i) for i in rows.tolist()])
+        arrays = [f if isinstance(f, np.ndarray) else np.zeros((0, NUM_FEATURES), np.float32) for f in fresh]
+        _save_npz(
+            path,
+            material_id=structures.material_id[rows],
+            counts=np.array([len(a) for a in arrays]),
+            features=np.concatenate(arrays).astype(np.float16),
+            reason=np.array([f if isinstance(f, str) else "" for f in fresh]),
+        )
+        found += fresh
+    return found
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """Size and training of a `DOSPredictor`.
+
+    Attributes
+    ----------
+    hidden, depth : width and number of hidden layers of each member
+    dropout : probability in every hidden layer
+    members : networks in the ensemble, which differ by seed
+    epochs : passes over the labelled sites; the weights (an exponential average) of the best epoch on `val` are kept
+    learning_rate, weight_decay : of AdamW, under a one-cycle schedule
+    batch_size : sites per step
+    """
+
+    hidden: int = 320
+    depth: int = 3
+    dropout: float = 0.3
+    members: int = 3
+    epochs: int = 80
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    batch_size: int = 64
+
+
+JUDGE_CONFIG = PredictorConfig(hidden=512, depth=2, dropout=0.4, epochs=60, weight_decay=1e-1)
+
+
+class SitePrediction(NamedTuple):
+    """Predicted site DOS of one structure.
+
+    Attributes
+    ----------
+    mean, spread : (n, 151) float32
+        Mean and standard deviation over the ensemble, states/eV at sigma 0.2 eV on `dos.MODEL_GRID`.
+    known : (n, 151) bool
+        False where fewer than 3 labelled structures tell the DOS of this element at this energy.
+    reason : str
+        Why there is no prediction (then all is zero and unknown), else empty.
+    """
+
+    mean: np.ndarray
+    spread: np.ndarray
+    known: np.ndarray
+    reason: str = ""
+
+
+class _Members(nn.Module):
+    """Standardised inputs -> correction to the element's mean DOS, before the softplus; one network per member."""
+
+    def __init__(self, inputs: int, config: PredictorConfig) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList()
+        for _ in range(config.members):
+            layers: list[nn.Module] = []
+            width = inputs
+            for _ in range(config.depth):
+                layers += [nn.Linear(width, config.hidden), nn.SiLU(), nn.Dropout(config.dropout)]
+                width = config.hidden
+            head = nn.Linear(width, MODEL_GRID.size)
+            nn.init.normal_(head.weight, std=1e-3)  # start at the element's mean
+            nn.init.zeros_(head.bias)
+            self.nets.append(nn.Sequential(*layers, head))
+
+
+class DOSPredictor:
+    """Ensemble of networks that predicts the site DOS of a structure from its CHGNet features.
+
+    Inputs of a site: its 385 features and the mean over the crystal of its elements' mean DOS. Output: the softplus of
+    a correction added to the (inverse softplus of the) mean DOS of the site's element, so it is never negative.
+
+    Make one with `train_predictor` or `load`.
+    """
+
+    def __init__(self, config: PredictorConfig, tables: dict[str, Tensor], info: dict[str, Any]) -> None:
+        self.config = config
+        self.tables = tables  # baseline, support: (95, 151); input_mean, input_std: (536,)
+        self.info = info
+        self.members = _Members(len(tables["input_mean"]), config).eval()
+
+    @property
+    def baseline(self) -> np.ndarray:
+        """Mean DOS per element, (95, 151), states/eV; row = atomic number."""
+        return self.tables["baseline"].numpy()
+
+    def _standardised(self, inputs: Tensor) -> Tensor:
+        return ((inputs - self.tables["input_mean"]) / self.tables["input_std"]).clamp(-5.0, 5.0)
+
+    def predict_features(
+        self, features: Sequence[np.ndarray | str], numbers: Sequence[np.ndarray]
+    ) -> list[SitePrediction]:
+        """Predict from what `site_features` returned and the atomic numbers (n,) of the same structures."""
+        predictions: list[SitePrediction] = []
+        for feature, z in zip(features, numbers, strict=True):
+            nothing = np.zeros((len(z), MODEL_GRID.size), dtype=np.float32)
+            reason = feature if isinstance(feature, str) else ""
+            predictions.append(SitePrediction(nothing, nothing, nothing > 0, reason))
+        readable = {i: feature for i, feature in enumerate(features) if not isinstance(feature, str)}
+        if not readable:
+            return predictions
+        baseline, support = self.tables["baseline"], self.tables["support"]
+        with torch.no_grad():
+            x = self._standardised(torch.cat([_inputs(baseline, f, numbers[i]) for i, f in readable.items()]))
+            rows = torch.from_numpy(np.concatenate([numbers[i] for i in readable]))
+            offset = _inverse_softplus(baseline[rows])
+            members = torch.stack([softplus(net(x) + offset) for net in self.members.nets])
+        mean, spread = members.mean(0).numpy(), members.std(0, correction=0).numpy()
+        known = (support[rows] >= MIN_LABELS).numpy()
+        start = 0
+        for i, feature in readable.items():
+            sites = slice(start, start := start + len(feature))
+            predictions[i] = SitePrediction(mean[sites], spread[sites], known[sites])
+        return predictions
+
+    def predict_arrays(self, atoms_list: Sequence[Atoms], progress: bool = False) -> list[SitePrediction]:
+        """Predict the site DOS of periodic structures; a structure that CHGNet cannot read comes back all unknown."""
+        numbers = [atoms.numbers.astype(np.int64) for atoms in atoms_list]
+        return self.predict_features(site_features(atoms_list, progress=progress), numbers)
+
+    def save(self, path: str | Path) -> None:
+        """Save as one safetensors file (networks in half precision), atomically."""
+        tensors = {f"members.{k}": v.half() for k, v in self.members.state_dict().items()}
+        info = {"kind": "predictor", "config": asdict(self.config), "info": self.info}
+        save_tensors(path, {**tensors, **self.tables}, info)
+
+    @classmethod
+    def load(cls, path: str | Path = DEFAULT_PREDICTOR) -> DOSPredictor:
+        """Load what `save` wrote; the shipped ranking predictor by default.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If the file is absent, damaged, or holds something else.
+        """
+        tensors, header = load_tensors(path)
+        if header.get("kind") != "predictor":
+            raise ValueError(f"{path} holds no predictor (kind: {header.get('kind')}): give the path of one")
+        members = {k.removeprefix("members."): v.float() for k, v in tensors.items() if k.startswith("members.")}
+        tables = {k: v for k, v in tensors.items() if not k.startswith("members.")}
+        predictor = cls(PredictorConfig(**header["config"]), tables, header["info"])
+        predictor.members.load_state_dict(members)
+        return predictor
+
+
+def _inputs(baseline: Tensor, feature: np.ndarray, numbers: np.ndarray) -> Tensor:
+    """Return the unstandardised inputs (n, 536) of a structure with features (n, 385) and atomic numbers (n,)."""
+    context = baseline[torch.tensor(numbers)].mean(dim=0, keepdim=True).expand(len(numbers), -1)
+    return torch.cat([torch.from_numpy(feature.astype(np.float32)), context], dim=1)
+
+
+def _inverse_softplus(y: Tensor) -> Tensor:
+    y = y.clamp(min=1e-3)
+    return y + torch.log(-torch.expm1(-y))
+
+
+@lru_cache(maxsize=1)
+def default_predictor() -> DOSPredictor:
+    """Return the predictor that ships with the package, loaded once per process."""
+    return DOSPredictor.load()
+
+
+def predict_dos(atoms: Atoms) -> list[TargetDOS]:
+    """Predict the site DOS of a crystal, in milliseconds.
+
+    Parameters
+    ----------
+    atoms : periodic crystal
+
+    Returns
+    -------
+    list of TargetDOS
+        One per site, states/eV at sigma 0.2 eV on [-10, 5] eV. `reference` is "vbm" where the predicted total DOS
+        leaves a gap above zero, else "fermi".
+
+    Raises
+    ------
+    ValueError
+        If CHGNet cannot read the structure, or an element has fewer than 3 labelled structures.
+    """
+    predictor = default_predictor()
+    prediction = predictor.predict_arrays([atoms])[0]
+    if prediction.reason:
+        raise ValueError(f"no DOS for {atoms.get_chemical_formula()}: {prediction.reason}")
+    unknown = [atoms.symbols[i] for i in np.flatnonzero(~prediction.known.any(axis=1))]
+    if unknown:
+        raise ValueError(f"no DOS for {', '.join(sorted(set(unknown)))}: too few labels; add some and retrain")
+    reference = "vbm" if _looks_gapped(prediction.mean) else "fermi"
+    provenance = {"source": "predictor", "steps": [], "predictor": predictor.info}
+    return [
+        TargetDOS(MODEL_GRID.energies, mean, known, reference, MODEL_SIGMA, "site", provenance)
+        for mean, known in zip(prediction.mean, prediction.known, strict=True)
+    ]
+
+
+def _looks_gapped(site_dos: np.ndarray) -> bool:
+    """Tell whether the DOS of a cell's sites (n, 151) leaves a gap just above zero.
+
+    On the computed labels this finds 90 % of the gapped crystals (all with a gap above 1 eV), and 3 % of the metals.
+    """
+    above = (MODEL_GRID.energies > 0.25) & (MODEL_GRID.energies < 0.65)
+    return bool(site_dos[:, above].sum(axis=0).min() < 0.02 * len(site_dos))
+
+
+# -- training and use --------------------------------------------------------------------------------------------------
+
+
+def _label_sites(labels: SiteDOSLabels) -> tuple[np.ndarray, np.ndarray]:
+    """Return structure index and site index of every labelled site, structure by structure."""
+    owner, site = np.nonzero(np.arange(MAX_ATOMS) < labels.num_atoms[:, None])
+    return owner, site
+
+
+def _element_tables(labels: SiteDOSLabels, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return each element's mean DOS and the number of labelled structures behind it, both (95, 151).
+
+    A structure counts once per element, however many sites it has; half a structure's weight of the mean over all
+    elements is mixed in, so that elements with few labels, or none, fall back to that.
+    """
+    labels = labels.select(rows)
+    owner, site = _label_sites(labels)
+    key, inverse = np.unique(
+        np.stack([owner, labels.atomic_numbers[owner, site]]), axis=1, return_inverse=True
+    )  # (structure, element) pairs
+    count = np.bincount(inverse, minlength=key.shape[1])[:, None]
+    mean = np.zeros((key.shape[1], MODEL_GRID.size))
+    np.add.at(mean, inverse, labels.values[owner, site])
+    known = labels.known[key[0]]
+    mean = mean / count * known
+    overall = mean.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    total = np.zeros((MAX_ATOMIC_NUMBER + 1, MODEL_GRID.size))
+    support = np.zeros_like(total)
+    np.add.at(total, key[1], mean)
+    np.add.at(support, key[1], known)
+    baseline = (total + 0.5 * overall) / (support + 0.5)
+    return torch.from_numpy(baseline.astype(np.float32)), torch.from_numpy(support.astype(np.int16))
+
+
+def train_predictor(
+    labels: SiteDOSLabels,
+    features: Sequence[np.ndarray | str],
+    *,
+    fold: int | None = None,
+    config: PredictorConfig | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> DOSPredictor:
+    """Train on the labels of split `train`; `val` picks the epoch, `test` is not looked at.
+
+    The loss is each site's normalised L1 over its known bins, softened by 1 state/eV x bin so that nearly empty sites
+    do not rule it; a site weighs 1 / sqrt(sites of its cell).
+
+    Parameters
+    ----------
+    labels : all labels
+    features : what `site_features` returned for ``labels.atoms(i)``, in order
+    fold : 0 or 1 to train on that half of the formulas only (`data.formula_fold`); all by default
+    config : `PredictorConfig()` by default
+    seed : of initial weights, dropout and order
+    progress : show a progress bar
+
+    Raises
+    ------
+    ValueError
+        If `features` does not match `labels`, or no training or validation label is left.
+    """
+    config = config or PredictorConfig()
+    if len(features) != len(labels):
+        raise ValueError(f"{len(features)} features for {len(labels)} labels: pass site_features of all labelled atoms")
+    usable = np.array([not isinstance(f, str) for f in features], dtype=bool)
+    folds = np.array([formula_fold(labels.atoms(i).get_chemical_formula(), 2) for i in range(len(labels))])
+    in_fold = (labels.split == "train") & usable & ((folds == fold) if fold is not None else True)
+    train_rows, val_rows = np.flatnonzero(in_fold), np.flatnonzero((labels.split == "val") & usable)
+    if not len(train_rows) or not len(val_rows):
+        raise ValueError(f"{len(train_rows)} training and {len(val_rows)} validation labels: both are needed")
+    baseline, support = _element_tables(labels, train_rows)
+    raw = _label_inputs(baseline, labels, features, train_rows)
+    tables = {"baseline": baseline, "support": support, "input_mean": raw.mean(0), "input_std": raw.std(0) + 1e-3}
+    info = {"fold": fold, "seed": seed, "train_structures": len(train_rows), "descriptor": "CHGNet 0.3.0"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        predictor = DOSPredictor(config, tables, info)
+        train, val = (_training_sites(predictor, labels, features, rows) for rows in (train_rows, val_rows))
+        for net in predictor.members.nets:
+            _fit(net, train, val, config, progress)
+    predictor.members.eval()
+    return predictor
+
+
+class _Sites(NamedTuple):
+    """Labelled sites as tensors: inputs (s, 536), offset, dos and known (s, 151), weight (s,)."""
+
+    inputs: Tensor
+    offset: Tensor
+    dos: Tensor
+    known: Tensor
+    weight: Tensor
+
+    def loss(self, net: nn.Module, rows: Tensor) -> Tensor:
+        """Weighted mean of the softened normalised L1 over these sites."""
+        error = (softplus(net(self.inputs[rows]) + self.offset[rows]) - self.dos[rows]).abs() * self.known[rows]
+        scale = (self.dos[rows] * self.known[rows]).sum(1) + 1.0
+        return (self.weight[rows] * error.sum(1) / scale).sum() / self.weight[rows].sum()
+
+
+def _label_inputs(
+    baseline: Tensor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray
+) -> Tensor:
+    """Return the unstandardised inputs (s, 536) of the sites of these labels, which all have features."""
+    pairs = [(features[i], labels.atoms(i).numbers) for i in rows.tolist()]
+    return torch.cat([_inputs(baseline, np.asarray(feature, dtype=np.float32), z) for feature, z in pairs])
+
+
+def _training_sites(
+    predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray
+) -> _Sites:
+    baseline = predictor.tables["baseline"]
+    inputs = _label_inputs(baseline, labels, features, rows)
+    labels = labels.select(rows)
+    owner, site = _label_sites(labels)
+    return _Sites(
+        inputs=predictor._standardised(inputs),
+        offset=_inverse_softplus(baseline[torch.from_numpy(labels.atomic_numbers[owner, site])]),
+        dos=torch.from_numpy(labels.values[owner, site]),
+        known=torch.from_numpy(labels.known[owner].astype(np.float32)),
+        weight=torch.from_numpy(labels.num_atoms[owner].astype(np.float32) ** -0.5),
+    )
+
+
+def _fit(net: nn.Module, train: _Sites, val: _Sites, config: PredictorConfig, progress: bool) -> None:
+    """Train one member in place and leave it with the averaged weights of its best epoch on `val`."""
+    sites = len(train.weight)
+    steps = -(-sites // config.batch_size)
+    optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=steps * config.epochs, pct_start=0.1
+    )
+    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    best, best_state = float("inf"), copy.deepcopy(net.state_dict())
+    everything = torch.arange(len(val.weight))
+    for _ in trange(config.epochs, disable=not progress, desc="predictor", unit="epoch"):
+        net.train()
+        for rows in torch.randperm(sites).split(config.batch_size):
+            optimizer.zero_grad()
+            train.loss(net, rows).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(net)
+        average.eval()
+        with torch.no_grad():
+            error = val.loss(average.module, everything).item()
+        if error < best:
+            best, best_state = error, copy.deepcopy(average.module.state_dict())
+    net.load_state_dict(best_state)
+
+
+def evaluate(
+    predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], split: str
+) -> dict[str, float]:
+    """Measure a predictor on the labels of one split.
+
+    Returns
+    -------
+    dict
+        Number of `structures` and `sites`; the normalised L1 of the predictor, as `mean` and `median` over sites, and
+        `pooled` (all absolute errors over all states); the same of the per-element mean of the training labels
+        (`element_mean`, `element_median`, `element_pooled`) and the `ratio` of the means over sites; `rank_correlation`
+        (Spearman) of the ensemble's relative spread with the error.
+    """
+    from scipy.stats import spearmanr
+
+    rows = [i for i in np.flatnonzero(labels.split == split).tolist() if not isinstance(features[i], str)]
+    numbers = [labels.atoms(i).numbers for i in rows]
+    predictions = predictor.predict_features([features[i] for i in rows], numbers)
+    labels = labels.select(np.array(rows))
+    owner, site = _label_sites(labels)
+    target, known = labels.values[owner, site].astype(np.float64), labels.known[owner]
+    mean, spread = (np.concatenate([p[k] for p in predictions]).astype(np.float64) for k in (0, 1))
+    figures: dict[str, float] = {"structures": len(rows), "sites": len(owner)}
+    errors: dict[str, np.ndarray] = {}
+    for prefix, values in (("", mean), ("element_", predictor.baseline[np.concatenate(numbers)].astype(np.float64))):
+        error = normalised_l1_arrays(values, target, known)
+        errors[prefix] = error
+        figures[f"{prefix}mean"] = float(np.nanmean(error))
+        figures[f"{prefix}median"] = float(np.nanmedian(error))
+        figures[f"{prefix}pooled"] = float((np.abs(values - target) * known).sum() / (target * known).sum())
+    figures["ratio"] = figures["mean"] / figures["element_mean"]
+    relative_spread = (spread * known).sum(axis=1) / np.maximum((mean * known).sum(axis=1), 1e-6)
+    finite = np.isfinite(errors[""])
+    figures["rank_correlation"] = float(spearmanr(relative_spread[finite], errors[""][finite]).statistic)
+    return figures
+
+
+def pseudo_labels(
+    structures: Structures, predictor: DOSPredictor, cache: str | Path | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predict the site DOS of structures that have no label.
+
+    Parameters
+    ----------
+    structures : n structures
+    predictor : the ranking predictor, so that the judge stays independent of what the generator learns
+    cache : folder that keeps the CHGNet features, so that an interrupted run resumes; none by default
+
+    Returns
+    -------
+    values : (n, 20, 151) float16, states/eV
+    known : (n, 20, 151) bool
+        All false on padding and for structures that CHGNet cannot read.
+    """
+    if cache is None:
+        features = site_features([structures.atoms(i) for i in range(len(structures))])
+    else:
+        features = cached_site_features(structures, cache)
+    numbers = [structures.atomic_numbers[i, :n] for i, n in enumerate(structures.num_atoms)]
+    values = np.zeros((len(structures), MAX_ATOMS, MODEL_GRID.size), dtype=np.float16)
+    known = np.zeros(values.shape, dtype=bool)
+    for i, prediction in enumerate(predictor.predict_features(features, numbers)):
+        n = len(prediction.mean)
+        known[i, :n] = prediction.known
+        values[i, :n] = np.where(prediction.known, prediction.mean, 0.0)
+    return values, known
+
+
+def write_pseudo_labels(
+    path: str | Path, structures: Structures, predictor: DOSPredictor, cache: str | Path | None = None
+) -> None:
+    """Write `pseudo_labels` as an npz (material_id, values, known) that `data.load_pseudo_labels` reads, atomically."""
+    values, known = pseudo_labels(structures, predictor, cache)
+    _save_npz(Path(path), material_id=structures.material_id, values=values, known=known)

@@ -1,0 +1,216 @@
+"""CHGNet features and the forward model on top of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+
+from dosmatgen_ase.data import SiteDOSLabels, load_pseudo_labels, load_site_dos, load_structures
+from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.predictor import (
+    DOSPredictor,
+    PredictorConfig,
+    cached_site_features,
+    default_predictor,
+    evaluate,
+    predict_dos,
+    pseudo_labels,
+    site_features,
+    train_predictor,
+    write_pseudo_labels,
+)
+
+ROOT = Path(__file__).parents[1]
+SMALL = PredictorConfig(hidden=64, depth=1, dropout=0.0, members=2, epochs=40, batch_size=16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def labels() -> SiteDOSLabels:
+    """A hundred small training crystals, every validation crystal of at most three atoms."""
+    everything = load_site_dos(ROOT / "data" / "site_dos")
+    small = everything.num_atoms <= 3
+    train = np.flatnonzero(small & (everything.split == "train"))[:100]
+    val = np.flatnonzero(small & (everything.split == "val"))
+    return everything.select(np.concatenate([train, val]))
+
+
+@pytest.fixture(scope="module")
+def features(labels: SiteDOSLabels) -> list[np.ndarray | str]:
+    return site_features([labels.atoms(i) for i in range(len(labels))])
+
+
+def salt() -> Atoms:
+    return bulk("NaCl", "rocksalt", a=5.64)
+
+
+def test_features_belong_to_the_site_not_to_its_place_in_the_list() -> None:
+    atoms = bulk("Cu", cubic=True)
+    atoms.symbols[0] = "Au"
+    order = [2, 0, 3, 1]
+    one, permuted = site_features([atoms, atoms[order]])
+    np.testing.assert_allclose(permuted, one[order], atol=1e-4)
+    np.testing.assert_allclose(one[1], one[2], atol=1e-4)  # equivalent by symmetry
+    assert np.abs(one[0] - one[1]).max() > 0.1
+
+
+def test_features_do_not_depend_on_the_batch_rotation_or_supercell() -> None:
+    atoms, other = salt(), bulk("Fe", cubic=True)
+    turned = atoms.copy()
+    turned.rotate(40, (1, 2, 3), rotate_cell=True)
+    alone = site_features([atoms])[0]
+    for changed in (site_features([other, atoms], batch_size=2)[1], site_features([turned])[0]):
+        np.testing.assert_allclose(changed, alone, atol=1e-3)
+    np.testing.assert_allclose(site_features([atoms * (2, 1, 1)])[0][:2], alone, atol=1e-3)
+    assert alone.shape == (2, 385)
+
+
+@pytest.mark.parametrize(
+    ("atoms", "fragment"),
+    [
+        (Atoms("H", cell=[30, 30, 30], pbc=True), "isolated"),
+        (Atoms("Cu4", positions=np.zeros((4, 3)), cell=[1, 1, 1], pbc=True), "collapsed"),
+        (Atoms("Cu", cell=[0, 0, 0], pbc=True), "collapsed"),
+        (Atoms("Cu", positions=[[np.nan] * 3], cell=[3, 3, 3], pbc=True), "non-finite"),
+        (Atoms("Cu", cell=[3, 3, 3]), "pbc=True"),
+        (Atoms(cell=[3, 3, 3], pbc=True), "at least one atom"),
+        (Atoms("Cm", cell=[3, 3, 3], pbc=True), "outside CHGNet"),
+    ],
+)
+def test_an_unreadable_structure_is_told_and_spoils_no_other(atoms: Atoms, fragment: str) -> None:
+    bad, good = site_features([atoms, salt()])
+    assert isinstance(bad, str)
+    assert fragment in bad
+    np.testing.assert_allclose(good, site_features([salt()])[0], atol=1e-4)
+    prediction, fine = default_predictor().predict_arrays([atoms, salt()])
+    assert fragment in prediction.reason
+    assert prediction.mean.shape == (len(atoms), 151)
+    assert not prediction.known.any()
+    assert fine.known.any()
+
+
+def test_training_beats_the_element_mean_and_a_shuffle_is_worse(
+    labels: SiteDOSLabels, features: list[np.ndarray | str]
+) -> None:
+    """What was learned is the pairing of surroundings and DOS: it fails on targets that belong to other crystals."""
+    predictor = train_predictor(labels, features, config=SMALL)
+    right = evaluate(predictor, labels, features, "val")
+    assert right["ratio"] < 0.9
+    values, known = labels.values.copy(), labels.known.copy()
+    for n in (1, 2, 3):
+        rows = np.flatnonzero((labels.num_atoms == n) & (labels.split == "val"))
+        values[rows], known[rows] = values[np.roll(rows, 1)], known[np.roll(rows, 1)]
+    wrong = evaluate(predictor, replace(labels, values=values, known=known), features, "val")
+    assert right["mean"] < 0.7 * wrong["mean"]
+
+
+def test_training_repeats_itself_and_leaves_the_global_generator_alone(
+    labels: SiteDOSLabels, features: list[np.ndarray | str]
+) -> None:
+    state = torch.random.get_rng_state()
+    config = replace(SMALL, epochs=2)
+    one, two, other = (train_predictor(labels, features, config=config, seed=s) for s in (3, 3, 4))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    numbers = [labels.atoms(0).numbers]
+    mean, again, different = (p.predict_features(features[:1], numbers)[0].mean for p in (one, two, other))
+    np.testing.assert_array_equal(mean, again)
+    assert np.abs(mean - different).max() > 0
+
+
+def test_folds_share_no_formula_and_test_is_never_read(
+    labels: SiteDOSLabels, features: list[np.ndarray | str]
+) -> None:
+    config = replace(SMALL, epochs=1)
+    halves = [train_predictor(labels, features, fold=f, config=config).info["train_structures"] for f in (0, 1)]
+    assert sum(halves) == int((labels.split == "train").sum())
+    assert min(halves) > 0
+    as_test = replace(labels, split=np.where(labels.split == "train", "test", labels.split))
+    with pytest.raises(ValueError, match="0 training"):
+        train_predictor(as_test, features, config=config)
+
+
+def test_features_must_match_labels(labels: SiteDOSLabels, features: list[np.ndarray | str]) -> None:
+    with pytest.raises(ValueError, match="features for"):
+        train_predictor(labels, features[:-1])
+
+
+def test_save_and_load_give_the_same_prediction(
+    labels: SiteDOSLabels, features: list[np.ndarray | str], tmp_path: Path
+) -> None:
+    predictor = train_predictor(labels, features, config=replace(SMALL, epochs=2))
+    predictor.save(tmp_path / "p.safetensors")
+    loaded = DOSPredictor.load(tmp_path / "p.safetensors")
+    assert loaded.info == predictor.info
+    for i in range(3):
+        one, two = (p.predict_features([features[i]], [labels.atoms(i).numbers])[0] for p in (predictor, loaded))
+        np.testing.assert_allclose(one.mean, two.mean, atol=0.02)
+        np.testing.assert_array_equal(one.known, two.known)
+
+
+def test_load_refuses_what_is_no_predictor(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        DOSPredictor.load(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="not a readable"):
+        DOSPredictor.load(tmp_path / "bad.safetensors")
+
+
+def test_rare_elements_are_unknown_rather_than_invented() -> None:
+    predictor = default_predictor()
+    rare = int(np.flatnonzero(predictor.tables["support"].numpy().max(axis=1)[1:90] == 0)[-1]) + 1
+    atoms = bulk("NaCl", "rocksalt", a=6.0)
+    atoms.numbers[0] = rare
+    prediction = predictor.predict_arrays([atoms])[0]
+    assert not prediction.known[0].any()
+    assert prediction.known[1].any()
+    with pytest.raises(ValueError, match="too few labels"):
+        predict_dos(atoms)
+
+
+def test_predicted_dos_of_familiar_crystals() -> None:
+    """Physics that the shipped weights must know: filled valence bands, a gap in MgO, none in Cu, Cu's d band."""
+    copper, oxide = predict_dos(bulk("Cu"))[0], predict_dos(bulk("MgO", "rocksalt", a=4.21))
+    assert (copper.sigma, copper.kind, copper.reference) == (0.2, "site", "fermi")
+    assert {dos.reference for dos in oxide} == {"vbm"}
+    assert 9.0 < copper.total_states(hi=0.0) < 12.0
+    assert -4.0 < copper.band_centre() < -2.0
+    assert 4.5 < sum(dos.total_states(lo=-7.0, hi=0.4) for dos in oxide) < 7.5
+    assert len(oxide) == 2
+    with pytest.raises(ValueError, match="collapsed"):
+        predict_dos(bulk("Cu", a=0.5))
+
+
+def test_shipped_predictor_is_not_the_judge() -> None:
+    """They must not share a label, or ranking by one and judging by the other would be circular."""
+    judge = DOSPredictor.load(ROOT / "benchmarks" / "judge.safetensors")
+    assert {default_predictor().info["fold"], judge.info["fold"]} == {0, 1}
+    assert judge.config != default_predictor().config
+
+
+def test_pseudo_labels_resume_and_survive_the_disk(tmp_path: Path) -> None:
+    structures = load_structures(ROOT / "data" / "structures.parquet", split="train", max_atoms=2).select(np.arange(6))
+    fresh = site_features([structures.atoms(i) for i in range(6)])
+    for _ in range(2):  # written, then read
+        cached = cached_site_features(structures, tmp_path, piece=4)
+        for one, two in zip(fresh, cached, strict=True):
+            np.testing.assert_allclose(two, one, atol=0.05)
+    (tmp_path / "000004.npz").unlink()  # as after an interruption
+    values, known = pseudo_labels(structures, default_predictor(), tmp_path)
+    assert values.shape == known.shape == (6, 20, MODEL_GRID.size)
+    assert not known[structures.atomic_numbers == 0].any()
+    write_pseudo_labels(tmp_path / "pseudo.npz", structures, default_predictor())
+    stored = load_pseudo_labels(tmp_path / "pseudo.npz")
+    assert stored["material_id"].tolist() == structures.material_id.tolist()
+    np.testing.assert_allclose(stored["values"], values, atol=0.05)
+    reordered = cached_site_features(structures.select(np.arange(6)[::-1]), tmp_path, piece=4)
+    np.testing.assert_allclose(reordered[0], fresh[5], atol=0.05)
