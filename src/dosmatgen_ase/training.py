@@ -253,8 +253,9 @@ class Trainer:
         """Train up to step ``until``, yielding the losses of every step."""
         while self.step < until:
             for rows in list(epoch_batches(self.data, self.config, self.epoch))[self.position :]:
-                yield self._train(rows)
-                self.position += 1
+                record = self._train(rows)
+                self.position += 1  # before the caller sees the step, who may save the state there
+                yield record
                 if self.step >= until:
                     return
             self.epoch, self.position = self.epoch + 1, 0
