@@ -59,9 +59,9 @@ class LatticeProcess:
 
     @classmethod
     def fit(cls, cell: Tensor, num_atoms: Tensor) -> LatticeProcess:
-        """Standardisation from training cells, shape (n, 3, 3)."""
+        """Standardisation from training cells, shape (n, 3, 3), n at least 2; a component that never varies gets 0.01."""
         raw = cls((0.0,) * 6, (1.0,) * 6).encode(cell, num_atoms)
-        return cls(tuple(raw.mean(0).tolist()), tuple(raw.std(0).tolist()))
+        return cls(tuple(raw.mean(0).tolist()), tuple(raw.std(0).clamp(min=0.01).tolist()))
 
     def encode(self, cell: Tensor, num_atoms: Tensor) -> Tensor:
         """Cells, shape (B, 3, 3), to standardised six-vectors, shape (B, 6) float32."""
