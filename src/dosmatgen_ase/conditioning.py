@@ -116,6 +116,9 @@ class ConditionDropout:
         Only a random energy window.
     total : float
         The total of the cell is shown as well; half of the time it replaces the sites.
+    shift_bins, scale : float
+        Standard deviations of a rigid shift of the energies (in bins) and of the logarithm of the values: codes,
+        pseudopotentials and Fermi levels differ by as much, and the network must not learn targets by heart.
     """
 
     structure: float = 0.15
@@ -123,6 +126,8 @@ class ConditionDropout:
     some_sites: float = 0.2
     window: float = 0.2
     total: float = 0.15
+    shift_bins: float = 0.7
+    scale: float = 0.08
 
     def __call__(self, condition: DOSCondition, mask: Tensor, generator: torch.Generator) -> DOSCondition:
         """Drop parts of ``condition``; ``mask``, shape (B, N), marks real sites."""
@@ -148,7 +153,18 @@ class ConditionDropout:
         without_sites = with_total & (uniform(batch) < 0.5)
         site_known = condition.site_known & (keep & (shown & ~without_sites)[:, None])[..., None] & window[:, None]
         total_known = condition.total_known & with_total[:, None] & window
-        return DOSCondition(condition.site, site_known, condition.total, total_known)
+        normal = torch.randn(batch, 2, generator=generator, device=device)
+        source = index - (self.shift_bins * normal[:, :1]).round().long()
+        inside, source = (source >= 0) & (source < bins), source.clamp(0, bins - 1)
+        factor = (self.scale * normal[:, 1:]).exp()
+
+        def moved(values: Tensor) -> Tensor:
+            return values.gather(-1, source.view(batch, *[1] * (values.ndim - 2), bins).expand_as(values))
+
+        site_known = moved(site_known) & inside[:, None]
+        total_known = moved(total_known) & inside
+        site, total = moved(condition.site) * factor[:, None], moved(condition.total) * factor
+        return DOSCondition(site, site_known, total, total_known)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from .denoiser import Denoiser, DenoiserConfig
 from .diffusion.lattice import LatticeProcess
 from .diffusion.process import JointProcess, NoisyCrystals, Prediction
 
+MAY_CHANGE = ("steps", "threads", "save_every")  # on resume: a run may be made longer or shorter, or moved
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -62,6 +64,8 @@ class TrainingConfig:
         Of the loss terms.
     bf16 : bool
         Autocast to bfloat16 (CUDA, or CPUs with native bfloat16).
+    compile : bool
+        Compile the layers with torch.compile (needs a C++ compiler): two minutes at the start, a third faster after.
     threads : int
         CPU threads.
     """
@@ -87,6 +91,7 @@ class TrainingConfig:
     dos_weight: float = 0.25
     size_weight: float = 0.05
     bf16: bool = False
+    compile: bool = False
     threads: int = 1
     seed: int = 0
     save_every: int = 500
@@ -233,6 +238,9 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             self.model = ConditionalDenoiser(Denoiser(config.network, lattice)).to(self.device)
+        if config.compile:
+            for layer in self.model.denoiser.layers:
+                layer.compile(dynamic=True)
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -296,11 +304,12 @@ class Trainer:
         Raises
         ------
         ValueError
-            If the run was started with other settings (the data is trusted to be the same).
+            If the run was started with settings that differ in more than :data:`MAY_CHANGE` (the data is trusted to be
+            the same).
         """
         tensors, header = load_tensors(path)
         stored, own = header["config"], json.loads(json.dumps(asdict(self.config)))
-        changed = sorted(k for k in own if stored.get(k) != own[k])
+        changed = sorted(k for k in own if stored.get(k) != own[k] and k not in MAY_CHANGE)
         if changed:
             raise ValueError(f"{path} was started with other settings of {changed}: restore them or choose a new folder")
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
