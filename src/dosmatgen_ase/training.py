@@ -308,6 +308,8 @@ class Trainer:
             the same).
         """
         tensors, header = load_tensors(path)
+        if header.get("kind") != "training":
+            raise ValueError(f"{path} holds a {header.get('kind')}, not the state of a training run: choose a new folder")
         stored, own = header["config"], json.loads(json.dumps(asdict(self.config)))
         changed = sorted(k for k in own if stored.get(k) != own[k] and k not in MAY_CHANGE)
         if changed:
