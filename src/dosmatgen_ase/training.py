@@ -121,8 +121,9 @@ class DenseData:
             torch.tensor(s.atomic_numbers),
             torch.tensor(s.num_atoms),
         ).to(device)
-        self.dos = torch.tensor(dataset.dos).to(device)
-        self.known = torch.tensor(dataset.known).to(device)
+        self.dos, self.known = torch.tensor(dataset.dos).to(device), torch.tensor(dataset.known).to(device)
+        if not len(dataset.dos):  # structures without a DOS point to row 0, which must exist
+            self.dos, self.known = (v.new_zeros(1, *v.shape[1:]) for v in (self.dos, self.known))
         self.dos_index = torch.tensor(dataset.dos_index).to(device)
         self.probability = draw_probability(dataset, config)
 
