@@ -65,7 +65,7 @@ def draw(
 
 
 def chgnet_energies(structures: Sequence[Atoms], batch_size: int = 16) -> np.ndarray:
-    """CHGNet energies, shape (n,), eV/atom; infinite where CHGNet cannot read a structure (collapsed, isolated atoms)."""
+    """CHGNet energies, shape (n,), eV/atom; infinite where it cannot read a structure (collapsed, isolated atoms)."""
     energies = np.full(len(structures), np.inf)
     for start in range(0, len(structures), batch_size):
         graphs, rows = [], []

@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Geometry of the raw output, species pinned, no DOS.")
     add_options(parser)
     parser.add_argument("--num-structures", type=int, default=150, help="structures of 1-8 atoms (default 150)")
-    parser.add_argument("--num-large", type=int, default=40, help="structures of each larger class (default 40; 0: none)")
+    parser.add_argument("--num-large", type=int, default=40, help="per larger class of sizes (default 40; 0: none)")
     options = parser.parse_args(arguments)
     if options.num_structures < 1 or options.num_large < 0:
         parser.error("--num-structures must be at least 1 and --num-large at least 0")

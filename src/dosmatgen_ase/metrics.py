@@ -21,7 +21,8 @@ QUARTILES = (0.25, 0.5, 0.75)
 
 def quantile(values: ArrayLike, q: ArrayLike) -> np.ndarray:
     """Empirical quantiles over the first axis; never interpolated, so that infinite values are allowed."""
-    return np.quantile(np.asarray(values, dtype=float), q, axis=0, method="inverted_cdf")
+    levels = np.asarray(q, dtype=float)
+    return np.asarray(np.quantile(np.asarray(values, dtype=float), levels, axis=0, method="inverted_cdf"))
 
 
 def median(values: ArrayLike) -> float:
@@ -65,6 +66,77 @@ def bootstrap_interval(
     drawn = np.random.default_rng(seed).integers(len(rows), size=(samples, len(rows)))
     low, high = quantile([statistic(rows[d]) for d in drawn], [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def site_distances(values: np.ndarray, target: np.ndarray, known: np.ndarray) -> dict[str, np.ndarray]:
+    """Distances between the site DOS of crystals and those of one target, site by site.
+
+    Parameters
+    ----------
+    values : array, shape (..., N, G)
+        On `dos.MODEL_GRID`, states/eV; NaN throughout for a crystal that has none.
+    target : array, shape (N, G)
+    known : array of bool, shape (N, G) or (G,)
+        Bins of the target that are known.
+
+    Returns
+    -------
+    dict of array, shape (...)
+        ``l1``: normalised L1 of each site, averaged over the sites; ``pooled``: absolute errors of all sites over all
+        states; ``near_gap``: as pooled, on [-2, 2] eV (a single site may have next to no states there); ``mae`` in
+        states/eV. NaN where ``values`` is; ``near_gap`` also where the target has no states there.
+
+    Raises
+    ------
+    ValueError
+        If the target holds no states at all.
+    """
+    known = np.broadcast_to(known, target.shape)
+    near = known & (np.abs(MODEL_GRID.energies) <= NEAR_GAP[1] + 1e-9)
+    filled = np.where(known, target, 0.0).sum(-1) > 0  # a site without states has no ratio
+    if not filled.any():
+        raise ValueError("the target holds no states in its known bins: nothing to normalise by")
+
+    def pooled(mask: np.ndarray) -> np.ndarray:
+        return normalised_l1_arrays(values.reshape(*values.shape[:-2], -1), target.ravel(), mask.ravel())
+
+    return {
+        "l1": normalised_l1_arrays(values, target, known)[..., filled].mean(-1),
+        "pooled": pooled(known),
+        "near_gap": pooled(near),
+        "mae": mae_arrays(values, target, known).mean(-1),
+    }
+
+
+def nearest_sites(
+    queries: np.ndarray, known: np.ndarray, library: np.ndarray, library_known: np.ndarray, *, power: float = 1.0
+) -> np.ndarray:
+    """Row of ``library`` (L, G) nearest to each query (Q, G) by the mean of ``|a - b|^power`` over bins known in both.
+
+    Parameters
+    ----------
+    known, library_known : arrays of bool, shapes (Q, G) and (L, G)
+        Rows of the library that share less than half of a query's known bins are not considered.
+
+    Returns
+    -------
+    array of int, shape (Q,)
+
+    Raises
+    ------
+    ValueError
+        If a query shares too little with every row.
+    """
+    found = np.empty(len(queries), dtype=np.int64)
+    for i, (query, mask) in enumerate(zip(queries, known, strict=True)):
+        both = library_known & mask
+        shared = both.sum(-1)
+        usable = 2 * shared >= max(1, mask.sum())
+        if not usable.any():
+            raise ValueError(f"query {i} shares less than half of its known bins with every row: widen its window")
+        distance = (np.abs(library - query) ** power * both).sum(-1) / np.maximum(shared, 1)
+        found[i] = np.where(usable, distance, np.inf).argmin()
+    return found
 
 
 def match_rms(candidate: Atoms, truth: Atoms) -> float:

@@ -1,0 +1,471 @@
+"""DOS round trip: does a crystal generated from a site DOS have that site DOS?
+
+    python benchmarks/round_trip.py                        # the table of the README, on `test`
+    python benchmarks/round_trip.py --val --num-targets 30 --guidance-scale 1.5       # tuning, on `val`
+
+Targets are computed DOS of formulas that no network has seen. Candidates are first draws from pure noise with the
+number of atoms given; those that the screen rejects are left out and counted. The judge is a forward model trained on
+labels that the ranking predictor has not seen; where an element has too few labels it gives its best guess, and that is
+counted too. All modes (`MODES`) share their noise. Every site with its DOS against none; control beyond the element,
+with the true element of one random site pinned and all else free, that site with its DOS against without; control by
+geometry alone, with every species pinned.
+
+Candidates and predictions are kept per target under `runs/round_trip/`, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are loaded
+
+import numpy as np
+import torch
+from _common import RESULTS, ROOT, add_options, draw, rng_for, sampler_config, split_of, write_results
+from ase import Atoms
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from dosmatgen_ase.checkpoint import load_model
+from dosmatgen_ase.conditioning import ConditionalDenoiser, DOSCondition
+from dosmatgen_ase.constraints import Constraints
+from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
+from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
+from dosmatgen_ase.generator import BATCH_PAIRS
+from dosmatgen_ase.metrics import bootstrap_interval, nearest_sites, site_distances
+from dosmatgen_ase.plotting import plot_dos
+from dosmatgen_ase.predictor import (
+    DEFAULT_PREDICTOR,
+    DOSPredictor,
+    SitePrediction,
+    _element_tables,
+    _save_npz,
+    site_features,
+)
+from dosmatgen_ase.sampler import SamplerConfig
+from dosmatgen_ase.screening import screen
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is handed over beside the number of atoms: "all", "none", or the "site" drawn for the target."""
+
+    dos: str
+    species: str
+
+    @property
+    def judged(self) -> str:
+        """Sites that are judged."""
+        return "site" if self.species == "site" else "all"
+
+
+MODES = {
+    "conditional": Mode("all", "none"),
+    "unconditional": Mode("none", "none"),
+    "site with DOS": Mode("site", "site"),
+    "site without DOS": Mode("none", "site"),
+    "species with DOS": Mode("all", "all"),
+    "species without DOS": Mode("none", "all"),
+}
+PAIRS = [tuple(MODES)[i : i + 2] for i in (0, 2, 4)]
+METRICS = ("l1", "pooled", "near_gap", "mae")
+BAR = {"conditional / unconditional": 0.40, "true element": 0.50, "judge / per-element mean": 0.75}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One labelled crystal: what is asked for (DOS, number of atoms) and, for the judge only, the crystal itself."""
+
+    material_id: str
+    atoms: Atoms
+    dos: np.ndarray  # (N, G)
+    known: np.ndarray  # (G,)
+    reference: str
+    site: int  # the site of the masked modes
+
+    def sites(self, which: str) -> np.ndarray:
+        """Mask (N,) of "all" sites, "none", or the drawn "site"."""
+        index = np.arange(len(self.atoms))
+        return {"all": index >= 0, "none": index < 0, "site": index == self.site}[which]
+
+    @classmethod
+    def from_label(cls, labels: SiteDOSLabels, row: int, seed: int) -> Target:
+        """Row of the labels."""
+        atoms, name = labels.atoms(row), str(labels.material_id[row])
+        site = int(rng_for(seed, name).integers(len(atoms)))
+        reference = "vbm" if labels.band_gap[row] > 0 else "fermi"
+        return cls(name, atoms, labels.values[row, : len(atoms)].astype(float), labels.known[row], reference, site)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """K candidates of one target in each of the M modes.
+
+    Attributes
+    ----------
+    numbers : (M, K, N)
+    accepted : (M, K) bool
+        The screen accepts it and CHGNet can read it.
+    judged, ranked : (M, K, N, G) float16
+        Site DOS by the judge and by the ranking predictor; NaN where not accepted.
+    supported : (M, K, N) bool
+        The judge knows the element from at least three labels.
+    """
+
+    numbers: np.ndarray
+    accepted: np.ndarray
+    judged: np.ndarray
+    ranked: np.ndarray
+    supported: np.ndarray
+
+
+def generate(
+    model: ConditionalDenoiser, target: Target, count: int, config: SamplerConfig, guidance_scale: float, seed: int
+) -> list[Atoms]:
+    """``count`` first draws per mode, mode after mode; only the crystal's size and its pinned species are read."""
+    size = len(target.atoms)
+    rows = [(mode, k) for mode in MODES.values() for k in range(count)]
+    room = max(1, BATCH_PAIRS // size**2)
+    made: list[Atoms] = []
+    for part in (rows[i : i + room] for i in range(0, len(rows), room)):
+        shown = torch.tensor(np.array([target.sites(mode.dos) for mode, _ in part]))
+        pinned = torch.tensor(np.array([target.sites(mode.species) for mode, _ in part]))
+        known = shown[..., None] & torch.tensor(target.known)
+        condition = replace(
+            DOSCondition.none(len(part), size, MODEL_GRID.size),
+            site=torch.tensor(target.dos, dtype=torch.float32) * known,
+            site_known=known,
+        )
+        free = Constraints.none(torch.full((len(part),), size))
+        start = replace(free.start, atomic_numbers=torch.tensor(target.atoms.numbers) * pinned)
+        rngs = [rng_for(seed, target.material_id, k) for _, k in part]
+        made += draw(model, replace(free, start=start, fixed_species=pinned), condition, rngs, config, guidance_scale)
+    return made
+
+
+def judge_candidates(made: list[Atoms], judge: DOSPredictor, ranker: DOSPredictor) -> Candidates:
+    """Screen candidates and predict their DOS."""
+    passed = [i for i, atoms in enumerate(made) if screen(atoms).accepted]
+    features = site_features([made[i] for i in passed])
+    numbers = np.array([atoms.numbers for atoms in made])
+    shape = (len(made), numbers.shape[1], MODEL_GRID.size)
+    accepted = np.zeros(len(made), dtype=bool)
+    judged, ranked, supported = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(numbers.shape, dtype=bool)
+    by_judge, by_ranker = (p.predict_features(features, list(numbers[passed])) for p in (judge, ranker))
+    for i, mine, other in zip(passed, by_judge, by_ranker, strict=True):
+        accepted[i] = not mine.reason
+        if accepted[i]:
+            judged[i], ranked[i], supported[i] = mine.mean, other.mean, mine.known.any(-1)
+
+    def by_mode(array: np.ndarray) -> np.ndarray:
+        return array.reshape(len(MODES), -1, *array.shape[1:])
+
+    return Candidates(
+        numbers=by_mode(numbers),
+        accepted=by_mode(accepted),
+        judged=by_mode(judged.astype(np.float16)),
+        ranked=by_mode(ranked.astype(np.float16)),
+        supported=by_mode(supported),
+    )
+
+
+def cached(path: Path, make: Callable[[], Candidates]) -> Candidates:
+    """Candidates from a file, made and kept there the first time."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save_npz(path, **make().__dict__)
+    with np.load(path, allow_pickle=False) as file:
+        return Candidates(**{name: file[name] for name in file.files})
+
+
+def mode_figures(target: Target, candidates: Candidates, name: str) -> dict[str, float]:
+    """Mean, best and ranked pick of each metric over the accepted candidates of one mode; NaN if there are none."""
+    mode, sites = list(MODES).index(name), target.sites(MODES[name].judged)
+    keep = candidates.accepted[mode]
+    if not keep.any():
+        return {f"{metric} {which}": np.nan for metric in METRICS for which in ("mean", "best", "picked")}
+    wanted = target.dos[sites]
+    judged, ranked = (a[mode, keep][:, sites].astype(float) for a in (candidates.judged, candidates.ranked))
+    pick = int(site_distances(ranked, wanted, target.known)["l1"].argmin())
+    figures: dict[str, float] = {}
+    for metric, d in site_distances(judged, wanted, target.known).items():
+        figures |= {f"{metric} mean": d.mean(), f"{metric} best": d.min(), f"{metric} picked": d[pick]}
+    return figures
+
+
+def crystal_figures(
+    values: np.ndarray, target: Target, which: str = "all", known: np.ndarray | None = None
+) -> dict[str, float]:
+    """Metrics of one DOS per site (N, G) over some sites (and bins), in the form of `mode_figures`."""
+    sites = target.sites(which)
+    mask = np.broadcast_to(target.known, target.dos.shape) if known is None else target.known & known
+    distances = site_distances(values[sites], target.dos[sites], mask[sites])
+    return {f"{metric} {figure}": float(d) for metric, d in distances.items() for figure in ("mean", "best", "picked")}
+
+
+class Library:
+    """Training sites, for the nearest-neighbour look-up and the mean of each element."""
+
+    def __init__(self, train: SiteDOSLabels) -> None:
+        site = train.atomic_numbers > 0
+        self.values = train.values[site].astype(float)
+        self.known = np.repeat(train.known, train.num_atoms, axis=0)
+        self.numbers = train.atomic_numbers[site]
+        self.element_mean = _element_tables(train, np.arange(len(train)))[0].numpy().astype(float)
+
+    def nearest(self, target: Target, power: float) -> np.ndarray:
+        """Row of the training site nearest to each site of the target."""
+        known = np.broadcast_to(target.known, target.dos.shape)
+        return nearest_sites(target.dos, known, self.values, self.known, power=power)
+
+    def retrieve(self, target: Target) -> dict[str, float]:
+        """Distances of the nearest sites' own DOS, over the bins known in both."""
+        rows = self.nearest(target, 1.0)
+        return crystal_figures(self.values[rows], target, known=self.known[rows])
+
+
+def mean_of(rows: np.ndarray) -> float:
+    """Mean of a column of targets."""
+    return float(rows.mean())
+
+
+def ratio_of_means(rows: np.ndarray) -> float:
+    """Mean of the first column over the mean of the second."""
+    return float(rows[:, 0].mean() / rows[:, 1].mean())
+
+
+def interval(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> dict[str, Any]:
+    """A statistic over the targets that have every figure it needs, with its bootstrap interval."""
+    whole = rows[np.isfinite(rows.reshape(len(rows), -1)).all(-1)]
+    if not len(whole):
+        return {"value": None, "interval": [None, None], "targets": 0}
+    return {"value": statistic(whole), "interval": bootstrap_interval(whole, statistic), "targets": len(whole)}
+
+
+def summarise(table: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Per row of the table and figure: mean over targets with its interval."""
+    return {
+        row: {name: interval(np.array([f[name] for f in figures]), mean_of) for name in figures[0]}
+        for row, figures in table.items()
+    }
+
+
+def ratios(table: dict[str, list[dict[str, float]]], over: str, under: str) -> dict[str, Any]:
+    """Ratio of two rows of the table, paired by target."""
+
+    def pair(name: str) -> np.ndarray:
+        return np.array([[a[name], b[name]] for a, b in zip(table[over], table[under], strict=True)])
+
+    return {name: interval(pair(name), ratio_of_means) for name in table[over][0]}
+
+
+def element_shares(targets: list[Target], found: list[Candidates], library: Library) -> dict[str, Any]:
+    """Share of sites that come out as their true element, over all sites of all targets, whatever the screen says."""
+    sites = np.array([len(t.atoms) for t in targets], dtype=float)
+    right = {
+        "conditional": [(c.numbers[0] == t.atoms.numbers).mean() for t, c in zip(targets, found, strict=True)],
+        "unconditional": [(c.numbers[1] == t.atoms.numbers).mean() for t, c in zip(targets, found, strict=True)],
+    }
+    for name, power in (("nearest neighbour, L1", 1.0), ("nearest neighbour, L2", 2.0)):
+        right[name] = [(library.numbers[library.nearest(t, power)] == t.atoms.numbers).mean() for t in targets]
+
+    def weighted(rows: np.ndarray) -> float:
+        return float((rows[:, 0] * rows[:, 1]).sum() / rows[:, 1].sum())
+
+    shares = {k: interval(np.stack([np.array(v), sites], 1), weighted) for k, v in right.items()}
+    for name in ("nearest neighbour, L1", "nearest neighbour, L2"):
+        gain = np.array(right["conditional"]) - np.array(right[name])
+        shares[f"conditional - {name}"] = interval(np.stack([gain, sites], 1), weighted)
+    return shares
+
+
+def text(figure: dict[str, Any]) -> str:
+    """``0.71 [0.65, 0.77]``."""
+    if figure["value"] is None:
+        return "-"
+    low, high = figure["interval"]
+    return f"{figure['value']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The tables that the README includes."""
+    count = report["candidates"]
+    head = [f"mean of {count}", f"best of {count}", "ranked pick", "pooled, mean", "near gap, mean", "MAE, mean"]
+    columns = ["l1 mean", "l1 best", "l1 picked", "pooled mean", "near_gap mean", "mae mean"]
+    lines: list[str] = []
+    for (title, rows), width in zip(report["tables"].items(), (6, 3, 3), strict=True):
+        lines += [f"| {title} | {' | '.join(head[:width])} |", "|--|" + "--:|" * width]
+        for name, row in rows.items():
+            # A baseline is one answer: it has no best and no pick.
+            cells = [text(row[c]) if name in MODES or " / " in name or "mean" in c else "" for c in columns[:width]]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += ["| sites that come out as their true element | share |", "|--|--:|"]
+    lines += [f"| {name} | {text(figure)} |" for name, figure in report["elements"].items()]
+    judge = report["judge"]
+
+    def shares(name: str) -> str:
+        return ", ".join(f"{mode} {share:.3f}" for mode, share in report[name].items())
+
+    lines += [
+        "",
+        f"{report['targets']} targets of split `{report['split']}`, {count} candidates from pure noise each, number of "
+        f"atoms given, guidance_scale {report['guidance_scale']:g}, {report['sampler']['num_steps']} steps. Mean over "
+        "targets [95 % bootstrap interval over targets]. Normalised L1 averaged over sites on [-10, 5] eV; *pooled*: "
+        "errors of all sites over all states; *near gap*: pooled on [-2, 2] eV; MAE in states/eV. *Best* is the judge's "
+        "choice, *ranked pick* that of the predictor that ships. Retrieval (the nearest training DOS to each site's "
+        "target) and the per-element mean compare computed DOS with computed DOS, without a judge.",
+        "",
+        f"The judge ({judge['train_structures']} labelled structures, CHGNet features; CHGNet saw energies, forces and "
+        "moments of most of these crystals, never a DOS) was trained on other formulas than the ranking predictor; its "
+        f"error is {text(report['judge_ratio'])} of that of the per-element mean. Accepted: {shares('accepted')}. "
+        f"Sites whose element the judge knows: {shares('supported')}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot_distances(table: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Cumulative distribution over targets of the mean distance, one line per row of the table."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    ax = figure.add_subplot()
+    for name, rows in table.items():
+        values = np.sort([r["l1 mean"] for r in rows if np.isfinite(r["l1 mean"])])
+        ax.step(values, np.arange(1, len(values) + 1) / len(values), where="post", label=name)
+    ax.set_xscale("log")
+    ax.minorticks_off()
+    ax.set_xticks(ticks := [0.2, 0.3, 0.5, 1.0, 2.0, 5.0], labels=[f"{x:g}" for x in ticks])
+    ax.set_xlabel("site-DOS distance (normalised L1)")
+    ax.set_ylabel("share of targets below")
+    ax.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def plot_overlays(targets: list[Target], found: list[Candidates], distances: Sequence[float], path: Path) -> None:
+    """Target and candidates, site by site, for the median and the worst target."""
+    order = [int(i) for i in np.argsort(distances) if np.isfinite(distances[i])]
+    chosen = {"median": order[len(order) // 2], "worst": order[-1]}
+    columns = min(4, max(len(targets[i].atoms) for i in chosen.values()))
+    figure = Figure(figsize=(3.4 * columns, 5.2), layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False)
+    for line, (name, i) in zip(axes, chosen.items(), strict=True):
+        target, accepted = targets[i], np.flatnonzero(found[i].accepted[0])[:5]
+        for ax in line[len(target.atoms) :]:
+            ax.set_axis_off()
+        for site, ax in enumerate(line[: len(target.atoms)]):
+            made = [found[i].judged[0, k, site].astype(float) for k in accepted]
+            curves = [target.dos[site], *made]
+            masks = [target.known] + [np.ones_like(target.known)] * len(made)
+            plot_dos(
+                [
+                    TargetDOS(MODEL_GRID.energies, v, m, target.reference, MODEL_SIGMA, "site")
+                    for v, m in zip(curves, masks, strict=True)
+                ],
+                ax=ax,
+            )
+            ax.set_title(
+                f"{name}: {target.atoms.symbols[site]} of {target.atoms.get_chemical_formula()}", fontsize="small"
+            )
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Generate, judge, compare and write the results."""
+    parser = argparse.ArgumentParser(description="DOS round trip on held-out formulas.")
+    add_options(parser)
+    parser.add_argument("--judge", type=Path, default=Path(__file__).parent / "judge.safetensors")
+    parser.add_argument("--predictor", type=Path, default=DEFAULT_PREDICTOR, help="ranks (default: the one that ships)")
+    parser.add_argument("--num-targets", type=int, default=200, help="at most this many (default 200)")
+    parser.add_argument("--candidates", type=int, default=20, help="per target and mode (default 20)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "round_trip", help="candidates are kept there")
+    options = parser.parse_args(arguments)
+    if options.num_targets < 1 or options.candidates < 1:
+        parser.error("--num-targets and --candidates must be at least 1")
+
+    torch.set_num_threads(1)
+    model, header = load_model(options.weights)
+    judge, ranker = DOSPredictor.load(options.judge), DOSPredictor.load(options.predictor)
+    if judge.info["fold"] == ranker.info["fold"]:
+        parser.error(f"judge and predictor were trained on the same fold, {judge.info['fold']}: give one of each")
+    config, split = sampler_config(options), split_of(options)
+    labels = load_site_dos(ROOT / "data" / "site_dos")
+    library = Library(labels.select(labels.split == "train"))
+    rows = np.random.default_rng(options.seed).permutation(np.flatnonzero(labels.split == split))[: options.num_targets]
+    targets = [Target.from_label(labels, row, options.seed) for row in rows.tolist()]
+
+    settings = {"sampler": asdict(config), "guidance_scale": options.guidance_scale, "seed": options.seed}
+    key = hashlib.sha256(json.dumps([settings, options.candidates, list(MODES)]).encode())
+    for path in (options.weights, options.judge, options.predictor):
+        key.update(path.read_bytes())
+    folder = options.cache / key.hexdigest()[:16]
+
+    def candidates_of(target: Target) -> Candidates:
+        made = generate(model, target, options.candidates, config, options.guidance_scale, options.seed)
+        return judge_candidates(made, judge, ranker)
+
+    found = [
+        cached(folder / f"{t.material_id}.npz", lambda t=t: candidates_of(t)) for t in tqdm(targets, unit="target")
+    ]
+    floor: list[SitePrediction] = judge.predict_arrays([t.atoms for t in targets])
+
+    def baselines(which: str) -> dict[str, list[dict[str, float]]]:
+        means = [crystal_figures(library.element_mean[t.atoms.numbers], t, which) for t in targets]
+        true = [crystal_figures(p.mean, t, which) for t, p in zip(targets, floor, strict=True)]
+        return {"per-element mean": means, "judge on the true structure": true}
+
+    modes = {name: [mode_figures(t, c, name) for t, c in zip(targets, found, strict=True)] for name in MODES}
+    everywhere = {"retrieval": [library.retrieve(t) for t in targets], **baselines("all")}
+    tables = {
+        title: ({on: modes[on], off: modes[off], **others}, (on, off))
+        for title, (on, off), others in zip(
+            ("all sites", "one site, its element pinned", "all sites, all elements pinned"),
+            PAIRS,
+            (everywhere, baselines("site"), baselines("all")),
+            strict=True,
+        )
+    }
+    whole = tables["all sites"][0]
+
+    def share(field: str, mode: int) -> float:
+        return float(np.concatenate([np.ravel(getattr(c, field)[mode][c.accepted[mode]]) for c in found]).mean())
+
+    report = {
+        "weights": header["sha256"],
+        "judge": judge.info,
+        "predictor": ranker.info,
+        "split": split,
+        "targets": len(targets),
+        "candidates": options.candidates,
+        **settings,
+        "bar": BAR,
+        "judge_ratio": ratios(whole, "judge on the true structure", "per-element mean")["l1 mean"],
+        "accepted": {m: float(np.mean([c.accepted[i] for c in found])) for i, m in enumerate(MODES)},
+        "supported": {m: share("supported", i) for i, m in enumerate(MODES)},
+        "tables": {
+            title: summarise(table) | {f"{on} / {off}": ratios(table, on, off)}
+            for title, (table, (on, off)) in tables.items()
+        },
+        "elements": element_shares(targets, found, library),
+        "per_target": {
+            t.material_id: {"formula": t.atoms.get_chemical_formula(), **{k: v[i]["l1 mean"] for k, v in whole.items()}}
+            for i, t in enumerate(targets)
+        },
+    }
+    out = options.out or (ROOT / "runs" if options.val else RESULTS)
+    table = markdown(report)
+    print(table)
+    write_results(out, "round_trip", report, table)
+    plot_distances(whole, out / "round_trip_distances.png")
+    plot_overlays(targets, found, [f["l1 mean"] for f in whole["conditional"]], out / "round_trip_overlays.png")
+    return report
+
+
+if __name__ == "__main__":
+    main()
