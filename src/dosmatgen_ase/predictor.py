@@ -26,7 +26,7 @@ from torch.nn.functional import softplus
 from tqdm import tqdm, trange
 
 from .checkpoint import load_tensors, save_tensors
-from .data import MAX_ATOMS, SiteDOSLabels, Structures, formula_fold
+from .data import MAX_ATOMS, SiteDOSLabels, Structures, formula_fold, load_site_dos
 from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
 
 if TYPE_CHECKING:
@@ -603,3 +603,30 @@ def write_pseudo_labels(
     """Write `pseudo_labels` as an npz (material_id, values, known) that `data.load_pseudo_labels` reads, atomically."""
     values, known = pseudo_labels(structures, predictor, cache)
     _save_npz(Path(path), material_id=structures.material_id, values=values, known=known)
+
+
+def train_ranker_and_judge(
+    label_directory: str | Path,
+    ranker_path: str | Path,
+    judge_path: str | Path,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Train both predictors on the labels of a directory, each on its half of the formulas, and save them.
+
+    The judge has other networks, another seed and no formula in common with the ranker.
+
+    Returns
+    -------
+    dict
+        `evaluate` of "ranker" and "judge" on "val" (which picked the epochs) and "test".
+    """
+    labels = load_site_dos(label_directory)
+    features = site_features([labels.atoms(i) for i in range(len(labels))], progress=progress)
+    ranker = train_predictor(labels, features, fold=0, seed=seed, progress=progress)
+    judge = train_predictor(labels, features, fold=1, config=JUDGE_CONFIG, seed=seed + 1, progress=progress)
+    ranker.save(ranker_path)
+    judge.save(judge_path)
+    pair = {"ranker": ranker, "judge": judge}
+    return {name: {s: evaluate(p, labels, features, s) for s in ("val", "test")} for name, p in pair.items()}
