@@ -1,4 +1,4 @@
-"""Overlays of DOS: what is drawn, what is saved, and that matplotlib's global state stays as it was."""
+"""Overlays of DOS, and crystals: what is drawn, what is saved, and that matplotlib's global state stays as it was."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.data.colors import jmol_colors
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 
 from dosmatgen_ase.dos import TargetDOS
-from dosmatgen_ase.plotting import OTHER_COLOUR, TARGET_COLOUR, plot_dos
+from dosmatgen_ase.plotting import BALL, OTHER_COLOUR, TARGET_COLOUR, draw_crystal, plot_candidates, plot_dos
 
 NICKEL = Path(__file__).parents[1] / "data" / "ni_in_au3ni.npz"
 WANTED = TargetDOS.from_peaks([(-2.0, 3.0, 0.3)], window=(-6.0, 2.0))
@@ -94,3 +99,70 @@ def test_pyplot_is_never_imported(tmp_path: Path) -> None:
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(Path(__file__).parents[1] / "src")})
+
+
+# -- crystals ----------------------------------------------------------------------------------------------------------
+
+
+def balls(ax: Axes, edge: str | None = None) -> list[Circle]:
+    """The balls, without the reflections on them; those with an edge of this colour."""
+    found = [patch for patch in ax.patches if isinstance(patch, Circle) and patch.get_linewidth() > 0]
+    return [b for b in found if edge is None or mpl.colors.to_hex(b.get_edgecolor()) == edge]
+
+
+def gold_nickel() -> Atoms:
+    atoms = bulk("Au", cubic=True)
+    atoms.symbols[3] = "Ni"
+    return atoms
+
+
+def test_atoms_on_the_borders_of_the_cell_are_repeated() -> None:
+    ax = draw_crystal(gold_nickel())
+    assert len(balls(ax)) == 8 + 6  # corners and faces
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"Au", "Ni"}
+    nearest = max(balls(ax), key=lambda ball: ball.get_zorder())
+    assert np.allclose(nearest.get_facecolor()[:3], jmol_colors[79], atol=0.01)
+    assert nearest.get_radius() == pytest.approx(BALL * 1.36)  # covalent radius of gold, Angstrom
+
+
+@pytest.mark.parametrize(("site", "rings"), [(0, 8), (3, 8)])
+def test_the_conditioned_site_is_at_the_corners_and_ringed(site: int, rings: int) -> None:
+    atoms = gold_nickel()
+    atoms.positions += [0.3, 0.4, 0.5]
+    ax = draw_crystal(atoms, sites=[site])
+    assert len(balls(ax)) == 14
+    assert len(balls(ax, TARGET_COLOUR)) == rings
+    assert "site with the target" in {text.get_text() for text in ax.get_legend().get_texts()}
+
+
+def test_the_drawing_does_not_depend_on_the_orientation_or_the_origin() -> None:
+    atoms = gold_nickel()
+    moved = atoms.copy()
+    moved.rotate(40, (1, 2, 3), rotate_cell=True)
+    moved.positions += [0.1, 2.0, -3.0]
+    first, second = (np.array([b.get_center() for b in balls(draw_crystal(a))]) for a in (atoms, moved))
+    assert np.allclose(np.sort(first, axis=0), np.sort(second, axis=0), atol=1e-6)
+
+
+def test_bonds_join_neighbours_only() -> None:
+    def bonds(lattice_constant: float) -> int:
+        lines = draw_crystal(bulk("NaCl", "cesiumchloride", lattice_constant) * (1, 1, 2)).lines
+        return sum(line.get_linewidth() == 2.5 for line in lines)
+
+    assert bonds(3.5) > 0
+    assert bonds(9.0) == 0
+
+
+def test_candidates_side_by_side(tmp_path: Path) -> None:
+    path = tmp_path / "out.png"
+    plot_candidates(WANTED, [("a", gold_nickel(), [MADE.on_grid()]), ("b", bulk("Cu"), [])], path, sites=[0])
+    width, height = (int.from_bytes(path.read_bytes()[i : i + 4], "big") for i in (16, 20))
+    assert (width, height) == (1500, 870)
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_candidates(WANTED, [], path)
+
+
+@pytest.mark.parametrize("atoms", [Atoms(), Atoms("Cu"), Atoms("Cu", cell=[1, 1, 0])])
+def test_a_crystal_needs_atoms_and_a_cell(atoms: Atoms) -> None:
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_crystal(atoms)

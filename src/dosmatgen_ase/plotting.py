@@ -1,4 +1,4 @@
-"""Figures: overlays of densities of states.
+"""Figures: overlays of densities of states, crystals, and both side by side.
 
 Figures are made with `matplotlib.figure.Figure`, never through pyplot, so that no backend, style or open figure of the
 user is touched.
@@ -10,13 +10,14 @@ import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dosmatgen_ase.dos import MODEL_GRID, TargetDOS
 
 if TYPE_CHECKING:
+    from ase import Atoms
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -129,3 +130,161 @@ def _save(figure: Figure | None, path: Path) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+# -- crystals ----------------------------------------------------------------------------------------------------------
+
+BALL = 0.5  # radius of a ball, in covalent radii
+BOND = 1.15  # longest bond, in sums of covalent radii
+BORDER = 0.06  # an atom this close (fractional) to a face of the cell is drawn on the opposite face as well
+
+
+def draw_crystal(atoms: Atoms, ax: Axes | None = None, sites: Sequence[int] = ()) -> Axes:
+    """Draw the unit cell as balls and sticks, in Jmol's colours, with the atoms on its borders repeated.
+
+    The cell is moved so that the first of `sites` (or the first atom) is at its corners; cells of one or two atoms are
+    drawn two by two by two. The view has c upwards and a to the right, turned a little; what is farther away is paler.
+
+    Parameters
+    ----------
+    atoms : ase.Atoms
+        Periodic.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+    sites : sequence of int, optional
+        Atoms to be ringed in the colour of a target.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        If there is no atom or no cell.
+    """
+    from ase.data import chemical_symbols, covalent_radii
+    from ase.data.colors import jmol_colors
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Circle
+
+    if len(atoms) == 0 or abs(np.linalg.det(atoms.cell.array)) < 1e-6:
+        raise ValueError("nothing to draw: give a crystal with atoms and three lattice vectors")
+    if ax is None:
+        ax = Figure(figsize=(3.2, 3.2), layout="constrained").add_subplot()
+    index, positions, box = _shown_atoms(atoms, sites[0] if len(sites) else 0)
+    view = _view(box)
+    edges = _cell_edges(box) @ view.T
+    places = positions @ view.T  # right, up, towards the eye
+    near, far = places[:, 2].max(), places[:, 2].min()
+
+    def paled(colour: np.ndarray, depth: float) -> np.ndarray:
+        return colour + 0.45 * (near - depth) / (near - far + 1e-9) * (1.0 - colour)
+
+    numbers = atoms.numbers[index]
+    radii = BALL * covalent_radii[numbers]
+    for ends in edges:
+        ax.plot(*ends[:, :2].T, color="0.6", linewidth=0.8, zorder=ends[:, 2].mean())
+    distance = np.linalg.norm(places[:, None] - places, axis=-1)
+    for i, j in np.argwhere(distance < BOND * (radii[:, None] + radii) / BALL):
+        if i != j:  # each end draws its half
+            along = (places[j] - places[i]) / distance[i, j]
+            ends = np.stack([places[i] + 0.9 * radii[i] * along, (places[i] + places[j]) / 2])
+            colour = paled(0.85 * jmol_colors[numbers[i]], places[i, 2])
+            ax.plot(*ends[:, :2].T, color=colour, linewidth=2.5, solid_capstyle="butt", zorder=ends[:, 2].mean())
+    for i, (x, y, depth) in enumerate(places):
+        colour, r = paled(jmol_colors[numbers[i]], depth), radii[i]
+        ringed = index[i] in sites
+        edge, width = (TARGET_COLOUR, 2.2) if ringed else (0.45 * colour, 0.7)
+        ax.add_patch(Circle((x, y), r, facecolor=colour, edgecolor=edge, linewidth=width, zorder=depth + 1e-3))
+        shine: dict[str, Any] = {"facecolor": "white", "linewidth": 0, "alpha": 0.18, "zorder": depth + 2e-3}
+        for share in (0.55, 0.35, 0.15):
+            ax.add_patch(Circle((x - 0.3 * r, y + 0.3 * r), share * r, **shine))
+    margin = radii.max() + 0.3
+    corners = np.concatenate([places, edges.reshape(-1, 3)])
+    ax.set_xlim(corners[:, 0].min() - margin, corners[:, 0].max() + margin)
+    ax.set_ylim(corners[:, 1].min() - margin, corners[:, 1].max() + margin)
+    ax.set_aspect("equal")
+    ax.set_axis_off()
+    ball: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 9}
+    handles = [
+        Line2D([], [], **ball, markerfacecolor=jmol_colors[z], markeredgecolor="0.4", label=chemical_symbols[z])
+        for z in sorted(set(atoms.numbers.tolist()))
+    ]
+    if len(sites):
+        ring: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": TARGET_COLOUR, "markeredgewidth": 2.2}
+        handles.append(Line2D([], [], **ball, **ring, label="site with the target"))
+    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return ax
+
+
+def plot_candidates(
+    target: TargetDOS,
+    candidates: Sequence[tuple[str, Atoms, Sequence[TargetDOS]]],
+    path: str | PathLike[str],
+    sites: Sequence[int] = (),
+) -> None:
+    """Save one row per candidate: the target with the DOS predicted for it, and the crystal.
+
+    Parameters
+    ----------
+    target : TargetDOS
+    candidates : sequence of (title, ase.Atoms, predicted DOS)
+        The DOS predicted for each conditioned site; none where there is no prediction.
+    path : path
+        The suffix says in which format.
+    sites : sequence of int
+        Conditioned sites, ringed in the crystals.
+
+    Raises
+    ------
+    ValueError
+        If there is no candidate, or the format is not known.
+    OSError
+        If the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    if not candidates:
+        raise ValueError("nothing to plot: give at least one candidate")
+    figure = Figure(figsize=(10.0, 2.9 * len(candidates)), layout="constrained")
+    rows = figure.subplots(len(candidates), 2, squeeze=False, width_ratios=[1.5, 1.0])
+    for (left, right), (title, atoms, predicted) in zip(rows, candidates, strict=True):
+        labels = ["target", *["predicted"] * len(predicted)]
+        if len(predicted) == len(sites) > 1:
+            labels[1:] = [f"predicted, site {site}" for site in sites]
+        plot_dos([target.on_grid(), *predicted], labels, ax=left)
+        left.set_title(title, loc="left", fontsize="medium")
+        draw_crystal(atoms, right, sites)
+    _save(figure, Path(path))
+
+
+def _shown_atoms(atoms: Atoms, origin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices (m,) and positions (m, 3) of the atoms to draw, atom `origin` at zero, and the box (3, 3), Angstrom."""
+    repeats = 2 if len(atoms) <= 2 else 1
+    frac = atoms.get_scaled_positions()
+    frac = (frac - frac[origin]) % 1.0
+    shifts = np.stack(np.meshgrid(*[np.arange(-1, repeats + 1)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    images = frac[:, None] + shifts
+    shown = ((images > -BORDER) & (images < repeats + BORDER)).all(axis=-1)
+    return np.nonzero(shown)[0], images[shown] @ atoms.cell.array, repeats * atoms.cell.array
+
+
+def _cell_edges(cell: np.ndarray) -> np.ndarray:
+    """End points of the twelve edges of a cell, shape (12, 2, 3)."""
+    corners = np.array(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij")).reshape(3, -1).T
+    first, second = np.nonzero(np.triu(np.abs(corners[:, None] - corners).sum(-1) == 1))
+    return np.stack([corners[first], corners[second]], axis=1) @ cell
+
+
+def _view(cell: np.ndarray) -> np.ndarray:
+    """Rows: right, up and towards the eye. c points up, a to the right, then turned by 20 and tilted by 12 degrees."""
+    up = cell[2] / np.linalg.norm(cell[2])
+    right = cell[0] - (cell[0] @ up) * up
+    right /= np.linalg.norm(right)
+    frame = np.stack([right, up, np.cross(right, up)])
+    turn, tilt = np.radians(-20.0), np.radians(12.0)
+    about_up = np.array([[np.cos(turn), 0, np.sin(turn)], [0, 1, 0], [-np.sin(turn), 0, np.cos(turn)]])
+    about_right = np.array([[1, 0, 0], [0, np.cos(tilt), -np.sin(tilt)], [0, np.sin(tilt), np.cos(tilt)]])
+    return about_right @ about_up @ frame
