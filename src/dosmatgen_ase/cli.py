@@ -1,0 +1,498 @@
+"""The command line: ``dosmatgen generate``, ``train``, ``train-predictor`` and ``dos``.
+
+Thin: every command reads its arguments, calls the library and prints. Heavy libraries are imported inside the commands,
+so that ``dosmatgen --help`` needs none of them. Errors become one line on stderr and an exit code (1; 2 for a wrong
+command line; 130 for Ctrl-C) in one place, `OneLineErrors`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from .dos import TargetDOS
+    from .predictor import DOSPredictor, SitePrediction
+
+USAGE, INTERRUPTED = 2, 130  # exit codes
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError)  # what the library raises
+
+
+class OneLineErrors(TyperGroup):
+    """Turns whatever a command raises into one line on stderr and an exit code; ``--debug`` lets it through."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            _say("interrupted", "yellow")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if ctx.params.get("debug"):
+                raise
+            if hasattr(error, "format_message"):  # a wrong command line, told by typer
+                _say(f"error: {error.format_message()} (see --help)", "red")
+                raise typer.Exit(USAGE) from None
+            kind = (
+                ""
+                if isinstance(error, EXPECTED)
+                else f"unexpected {type(error).__name__}, run dosmatgen --debug to see where: "
+            )
+            _say(f"error: {kind}{error}", "red")
+            raise typer.Exit(1) from None
+
+
+def _say(line: str, style: str) -> None:
+    """One line on stderr, however wide the terminal is."""
+    Console(stderr=True).print(Text(" ".join(line.split()), style=style), soft_wrap=True)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Crystal structures from an electronic density of states (DOS).",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dosmatgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options before the command; `OneLineErrors` reads ``debug``."""
+
+
+# -- arguments that several commands share -----------------------------------------------------------------------------
+
+DosFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DOS_FILE",
+        help="vasprun.xml, pymatgen or TargetDOS JSON, .npz, or two columns: energy (eV), DOS (states/eV).",
+        show_default=False,
+    ),
+]
+FileSite = Annotated[
+    int | None,
+    typer.Option("--site", help="Site of the file's structure whose DOS is meant, from 0. Default: the total DOS."),
+]
+Reference = Annotated[str | None, typer.Option(help="What zero energy is, if the file does not say: fermi or vbm.")]
+Sigma = Annotated[float | None, typer.Option(help="Gaussian broadening of the file, standard deviation in eV.")]
+Kind = Annotated[str | None, typer.Option(help="Whose DOS a two-column file holds: site or total.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is one.")]
+Data = Annotated[Path, typer.Option(help="Folder with structures.parquet and site_dos/*.npz.")]
+Predictor = Annotated[
+    Path | None, typer.Option(help="Forward model made by train-predictor. Default: the shipped one.")
+]
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    """``"4-7"``, ``"4,6"`` or ``"4"`` as a list."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,3})(?:-(\d{1,3}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise typer.BadParameter(f"{text!r} must be like 4, 4,6 or 4-7", param_hint=option)
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _pins(texts: Sequence[str]) -> dict[int, str]:
+    """``["0=Co"]`` as ``{0: "Co"}``."""
+    pins = {}
+    for text in texts:
+        match = re.fullmatch(r"(\d{1,3})=([A-Za-z]{1,2})", text)
+        if match is None:
+            raise typer.BadParameter(f"{text!r} must be like 0=Co", param_hint="--fixed-species")
+        pins[int(match[1])] = match[2]
+    return pins
+
+
+def _writable(path: Path, endings: Sequence[str]) -> None:
+    """Find out before the work, not after it, that a result cannot be written."""
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"cannot write {path}: its name must end in {' or '.join(endings)}")
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; choose another place") from error
+    if not existed:
+        path.unlink()
+
+
+# -- generate ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    dos_file: DosFile,
+    site: FileSite = None,
+    n: Annotated[int, typer.Option("-n", help="Number of structures.")] = 8,
+    num_atoms: Annotated[
+        str | None, typer.Option(help="Atoms per cell, 1 to 20: 4, 4,6 or 4-7. Default: drawn by the model.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="extxyz file that grows as structures are made; continued if it exists.")
+    ] = Path("out.extxyz"),
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Picture (.png, .pdf, .svg) of the best four: target and predicted DOS, crystal."),
+    ] = None,
+    on_sites: Annotated[
+        str | None, typer.Option(help="Sites of the new crystal that shall have the DOS: 0,2. Default: 0.")
+    ] = None,
+    elements: Annotated[str | None, typer.Option(help="Allow these elements only: Ni,Au.")] = None,
+    exclude_elements: Annotated[str | None, typer.Option(help="Allow none of these elements: O,F.")] = None,
+    composition: Annotated[
+        str | None, typer.Option(help="Formula of the cell, or of a unit that divides it: NiAu3.")
+    ] = None,
+    fixed_species: Annotated[
+        list[str] | None, typer.Option(help="Element of one site: 0=Co. May be given several times.")
+    ] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="Start from this crystal (any file that ASE reads) instead of noise.")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="How far the template is noised: 0 returns it, 1 forgets it.")] = 0.6,
+    fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="Keep the template's cell.")] = False,
+    fixed_sites: Annotated[
+        str | None, typer.Option(help="Sites of the template that keep element and position: 0,2.")
+    ] = None,
+    guidance_scale: Annotated[
+        float, typer.Option(help="0 ignores the DOS, 1 is the plain conditional model, larger amplifies.")
+    ] = 1.0,
+    num_steps: Annotated[
+        int | None, typer.Option(help="Sampler steps from pure noise. Default: as in DOSGenerator.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed and options give the same structures.")] = 0,
+    weights: Annotated[
+        str, typer.Option(help="'default' for the shipped generator, or weights made by dosmatgen train.")
+    ] = "default",
+    predictor: Predictor = None,
+    device: Device = None,
+    reference: Reference = None,
+    sigma: Sigma = None,
+    kind: Kind = None,
+) -> None:
+    """Generate crystals whose sites have the DOS of DOS_FILE, and rank them by the DOS predicted for them.
+
+    A run that was killed goes on where it stopped: give the same command again.
+    """
+    start = time.perf_counter()
+    settings: dict[str, Any] = {
+        "num_atoms": None if num_atoms is None else _whole_numbers(num_atoms, "--num-atoms"),
+        "sites": None if on_sites is None else _whole_numbers(on_sites, "--on-sites"),
+        "fixed_sites": None if fixed_sites is None else _whole_numbers(fixed_sites, "--fixed-sites"),
+        "fixed_species": _pins(fixed_species or ()),
+        "elements": _names(elements),
+        "exclude_elements": _names(exclude_elements),
+        "composition": composition,
+        "strength": strength,
+        "fixed_cell": fixed_cell,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        **({} if num_steps is None else {"num_steps": num_steps}),
+    }
+    from .dos import TargetDOS
+
+    target = TargetDOS.from_file(dos_file, site, reference=reference, sigma=sigma, kind=kind)
+    _writable(out, (".extxyz", ".xyz"))
+    if plot is not None:
+        _writable(plot, (".png", ".pdf", ".svg"))
+    settings["template"] = None if template is None else _read_structure(template)
+
+    from .generator import DOSGenerator
+    from .predictor import DEFAULT_PREDICTOR, DOSPredictor
+
+    generator = DOSGenerator(weights, device=device)
+    forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
+    made = 0
+    try:
+        for _ in generator.generate_iter(target, n, **settings, progress=True, out=out):
+            made += 1
+        _report(out, n, target, settings["sites"] or [0], forward, plot)
+    except KeyboardInterrupt:
+        _say(f"interrupted: {made} of {n} structures are kept in {out}; the same command goes on from there", "yellow")
+        raise typer.Exit(INTERRUPTED) from None
+    typer.echo(f"{time.perf_counter() - start:.1f} s")
+
+
+def _report(
+    out: Path, n: int, target: TargetDOS, sites: Sequence[int], forward: DOSPredictor, plot: Path | None
+) -> None:
+    """Rank the structures in `out` by their predicted DOS; print the table and draw the best four."""
+    import ase.io
+
+    frames = list(enumerate(ase.io.read(out, index=":", format="extxyz")))
+    frames = [(frame, atoms) for frame, atoms in frames if atoms.info["dosmatgen"]["index"] < n]
+    ranked = []
+    for (frame, atoms), prediction in zip(frames, forward.predict_arrays([a for _, a in frames]), strict=True):
+        predicted = _comparable(prediction, target, sites)
+        ranked.append((_distance(predicted, target), frame, atoms, predicted))
+    ranked.sort(key=lambda candidate: (math.isnan(candidate[0]), candidate[0], candidate[1]))
+    table = Table(title=f"{len(ranked)} structures in {out}, best first")
+    for name in ("frame", "formula", "atoms", "Å³/atom", "predicted distance"):
+        table.add_column(name, justify="left" if name == "formula" else "right")
+    for distance, frame, atoms, _ in ranked:
+        size, volume = len(atoms), atoms.get_volume() / len(atoms)
+        table.add_row(str(frame), atoms.get_chemical_formula(), str(size), f"{volume:.1f}", _figure(distance))
+    Console().print(table)
+    typer.echo("frame: place in the file, as in ase.io.read(file, frame)")
+    typer.echo("predicted distance: normalised L1 of the DOS that a forward model predicts, to the target")
+    if plot is not None:
+        from .plotting import plot_candidates
+
+        best = [
+            (f"frame {frame}: {atoms.get_chemical_formula()}, predicted distance {_figure(distance)}", atoms, predicted)
+            for distance, frame, atoms, predicted in ranked[:4]
+        ]
+        plot_candidates(target, best, plot, sites=() if target.kind == "total" else sites)
+        typer.echo(f"picture: {plot}")
+
+
+def _figure(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.2f}"
+
+
+def _read_structure(path: Path) -> Atoms:
+    import ase.io
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no template {path}: give a file that ASE reads (CIF, POSCAR, extxyz, ...)")
+    try:
+        return ase.io.read(path)
+    except Exception as error:
+        raise ValueError(f"template {path} is not a structure that ASE reads: {error}") from error
+
+
+def _comparable(prediction: SitePrediction, target: TargetDOS, sites: Sequence[int]) -> list[TargetDOS]:
+    """What can be compared with the target: the DOS predicted for each conditioned site, or for the cell."""
+    from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
+
+    rows = [(prediction.mean[i], prediction.known[i]) for i in sites]
+    if target.kind == "total":
+        rows = [(prediction.mean.sum(axis=0), prediction.known.all(axis=0))]
+    return [
+        TargetDOS(MODEL_GRID.energies, values, known, target.reference, MODEL_SIGMA, target.kind)
+        for values, known in rows
+        if known.any()
+    ]
+
+
+def _distance(predicted: Sequence[TargetDOS], target: TargetDOS) -> float:
+    """Mean normalised L1 over the conditioned sites; NaN where none can be predicted."""
+    from .dos import normalised_l1
+
+    distances = [normalised_l1(dos, target) for dos in predicted]
+    return sum(distances) / len(distances) if distances else math.nan
+
+
+# -- dos ---------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def dos(
+    dos_file: DosFile,
+    site: FileSite = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf or .svg) of the DOS.")] = None,
+    reference: Reference = None,
+    sigma: Sigma = None,
+    kind: Kind = None,
+) -> None:
+    """Show how a file is read: grid, zero of energy, broadening, known window, band centre, states."""
+    import numpy as np
+
+    from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
+
+    if plot is not None:
+        _writable(plot, (".png", ".pdf", ".svg"))
+    target = TargetDOS.from_file(dos_file, site, reference=reference, sigma=sigma, kind=kind)
+    seen = target.on_grid()
+    energies, steps = target.energies, np.diff(target.energies)
+    uniform = np.allclose(steps, steps[0], rtol=1e-3)
+    spacing = f"{steps[0]:.4g}" if uniform else f"{steps.min():.3g} to {steps.max():.3g}"
+    zero = {"fermi": "Fermi level", "vbm": "valence-band maximum"}[target.reference]
+    facts = {
+        "kind": {"site": "DOS of one site", "total": "total DOS of the cell"}[target.kind],
+        "grid": f"{energies.size} energies from {energies[0]:.2f} to {energies[-1]:.2f} eV, step {spacing} eV",
+        "zero of energy": f"{zero} (reference={target.reference})",
+        "broadening": "unknown, taken as none" if target.sigma is None else f"sigma {target.sigma:g} eV",
+        "known": _windows(target),
+        "states below 0 eV": f"{target.total_states(hi=0.0):.3f} (known part)",
+        "band centre": f"{target.band_centre():.3f} eV (of [-10, 0] eV)",
+        "the model sees": f"{_windows(seen)} of [{MODEL_GRID.minimum:g}, {MODEL_GRID.maximum:g}] eV, "
+        f"sigma {max(MODEL_SIGMA, seen.sigma or 0.0):g} eV",
+        "source": str(target.provenance.get("source", "not told")),
+        "steps": "; ".join(target.provenance.get("steps", [])) or "none",
+        "sha256": target.digest(),
+    }
+    table = Table("", "", show_header=False, title=str(dos_file))
+    for name, fact in facts.items():
+        table.add_row(name, Text(fact, overflow="fold"))
+    Console().print(table)
+    if plot is not None:
+        from .plotting import plot_dos
+
+        plot_dos(target, path=plot)
+        typer.echo(f"picture: {plot}")
+
+
+def _windows(target: TargetDOS) -> str:
+    """The known energies as intervals, eV."""
+    import numpy as np
+
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], target.known, [False]]).astype(int))).reshape(-1, 2)
+    e = target.energies
+    parts = [f"[{e[first]:.2f}, {e[end - 1]:.2f}]" for first, end in edges[:4]]
+    more = f" and {len(edges) - 4} more" if len(edges) > 4 else ""
+    return f"{', '.join(parts)}{more} eV"
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path, typer.Option(help="JSON with fields of TrainingConfig, such as configs/default.json.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run: state, log.jsonl, weights.safetensors; continued if it exists.")
+    ] = Path("runs/default"),
+    data: Data = Path("data"),
+    pseudo_labels: Annotated[
+        str | None,
+        typer.Option(help="File of predicted DOS for structures without a label, or 'auto' to make it once in OUT."),
+    ] = None,
+    predictor: Predictor = None,
+    device: Device = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; replaces the config's.")] = None,
+) -> None:
+    """Train a generator on the training split. A run that was killed goes on where its last state was saved."""
+    from .training import TrainingConfig
+    from .training import train as run
+
+    settings = TrainingConfig.from_dict(_read_json(config))
+    if threads is not None:
+        settings = replace(settings, threads=threads)
+    from .data import CrystalDataset, load_pseudo_labels, load_site_dos, load_structures
+    from .generator import _device
+
+    chosen = str(_device(device))
+    structures = load_structures(data / "structures.parquet", split="train")
+    labels = load_site_dos(data / "site_dos")
+    out.mkdir(parents=True, exist_ok=True)
+    dataset = CrystalDataset.join(structures, labels)
+    real = len(dataset.labelled)
+    if pseudo_labels is not None:
+        path = Path(pseudo_labels)
+        if pseudo_labels == "auto":
+            path = out / "pseudo_labels.npz"
+            if not path.exists():
+                from .predictor import DEFAULT_PREDICTOR, DOSPredictor, write_pseudo_labels
+
+                forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
+                bare = structures.select(dataset.dos_index < 0)
+                typer.echo(f"predicting the DOS of {len(bare)} structures (once; kept in {path})", err=True)
+                write_pseudo_labels(path, bare, forward, cache=out / "chgnet_features")
+        if not path.is_file():
+            raise FileNotFoundError(f"no pseudo-labels at {path}: give a file, or 'auto' to make it")
+        dataset = CrystalDataset.join(structures, labels, load_pseudo_labels(path))
+    counts = {"structures": len(dataset), "labelled": real, "predicted": int(dataset.pseudo.sum())}
+    typer.echo(
+        f"{counts['structures']} structures, {real} with a computed and {counts['predicted']} with a predicted DOS, "
+        f"on {chosen}",
+        err=True,
+    )
+    try:
+        weights = run(settings, dataset, out, device=chosen, metadata={"data": counts})
+    except KeyboardInterrupt:
+        kept = (out / "state.safetensors").exists()
+        what = f"the last state is kept in {out}; the same command goes on" if kept else "no state was saved yet"
+        _say(f"interrupted: {what}", "yellow")
+        raise typer.Exit(INTERRUPTED) from None
+    typer.echo(f"weights: {weights}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no config {path}: start from configs/default.json")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object with the fields of TrainingConfig")
+    return values
+
+
+@app.command("train-predictor")
+def train_predictor(
+    data: Data = Path("data"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for ranker.safetensors (generate --predictor) and judge.safetensors.")
+    ] = Path("runs/predictor"),
+    seed: Annotated[int, typer.Option(min=0, help="Of initial weights, dropout and order.")] = 0,
+) -> None:
+    """Train the two forward models (structure to site DOS), each on its half of the formulas.
+
+    The ranker ranks candidates and makes pseudo-labels; the judge only measures. Errors are normalised L1.
+    """
+    from .predictor import train_ranker_and_judge
+
+    out.mkdir(parents=True, exist_ok=True)
+    pair = {name: out / f"{name}.safetensors" for name in ("ranker", "judge")}
+    figures = train_ranker_and_judge(data / "site_dos", *pair.values(), seed=seed, progress=True)
+    table = Table(title="error on the test split: normalised L1, mean over sites")
+    for column in ("predictor", "error", "per-element mean", "structures", "weights"):
+        table.add_column(column, overflow="fold")
+    for name, path in pair.items():
+        test = figures[name]["test"]
+        error, element = _figure(test["mean"]), _figure(test["element_mean"])
+        table.add_row(name, error, element, f"{test['structures']:.0f}", str(path))
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the ``dosmatgen`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,415 @@
+"""The command line: real runs with a tiny network, resume after a kill, and one line for every error."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from ase.build import bulk
+from typer.testing import CliRunner, Result
+
+from dosmatgen_ase.checkpoint import load_model, save_model
+from dosmatgen_ase.cli import _whole_numbers, app
+from dosmatgen_ase.conditioning import ConditionalDenoiser
+from dosmatgen_ase.data import SHARD_KEYS
+from dosmatgen_ase.denoiser import Denoiser, DenoiserConfig
+from dosmatgen_ase.diffusion.lattice import LatticeProcess
+from dosmatgen_ase.dos import TargetDOS, normalised_l1
+from dosmatgen_ase.predictor import DOSPredictor, PredictorConfig
+from dosmatgen_ase.training import TrainingConfig
+
+ROOT = Path(__file__).parents[1]
+NICKEL = ROOT / "data" / "ni_in_au3ni.npz"
+TINY = DenoiserConfig(width=16, pair_width=16, vector_channels=4, num_layers=1, num_radial=8)
+TINY_JSON = {
+    "steps": 4,
+    "warmup_steps": 1,
+    "max_pairs": 64,
+    "draws_per_epoch": 32,
+    "save_every": 2,
+    "network": TINY.to_dict(),
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator with random weights, small enough to leave most of the noise as it is, in roomy cells."""
+    folder = tmp_path_factory.mktemp("weights")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ConditionalDenoiser(Denoiser(TINY, LatticeProcess((0.0,) * 5 + (2.2,), (0.1,) * 6)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.1)
+        save_model(folder / "tiny.safetensors", model, {})
+        save_predictor(folder / "predictor.safetensors", torch.rand(95, 151))
+    return folder
+
+
+def save_predictor(path: Path, baseline: torch.Tensor) -> None:
+    tables = {
+        "baseline": baseline,
+        "support": torch.full((95, 151), 9, dtype=torch.int16),
+        "input_mean": torch.zeros(536),
+        "input_std": torch.ones(536),
+    }
+    DOSPredictor(PredictorConfig(hidden=4, depth=1, members=1), tables, {}).save(path)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def generate(weights: Path, out: Path, *more: object) -> Result:
+    return run("generate", NICKEL, "--site", 3, "--weights", weights / "tiny.safetensors", "--predictor",
+               weights / "predictor.safetensors", "--device", "cpu", "--num-steps", 10, "-o", out, *more)  # fmt: skip
+
+
+def indices(out: Path) -> list[int]:
+    return [atoms.info["dosmatgen"]["index"] for atoms in ase.io.read(out, ":")]
+
+
+# -- generate ----------------------------------------------------------------------------------------------------------
+
+
+def test_generates_ranks_and_draws(weights: Path, tmp_path: Path) -> None:
+    out, plot = tmp_path / "out.extxyz", tmp_path / "out.png"
+    result = generate(weights, out, "-n", 3, "--num-atoms", "2-4", "--plot", plot)
+    assert result.exit_code == 0, result.output
+    frames = ase.io.read(out, ":")
+    assert sorted(len(atoms) for atoms in frames) == [2, 3, 4]
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.extxyz", "out.png"]
+
+    rows = re.findall(r"│\s*(\d+) │ (\w+)\s*│\s*(\d+) │\s*([\d.]+) │\s*([\d.]+) │", result.output)
+    assert sorted(int(row[0]) for row in rows) == [0, 1, 2]
+    distances = [float(row[4]) for row in rows]
+    assert distances == sorted(distances)
+    predictor = DOSPredictor.load(weights / "predictor.safetensors")
+    target = TargetDOS.from_file(NICKEL, site=3)
+    for frame, formula, size, volume, distance in rows:
+        atoms = frames[int(frame)]
+        assert (atoms.get_chemical_formula(), len(atoms)) == (formula, int(size))
+        assert float(volume) == pytest.approx(atoms.get_volume() / len(atoms), abs=0.05)
+        mean = predictor.predict_arrays([atoms])[0].mean[0]
+        expected = normalised_l1(TargetDOS.from_arrays(target.on_grid().energies, mean, sigma=0.2), target)
+        assert float(distance) == pytest.approx(expected, abs=0.0051)
+    assert re.search(r"^\d+\.\d s$", result.output, re.MULTILINE)
+
+
+def test_every_option_reaches_the_generator(weights: Path, tmp_path: Path) -> None:
+    template, out = tmp_path / "template.cif", tmp_path / "out.extxyz"
+    copper = bulk("Cu", cubic=True)
+    ase.io.write(template, copper)
+    result = generate(
+        weights, out, "-n", 2, "--template", template, "--strength", 0.3, "--fixed-cell", "--on-sites", "0,2",
+        "--fixed-species", "0=Co", "--fixed-sites", "1", "--elements", "Co,Cu,O", "--exclude-elements", "O",
+        "--composition", "CoCu3", "--guidance-scale", 1.5, "--num-atoms", 4, "--seed", 7,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for atoms in ase.io.read(out, ":"):
+        assert np.allclose(atoms.cell, copper.cell)
+        assert atoms.get_chemical_formula() == "CoCu3"
+        assert atoms.symbols[0] == "Co"
+        info = atoms.info["dosmatgen"]
+        wanted = {"seed": 7, "guidance_scale": 1.5, "num_steps": 10, "strength": 0.3, "fixed_sites": [1]}
+        assert {key: info[key] for key in wanted} == wanted
+        assert set(info["targets"]) == {"0", "2"}
+        assert "O" in info["forbidden_elements"]
+        assert "Ni" in info["forbidden_elements"]
+        assert "Cu" not in info["forbidden_elements"]
+
+
+def test_a_total_target_is_compared_with_the_total(weights: Path, tmp_path: Path) -> None:
+    out, total = tmp_path / "out.extxyz", tmp_path / "total.dat"
+    x = np.linspace(-12, 7, 400)
+    np.savetxt(total, np.stack([x, np.full_like(x, 4.0)], axis=1))
+    flat = tmp_path / "flat.safetensors"
+    save_predictor(flat, torch.ones(95, 151))
+    result = run("generate", total, "--kind", "total", "--sigma", 0.2, "--num-atoms", 2, "-n", 1, "--num-steps",
+                 2, "-o", out, "--weights", weights / "tiny.safetensors", "--predictor", flat, "--device", "cpu")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert ase.io.read(out).info["dosmatgen"]["total_target"]
+    # Two sites of about 1 state/eV for 4 states/eV of the target (the random network adds little).
+    assert float(re.search(r"([\d.]+) │\n", result.output)[1]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_same_command_goes_on_where_it_stopped(weights: Path, tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole.extxyz", tmp_path / "part.extxyz"
+    assert generate(weights, whole, "-n", 4, "--num-atoms", "2,3").exit_code == 0
+    text = whole.read_text()
+    part.write_text(text[: len(text) // 2])  # killed in the middle of a structure
+    kept = text[: len(text) // 2].count("Lattice") - 1
+    assert kept >= 1
+    result = generate(weights, part, "-n", 4, "--num-atoms", "2,3")
+    assert result.exit_code == 0, result.output
+    assert part.read_text().splitlines()[:4] == text.splitlines()[:4]  # what was there stays as it was
+    first, second = (sorted(ase.io.read(p, ":"), key=lambda a: a.info["dosmatgen"]["index"]) for p in (whole, part))
+    assert len(first) == len(second) == 4
+    for a, b in zip(first, second, strict=True):
+        assert (a.symbols == b.symbols).all()
+        assert np.allclose(a.positions, b.positions, atol=1e-4)
+    other = generate(weights, part, "-n", 4, "--num-atoms", "2,3", "--seed", 1)
+    assert other.exit_code == 1
+    assert "holds structures of another request" in other.stderr
+    assert len(ase.io.read(part, ":")) == 4
+
+
+def test_interruption_tells_what_is_kept(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.extxyz"
+    arguments = [
+        "generate",
+        NICKEL,
+        "--site",
+        3,
+        "-n",
+        3,
+        "--num-atoms",
+        "1-3",
+        "--num-steps",
+        1000,
+        "-o",
+        out,
+        "--device",
+        "cpu",
+        "--weights",
+        weights / "tiny.safetensors",
+        "--predictor",
+        weights / "predictor.safetensors",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dosmatgen_ase.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    for _ in range(2400):
+        if process.poll() is not None or (out.exists() and out.stat().st_size):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    kept = indices(out)
+    assert f"interrupted: {len(kept)} of 3 structures are kept in {out}" in errors
+    assert 1 <= len(kept) < 3
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def truncated(tmp_path: Path, weights: Path) -> Path:
+    content = (weights / "tiny.safetensors").read_bytes()
+    path = tmp_path / "truncated.safetensors"
+    path.write_bytes(content[: len(content) // 2])
+    return path
+
+
+def written(tmp_path: Path, name: str, text: str) -> Path:
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+GENERATE: list[tuple[Callable[[Path, Path], list[object]], int, str]] = [
+    (lambda tmp, w: ["absent.xml"], 1, "no file absent.xml"),
+    (lambda tmp, w: [written(tmp, "empty.dat", "")], 1, "is empty"),
+    (lambda tmp, w: [written(tmp, "down.dat", "0 1\n1 -5\n2 1\n")], 1, "must not be negative"),
+    (lambda tmp, w: [written(tmp, "order.dat", "0 1\n2 1\n1 1\n")], 1, "strictly increasing"),
+    (lambda tmp, w: [written(tmp, "far.dat", "50 1\n51 1\n52 1\n")], 1, "falls on the grid"),
+    (lambda tmp, w: [written(tmp, "bad.xml", "<modeling>")], 1, "is not a complete vasprun.xml"),
+    (lambda tmp, w: [NICKEL, "--site", 9], 1, "site 9 does not exist"),
+    (lambda tmp, w: [NICKEL, "--num-atoms", "4-"], 2, "'4-' must be like 4, 4,6 or 4-7"),
+    (lambda tmp, w: [NICKEL, "--num-atoms", "7-4"], 2, "'7-4' must be like"),
+    (lambda tmp, w: [NICKEL, "--num-atoms", "four"], 2, "'four' must be like"),
+    (lambda tmp, w: [NICKEL, "--num-atoms", 0], 1, "must lie between 1 and 20"),
+    (lambda tmp, w: [NICKEL, "--num-atoms", 500], 1, "must lie between 1 and 20"),
+    (lambda tmp, w: [NICKEL, "-n", 0], 1, "n=0 must be a whole number of at least 1"),
+    (lambda tmp, w: [NICKEL, "-n", "many"], 2, "Invalid value for '-n'"),
+    (lambda tmp, w: [NICKEL, "--seed", -1], 1, "seed=-1"),
+    (lambda tmp, w: [NICKEL, "--guidance-scale", "nan"], 1, "guidance_scale=nan"),
+    (lambda tmp, w: [NICKEL, "--num-steps", 0], 1, "num_steps=0"),
+    (lambda tmp, w: [NICKEL, "--fixed-species", "Co"], 2, "'Co' must be like 0=Co"),
+    (lambda tmp, w: [NICKEL, "--fixed-species", "0=Xx"], 1, "not an element"),
+    (lambda tmp, w: [NICKEL, "--elements", "Ni", "--exclude-elements", "Ni"], 1, "leave no element"),
+    (lambda tmp, w: [NICKEL, "--composition", "NiAu3", "--num-atoms", 5], 1, "contradicts composition"),
+    (lambda tmp, w: [NICKEL, "--site", 3, "--on-sites", 6, "--num-atoms", 4], 1, "names site 6"),
+    (lambda tmp, w: [NICKEL, "--site", 3, "--fixed-cell"], 1, "needs a template"),
+    (lambda tmp, w: [NICKEL, "--template", "absent.cif"], 1, "no template absent.cif"),
+    (lambda tmp, w: [NICKEL, "--template", written(tmp, "bad.cif", "nothing")], 1, "is not a structure that ASE reads"),
+    (lambda tmp, w: [NICKEL, "-o", tmp / "absent" / "out.extxyz"], 1, "cannot write"),
+    (lambda tmp, w: [NICKEL, "-o", tmp], 1, "must end in .extxyz or .xyz"),
+    (lambda tmp, w: [NICKEL, "--plot", tmp / "absent" / "out.png"], 1, "cannot write"),
+    (lambda tmp, w: [NICKEL, "--plot", tmp / "out.docx"], 1, "must end in .png or .pdf or .svg"),
+    (lambda tmp, w: [NICKEL, "--weights", "absent.safetensors"], 1, "no weights at absent.safetensors"),
+    (lambda tmp, w: [NICKEL, "--weights", truncated(tmp, w)], 1, "is not a readable safetensors file (truncated?)"),
+    (lambda tmp, w: [NICKEL, "--weights", w / "predictor.safetensors"], 1, "holds a predictor, not a generator"),
+    (lambda tmp, w: [NICKEL, "--predictor", "absent.safetensors"], 1, "no weights at absent.safetensors"),
+    (lambda tmp, w: [NICKEL, "--device", "abacus"], 1, "device='abacus' cannot be used here"),
+    (lambda tmp, w: [NICKEL, "--no-such-option"], 2, "No such option: --no-such-option"),
+    (lambda tmp, w: [], 2, "Missing argument"),
+]
+
+
+def assert_one_line(result: Result, code: int, fragment: str) -> None:
+    assert result.exit_code == code, result.output
+    assert fragment in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "code", "fragment"), GENERATE)
+def test_bad_input_is_one_line(
+    arguments: Callable[[Path, Path], list[object]], code: int, fragment: str, weights: Path, tmp_path: Path
+) -> None:
+    given = arguments(tmp_path, weights)
+    defaults = {"-o": tmp_path / "out.extxyz", "--weights": weights / "tiny.safetensors",
+                "--predictor": weights / "predictor.safetensors"}  # fmt: skip
+    missing = [item for option, value in defaults.items() if option not in given for item in (option, value)]
+    assert_one_line(run("generate", *given, *missing), code, fragment)
+    assert not list(tmp_path.glob("out.*")) or (tmp_path / "out.extxyz").stat().st_size == 0
+
+
+def test_other_commands_fail_in_one_line_too(tmp_path: Path) -> None:
+    assert_one_line(run("generat"), 2, "No such command 'generat'")
+    assert_one_line(run("dos", "absent.xml"), 1, "no file absent.xml")
+    assert_one_line(run("dos", NICKEL, "--reference", "vacuum"), 1, 'reference must be "fermi" or "vbm"')
+    config = written(tmp_path, "config.json", json.dumps(TINY_JSON))
+    assert_one_line(run("train", "--config", "absent.json"), 1, "no config absent.json")
+    assert_one_line(run("train", "--config", written(tmp_path, "a.json", "{")), 1, "is not valid JSON")
+    assert_one_line(run("train", "--config", written(tmp_path, "b.json", "[]")), 1, "must hold a JSON object")
+    unknown = written(tmp_path, "c.json", '{"step": 3}')
+    assert_one_line(run("train", "--config", unknown), 1, "unknown training settings ['step']")
+    assert_one_line(run("train", "--config", config, "--data", tmp_path), 1, "no structures at")
+    assert_one_line(run("train-predictor", "--data", tmp_path), 1, "no label shards")
+
+
+def test_debug_lets_the_traceback_through() -> None:
+    with pytest.raises(FileNotFoundError):
+        CliRunner().invoke(app, ["--debug", "dos", "absent.xml"], catch_exceptions=False)
+
+
+def test_ranges() -> None:
+    assert _whole_numbers("4-7", "x") == [4, 5, 6, 7]
+    assert _whole_numbers("4, 6", "x") == [4, 6]
+    assert _whole_numbers("2,4-5", "x") == [2, 4, 5]
+
+
+# -- the other commands ------------------------------------------------------------------------------------------------
+
+
+def test_dos_shows_how_a_file_is_read(tmp_path: Path) -> None:
+    result = run("dos", NICKEL, "--site", 3, "--plot", tmp_path / "dos.png")
+    assert result.exit_code == 0, result.output
+    target = TargetDOS.from_file(NICKEL, site=3)
+    for fact in (
+        "401 energies from -12.00 to 8.00 eV, step 0.05 eV", "Fermi level (reference=fermi)", "sigma 0.1 eV",
+        f"{target.band_centre():.3f} eV", f"{target.total_states(hi=0.0):.3f}", "[-12.00, 1.40] eV",
+        "npz ni_in_au3ni.npz", "site 3, sites scaled to add up to the total",
+    ):  # fmt: skip
+        assert fact in result.output
+    assert (tmp_path / "dos.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_dos_tells_unknown_windows_and_broadening(tmp_path: Path) -> None:
+    result = run("dos", written(tmp_path, "sketch.dat", "-3 0\n-2 1\n-1 nan\n0 nan\n1 0\n2 0\n"))
+    assert "[-3.00, -2.00], [1.00, 2.00] eV" in result.output
+    assert "unknown, taken as none" in result.output
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few rows of the repository's data: 36 training structures, 30 of them labelled, and 8 other labels."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "site_dos").mkdir()
+    with np.load(min((ROOT / "data" / "site_dos").glob("*.npz"))) as shard:
+        full = {key: shard[key] for key in SHARD_KEYS}
+    rows = np.concatenate([np.flatnonzero(full["split"] == s)[:k] for s, k in (("train", 30), ("val", 4), ("test", 4))])
+    starts, ends = full["atom_offset"][rows], full["atom_offset"][rows + 1]
+    sites = np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
+    per_site = ("atomic_numbers", "frac_coords", "site_dos")
+    cut = {
+        k: v if k == "energies" else v[sites] if k in per_site else v[rows]
+        for k, v in full.items()
+        if k != "atom_offset"
+    }
+    cut["atom_offset"] = np.concatenate([[0], np.cumsum(ends - starts)])
+    np.savez(folder / "site_dos" / "a.npz", **cut)
+    table = pq.read_table(ROOT / "data" / "structures.parquet")
+    labelled = pc.is_in(table["material_id"], pa.array(cut["material_id"][:30].tolist()))
+    bare = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.invert(labelled))).slice(0, 6)
+    pq.write_table(pa.concat_tables([table.filter(labelled), bare]), folder / "structures.parquet")
+    return folder
+
+
+def test_train_makes_weights_and_goes_on(small_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = written(tmp_path, "config.json", json.dumps(TINY_JSON))
+    arguments = ["train", "--config", config, "--data", small_data, "--out", out, "--device", "cpu", "--threads", 1]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"weights: {out / 'weights.safetensors'}\n"
+    assert "36 structures, 30 with a computed and 0 with a predicted DOS" in result.stderr
+    _, header = load_model(out / "weights.safetensors")
+    assert header["training"]["steps"] == 4
+    assert header["data"] == {"structures": 36, "labelled": 30, "predicted": 0}
+    written(tmp_path, "config.json", json.dumps({**TINY_JSON, "learning_rate": 1.0}))
+    other = run(*arguments)
+    assert other.exit_code == 1
+    assert "was started with other settings of ['learning_rate']" in other.stderr.splitlines()[-1]
+
+
+def test_train_predictor_and_pseudo_labels(small_data: Path, tmp_path: Path) -> None:
+    pair, out = tmp_path / "pair", tmp_path / "run"
+    result = run("train-predictor", "--data", small_data, "--out", pair)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"ranker\s*│ \d\.\d\d\s*│ \d\.\d\d", result.stdout)
+    assert {DOSPredictor.load(pair / f"{name}.safetensors").info["fold"] for name in ("ranker", "judge")} == {0, 1}
+
+    config = written(tmp_path, "config.json", json.dumps(TINY_JSON))
+    arguments = ["train", "--config", config, "--data", small_data, "--out", out, "--device", "cpu"]
+    result = run(*arguments, "--pseudo-labels", "auto", "--predictor", pair / "ranker.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "predicting the DOS of 6 structures" in result.stderr
+    assert "30 with a computed and 6 with a predicted DOS" in result.stderr
+    again = run(*arguments, "--pseudo-labels", out / "pseudo_labels.npz")
+    assert again.exit_code == 0, again.output
+    assert "predicting" not in again.stderr
+    assert_one_line(run(*arguments, "--pseudo-labels", "absent.npz"), 1, "no pseudo-labels at absent.npz")
+
+
+def test_the_ready_config_is_valid() -> None:
+    config = TrainingConfig.from_dict(json.loads((ROOT / "configs" / "default.json").read_text()))
+    assert Denoiser(config.network, LatticeProcess((0.0,) * 6, (1.0,) * 6))
+
+
+def test_help_is_complete_and_needs_no_heavy_library() -> None:
+    for command in ("generate", "train", "train-predictor", "dos"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert "--" in result.output
+    code = (
+        "import sys; from dosmatgen_ase.cli import app; "
+        "from typer.testing import CliRunner; r = CliRunner().invoke(app, ['--help']); assert r.exit_code == 0; "
+        "print([m for m in ('torch', 'ase', 'numpy', 'scipy', 'pymatgen', 'chgnet', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+    assert run("--version").output.startswith("dosmatgen ")
