@@ -140,8 +140,10 @@ def test_a_total_target_is_compared_with_the_total(weights: Path, tmp_path: Path
     np.savetxt(total, np.stack([x, np.full_like(x, 4.0)], axis=1))
     flat = tmp_path / "flat.safetensors"
     save_predictor(flat, torch.ones(95, 151))
-    result = run("generate", total, "--kind", "total", "--sigma", 0.2, "--num-atoms", 2, "-n", 1, "--num-steps",
-                 2, "-o", out, "--weights", weights / "tiny.safetensors", "--predictor", flat, "--device", "cpu")  # fmt: skip
+    result = run(
+        "generate", total, "--kind", "total", "--sigma", 0.2, "--num-atoms", 2, "-n", 1, "--num-steps", 2, "-o", out,
+        "--weights", weights / "tiny.safetensors", "--predictor", flat, "--device", "cpu",
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert ase.io.read(out).info["dosmatgen"]["total_target"]
     # Two sites of about 1 state/eV for 4 states/eV of the target (the random network adds little).
