@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm, trange
 
-from .checkpoint import load_tensors, save_tensors
+from .checkpoint import load_tensors, save_tensors, write_atomic
 from .data import MAX_ATOMS, SiteDOSLabels, Structures, formula_fold, load_site_dos
 from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
 
@@ -131,44 +130,42 @@ def site_features(atoms_list: Sequence[Atoms], batch_size: int = 32, progress: b
 
 
 def _save_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Write an npz beside `path`, flush it, then replace."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    """Write a compressed npz atomically, making its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    write_atomic(path, content.getvalue())
 
 
-def cached_site_features(structures: Structures, directory: str | Path, piece: int = 512) -> list[np.ndarray | str]:
+def cached_site_features(
+    structures: Structures, directory: str | Path, piece: int = 512, progress: bool = False
+) -> list[np.ndarray | str]:
     """Return `site_features` of a table of structures, kept on disk in pieces so that an interrupted run resumes.
 
-    A piece is trusted only if it lists the same `material_id` in the same order.
+    Pieces (`*.npz`) are looked up by `material_id`, so one folder serves any selection of the same structures.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    found: list[np.ndarray | str] = []
-    for start in range(0, len(structures), piece):
-        rows = np.arange(start, min(start + piece, len(structures)))
-        path = directory / f"{start:06d}.npz"
-        if path.exists():
-            with np.load(path, allow_pickle=False) as file:
-                if np.array_equal(file["material_id"], structures.material_id[rows]):
-                    parts = np.split(file["features"], np.cumsum(file["counts"])[:-1])
-                    reasons = file["reason"].tolist()
-                    found += [r if r else part for part, r in zip(parts, reasons, strict=True)]
-                    continue
-        fresh = site_features([structures.atoms(i) for i in rows.tolist()])
+    known: dict[str, np.ndarray | str] = {}
+    for path in sorted(directory.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as file:
+            parts = np.split(file["features"], np.cumsum(file["counts"])[:-1])
+            ids, reasons = file["material_id"].tolist(), file["reason"].tolist()
+            known.update((i, reason or part) for i, part, reason in zip(ids, parts, reasons, strict=True))
+    missing = [i for i, material_id in enumerate(structures.material_id.tolist()) if material_id not in known]
+    for start in trange(0, len(missing), piece, disable=not progress, unit="piece", desc="CHGNet features"):
+        rows = missing[start : start + piece]
+        fresh = site_features([structures.atoms(i) for i in rows])
         arrays = [f if isinstance(f, np.ndarray) else np.zeros((0, NUM_FEATURES), np.float32) for f in fresh]
+        ids = structures.material_id[rows]
         _save_npz(
-            path,
-            material_id=structures.material_id[rows],
+            directory / f"{ids[0]}.npz",
+            material_id=ids,
             counts=np.array([len(a) for a in arrays]),
             features=np.concatenate(arrays).astype(np.float16),
             reason=np.array([f if isinstance(f, str) else "" for f in fresh]),
         )
-        found += fresh
-    return found
+        known.update(zip(ids.tolist(), fresh, strict=True))
+    return [known[material_id] for material_id in structures.material_id.tolist()]
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -567,7 +564,7 @@ def evaluate(
 
 
 def pseudo_labels(
-    structures: Structures, predictor: DOSPredictor, cache: str | Path | None = None
+    structures: Structures, predictor: DOSPredictor, cache: str | Path | None = None, progress: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict the site DOS of structures that have no label.
 
@@ -576,6 +573,7 @@ def pseudo_labels(
     structures : n structures
     predictor : the ranking predictor, so that the judge stays independent of what the generator learns
     cache : folder that keeps the CHGNet features, so that an interrupted run resumes; none by default
+    progress : show a progress bar
 
     Returns
     -------
@@ -584,9 +582,9 @@ def pseudo_labels(
         All false on padding and for structures that CHGNet cannot read.
     """
     if cache is None:
-        features = site_features([structures.atoms(i) for i in range(len(structures))])
+        features = site_features([structures.atoms(i) for i in range(len(structures))], progress=progress)
     else:
-        features = cached_site_features(structures, cache)
+        features = cached_site_features(structures, cache, progress=progress)
     numbers = [structures.atomic_numbers[i, :n] for i, n in enumerate(structures.num_atoms)]
     values = np.zeros((len(structures), MAX_ATOMS, MODEL_GRID.size), dtype=np.float16)
     known = np.zeros(values.shape, dtype=bool)
@@ -598,10 +596,14 @@ def pseudo_labels(
 
 
 def write_pseudo_labels(
-    path: str | Path, structures: Structures, predictor: DOSPredictor, cache: str | Path | None = None
+    path: str | Path,
+    structures: Structures,
+    predictor: DOSPredictor,
+    cache: str | Path | None = None,
+    progress: bool = False,
 ) -> None:
     """Write `pseudo_labels` as an npz (material_id, values, known) that `data.load_pseudo_labels` reads, atomically."""
-    values, known = pseudo_labels(structures, predictor, cache)
+    values, known = pseudo_labels(structures, predictor, cache, progress)
     _save_npz(Path(path), material_id=structures.material_id, values=values, known=known)
 
 
