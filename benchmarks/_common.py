@@ -82,7 +82,15 @@ def chgnet_energies(structures: Sequence[Atoms], batch_size: int = 16) -> np.nda
 
 
 def write_results(folder: Path, name: str, report: dict[str, Any], markdown: str) -> None:
-    """Write ``name.json`` and ``name.md``."""
+    """Write ``name.json`` (infinite and undefined numbers as null) and ``name.md``."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / f"{name}.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_atomic(folder / f"{name}.json", (json.dumps(_strict(report), indent=2) + "\n").encode())
     write_atomic(folder / f"{name}.md", markdown.encode())
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -319,14 +319,15 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['targets']} targets of split `{report['split']}`, {count} candidates from pure noise each, number of "
         f"atoms given, guidance_scale {report['guidance_scale']:g}, {report['sampler']['num_steps']} steps. Mean over "
         "targets [95 % bootstrap interval over targets]. Normalised L1 averaged over sites on [-10, 5] eV; *pooled*: "
-        "errors of all sites over all states; *near gap*: pooled on [-2, 2] eV; MAE in states/eV. *Best* is the judge's "
+        "errors of all sites over all states; *near gap*: pooled on [-2, 2] eV; MAE: states/eV. *Best* is the judge's "
         "choice, *ranked pick* that of the predictor that ships. Retrieval (the nearest training DOS to each site's "
         "target) and the per-element mean compare computed DOS with computed DOS, without a judge.",
         "",
         f"The judge ({judge['train_structures']} labelled structures, CHGNet features; CHGNet saw energies, forces and "
         "moments of most of these crystals, never a DOS) was trained on other formulas than the ranking predictor; its "
-        f"error is {text(report['judge_ratio'])} of that of the per-element mean. Accepted: {shares('accepted')}. "
-        f"Sites whose element the judge knows: {shares('supported')}.",
+        f"error is {text(report['judge_ratio'])} of the per-element mean's (ratios to its floor count up to "
+        f"{report['bar']['judge / per-element mean']}). Accepted: {shares('accepted')}. Sites whose element the judge "
+        f"knows: {shares('supported')}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -133,6 +133,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     add_options(parser)
     parser.add_argument("--num-structures", type=int, default=150, help="structures of 1-8 atoms (default 150)")
     parser.add_argument("--num-large", type=int, default=40, help="per larger class of sizes (default 40; 0: none)")
+    parser.add_argument("--cache", type=Path, default=ROOT / "data" / "cache", help="true energies are kept there")
     options = parser.parse_args(arguments)
     if options.num_structures < 1 or options.num_large < 0:
         parser.error("--num-structures must be at least 1 and --num-large at least 0")
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     config = sampler_config(options)
     split = split_of(options)
     structures = load_structures(ROOT / "data" / "structures.parquet", split=split)
-    cache = ROOT / "data" / "cache" / f"chgnet_energy_{split}.json"
+    cache = options.cache / f"chgnet_energy_{split}.json"
     rows: list[dict[str, Any]] = []
     classes = SIZE_CLASSES if options.num_large else SIZE_CLASSES[:1]
     for (low, high), cell_given in tqdm([(c, g) for c in classes for g in (False, True)], unit="row"):

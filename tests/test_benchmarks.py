@@ -1,0 +1,270 @@
+"""The benchmarks at toy size: they run, resume, count what they say, and do not hand the answer to the generator."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import _common
+import numpy as np
+import pytest
+import round_trip
+import structure
+import torch
+from ase import Atoms
+from ase.build import bulk
+from round_trip import MODES, Candidates, Library, Target
+
+from dosmatgen_ase.checkpoint import load_model, save_model
+from dosmatgen_ase.conditioning import ConditionalDenoiser
+from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
+from dosmatgen_ase.denoiser import Denoiser, DenoiserConfig
+from dosmatgen_ase.diffusion.lattice import LatticeProcess
+from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.metrics import bootstrap_interval
+from dosmatgen_ase.predictor import DOSPredictor, PredictorConfig
+from dosmatgen_ase.sampler import SamplerConfig
+
+ROOT = Path(__file__).parents[1]
+STEPS = SamplerConfig(num_steps=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained generator whose cells hold 20 A^3 per atom, and two predictors of different folds."""
+    path = tmp_path_factory.mktemp("weights")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lattice = LatticeProcess((0.0,) * 5 + (math.log(20.0) / math.sqrt(3.0),), (0.05,) * 6)
+        config = DenoiserConfig(width=16, pair_width=16, vector_channels=4, num_layers=1, num_radial=8)
+        save_model(path / "generator.safetensors", ConditionalDenoiser(Denoiser(config, lattice)), {})
+        for fold, name in enumerate(("predictor", "judge")):
+            tables = {
+                "baseline": torch.rand(95, MODEL_GRID.size),
+                "support": torch.full((95, MODEL_GRID.size), 5, dtype=torch.int16),
+                "input_mean": torch.zeros(536),
+                "input_std": torch.ones(536),
+            }
+            small = PredictorConfig(hidden=8, depth=1, members=1)
+            DOSPredictor(small, tables, {"fold": fold, "train_structures": 3}).save(path / f"{name}.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> ConditionalDenoiser:
+    return load_model(folder / "generator.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def labels() -> SiteDOSLabels:
+    """Crystals of three atoms: six for training and two for validation."""
+    everything = load_site_dos(ROOT / "data" / "site_dos")
+    small = everything.num_atoms == 3
+    return everything.select(
+        np.concatenate([np.flatnonzero(small & (everything.split == s))[:n] for s, n in (("train", 6), ("val", 2))])
+    )
+
+
+def same(a: list[Atoms], b: list[Atoms]) -> list[bool]:
+    return [
+        np.array_equal(x.numbers, y.numbers)
+        and np.array_equal(x.positions, y.positions)
+        and np.array_equal(x.cell, y.cell)
+        for x, y in zip(a, b, strict=True)
+    ]
+
+
+def named(atoms: Atoms, name: str) -> Atoms:
+    atoms.info["material_id"] = name
+    return atoms
+
+
+def test_results_are_strict_json(tmp_path: Path) -> None:
+    _common.write_results(tmp_path, "a", {"x": [1.0, math.inf], "y": {"z": math.nan, "w": "inf"}}, "")
+    kept = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert kept == {"x": [1.0, None], "y": {"z": None, "w": "inf"}}
+
+
+# -- structure.py ------------------------------------------------------------------------------------------------------
+
+
+def test_the_structure_benchmark_writes_its_table(folder: Path, tmp_path: Path) -> None:
+    arguments = f"--weights {folder}/generator.safetensors --num-structures 3 --num-large 1 --num-steps 2"
+    report = structure.main([*arguments.split(), "--val", "--out", str(tmp_path), "--cache", str(tmp_path)])
+    assert [(row["atoms"], row["cell"]) for row in report["rows"]] == [
+        (list(sizes), cell) for sizes in structure.SIZE_CLASSES for cell in ("generated", "given")
+    ]
+    assert report["rows"][0]["energy_median"] > 0.1  # an untrained generator must not look good
+    assert json.loads((tmp_path / "structure.json").read_text())["sampler"]["num_steps"] == 2
+    assert (tmp_path / "structure.md").read_text().count("\n| ") == len(report["rows"])
+    assert len(json.loads((tmp_path / "chgnet_energy_val.json").read_text())) == 6
+
+
+def test_the_true_structure_scores_zero_and_a_collapsed_one_infinity(tmp_path: Path) -> None:
+    truths = [named(bulk("NaCl", "rocksalt", a=5.64), "salt"), named(bulk("Cu"), "copper")]
+    reference = structure.true_energies(truths, tmp_path / "energies.json")
+    perfect = structure.measure(truths, truths, reference)
+    assert perfect["energy_quartiles"] == pytest.approx([0.0] * 3, abs=1e-5)
+    assert (perfect["match_rate"], perfect["accepted"]) == (1.0, 1.0)
+    collapsed = truths[0].copy()
+    collapsed.set_cell(0.3 * collapsed.cell, scale_atoms=True)
+    spoilt = structure.measure([collapsed, truths[1]], truths, reference)
+    assert (spoilt["match_rate"], spoilt["accepted"]) == (0.5, 0.5)
+    assert spoilt["energy_quartiles"][2] == math.inf
+
+
+def test_true_energies_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truths = [named(bulk("Cu"), "copper")]
+    first = structure.true_energies(truths, tmp_path / "energies.json")
+    monkeypatch.delattr(structure, "chgnet_energies")
+    assert structure.true_energies(truths, tmp_path / "energies.json") == pytest.approx(first)
+
+
+def test_of_the_true_structure_only_the_species_reach_the_generator(model: ConditionalDenoiser) -> None:
+    truths = [bulk("NaCl", "rocksalt", a=5.64), bulk("Fe"), bulk("CsCl", "cesiumchloride", a=4.1)]
+    truths = [named(atoms, str(atoms.symbols)) for atoms in truths]
+    disguised = [a.copy() for a in truths]
+    for a in disguised:
+        a.set_cell(1.3 * a.cell, scale_atoms=True)
+        a.rattle(0.3, seed=1)
+    made = structure.draw_like(model, truths, STEPS, 0, cell_given=False)
+    assert [a.numbers.tolist() for a in made] == [a.numbers.tolist() for a in truths]
+    assert all(same(made, structure.draw_like(model, disguised, STEPS, 0, cell_given=False)))
+    given = structure.draw_like(model, truths, STEPS, 0, cell_given=True)
+    for a, truth in zip(given, truths, strict=True):
+        np.testing.assert_allclose(a.cell, truth.cell, atol=1e-6)
+    assert not any(same(made, given))
+
+
+# -- round_trip.py -----------------------------------------------------------------------------------------------------
+
+
+def by_mode(made: list[Atoms]) -> dict[str, list[Atoms]]:
+    count = len(made) // len(MODES)
+    return {name: made[i * count : (i + 1) * count] for i, name in enumerate(MODES)}
+
+
+def test_each_mode_is_told_what_it_says_and_no_more(model: ConditionalDenoiser, labels: SiteDOSLabels) -> None:
+    target = Target.from_label(labels, 0, seed=0)
+
+    def draws(t: Target) -> dict[str, list[Atoms]]:
+        return by_mode(round_trip.generate(model, t, 2, STEPS, 1.0, 0))
+
+    first = draws(target)
+    site, elsewhere = target.sites("site"), ~target.sites("site")
+
+    geometry = target.atoms.copy()
+    geometry.set_cell(1.2 * geometry.cell, scale_atoms=True)
+    geometry.rattle(0.3, seed=0)
+    again = draws(replace(target, atoms=geometry))
+    assert all(all(same(first[name], again[name])) for name in MODES)
+
+    other = target.atoms.copy()
+    other.numbers[elsewhere] = 8
+    again = draws(replace(target, atoms=other))
+    unmoved = {name for name in MODES if all(same(first[name], again[name]))}
+    assert unmoved == {name for name, mode in MODES.items() if mode.species != "all"}
+
+    dos = target.dos.copy()
+    dos[elsewhere] += 1.0
+    again = draws(replace(target, dos=dos))
+    unmoved = {name for name in MODES if all(same(first[name], again[name]))}
+    assert unmoved == {name for name, mode in MODES.items() if mode.dos != "all"}
+    dos[site] += 1.0
+    again = draws(replace(target, dos=dos))
+    unmoved = {name for name in MODES if all(same(first[name], again[name]))}
+    assert unmoved == {name for name, mode in MODES.items() if mode.dos == "none"}
+
+    for name, mode in MODES.items():
+        pinned = target.sites(mode.species)
+        assert all((a.numbers[pinned] == target.atoms.numbers[pinned]).all() for a in first[name])
+
+
+def perfect_candidates(target: Target, count: int = 3) -> Candidates:
+    """Every candidate is the target, except that the k-th is judged k times too high, and ranked the other way."""
+    shape = (len(MODES), count, len(target.atoms))
+    high = np.arange(count)[:, None, None]
+    spread = lambda values: np.broadcast_to(values, (*shape, MODEL_GRID.size)).copy()  # noqa: E731
+    return Candidates(
+        numbers=np.broadcast_to(target.atoms.numbers, shape).copy(),
+        accepted=np.ones(shape[:2], dtype=bool),
+        judged=spread(target.dos * (1 + high)),
+        ranked=spread(target.dos * (1 + high[::-1])),
+        supported=np.ones(shape, dtype=bool),
+    )
+
+
+@pytest.mark.parametrize("name", ["conditional", "site with DOS"])
+def test_mean_best_and_pick_of_known_candidates(labels: SiteDOSLabels, name: str) -> None:
+    target = Target.from_label(labels, 1, seed=0)
+    candidates = perfect_candidates(target)
+    figures = round_trip.mode_figures(target, candidates, name)
+    assert [figures[f"l1 {which}"] for which in ("mean", "best", "picked")] == pytest.approx([1.0, 0.0, 2.0], abs=1e-6)
+    candidates.accepted[:, 0] = False
+    candidates.judged[:, 0] = np.nan
+    figures = round_trip.mode_figures(target, candidates, name)
+    assert [figures[f"pooled {which}"] for which in ("mean", "best")] == pytest.approx([1.5, 1.0], abs=1e-6)
+    candidates.accepted[:] = False
+    assert np.isnan(list(round_trip.mode_figures(target, candidates, name).values())).all()
+
+
+def test_a_library_that_holds_the_target_retrieves_it(labels: SiteDOSLabels) -> None:
+    targets = [Target.from_label(labels, i, seed=0) for i in range(len(labels))]
+    library = Library(labels)
+    assert all(library.retrieve(t)["l1 mean"] == pytest.approx(0.0, abs=1e-6) for t in targets)
+    assert library.retrieve(replace(targets[0], dos=targets[0].dos + 0.5))["l1 mean"] > 0.1
+    found = [perfect_candidates(t) for t in targets]
+    for c in found:
+        c.numbers[1] = 1
+    shares = round_trip.element_shares(targets, found, library)
+    assert shares["conditional"]["value"] == shares["nearest neighbour, L1"]["value"] == 1.0
+    assert shares["unconditional"]["value"] == (labels.atomic_numbers == 1).sum() / labels.num_atoms.sum()
+    assert shares["conditional - nearest neighbour, L1"]["value"] == 0.0
+
+
+def test_rejected_candidates_have_no_dos(folder: Path) -> None:
+    made = [bulk("NaCl", "rocksalt", a=5.64) for _ in MODES for _ in range(2)]
+    made[1].set_cell(0.2 * made[1].cell, scale_atoms=True)
+    judge, ranker = (DOSPredictor.load(folder / f"{name}.safetensors") for name in ("judge", "predictor"))
+    candidates = round_trip.judge_candidates(made, judge, ranker)
+    assert candidates.accepted.tolist() == [[True, False]] + [[True, True]] * (len(MODES) - 1)
+    assert np.isnan(candidates.judged).all((-2, -1)).tolist() == (~candidates.accepted).tolist()
+    assert not np.array_equal(candidates.judged[1], candidates.ranked[1])
+
+
+def test_the_round_trip_runs_and_resumes(
+    folder: Path, labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(round_trip, "load_site_dos", lambda path: labels)
+    monkeypatch.setattr(round_trip, "bootstrap_interval", partial(bootstrap_interval, samples=20))
+    names = {"weights": "generator", "judge": "judge", "predictor": "predictor"}
+    files = [f"--{option}={folder}/{name}.safetensors" for option, name in names.items()]
+    small = ["--val", "--num-targets=2", "--candidates=2", "--num-steps=2", f"--cache={tmp_path}/kept"]
+    report = round_trip.main([*files, *small, f"--out={tmp_path}"])
+    assert report["targets"] == len(list((tmp_path / "kept").glob("*/*.npz"))) == 2
+    assert set(report["tables"]) == {"all sites", "one site, its element pinned", "all sites, all elements pinned"}
+    assert {p.name for p in tmp_path.glob("round_trip*")} == {
+        "round_trip.json", "round_trip.md", "round_trip_distances.png", "round_trip_overlays.png",
+    }  # fmt: skip
+    table = (tmp_path / "round_trip.md").read_text()
+    assert all(f"| {name} |" in table for name in (*MODES, "retrieval", "per-element mean"))
+
+    monkeypatch.delattr(round_trip, "draw")
+    assert round_trip.main([*files, *small, f"--out={tmp_path}"]) == report
+    with pytest.raises(NameError):  # other settings, other candidates
+        round_trip.main([*files, *small, "--guidance-scale=2", f"--out={tmp_path}"])
+
+
+def test_the_ranking_predictor_cannot_be_the_judge(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [f"--{option}={folder}/judge.safetensors" for option in ("judge", "predictor")]
+    with pytest.raises(SystemExit):
+        round_trip.main([f"--weights={folder}/generator.safetensors", *files])
+    assert "same fold" in capsys.readouterr().err
