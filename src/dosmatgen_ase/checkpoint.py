@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -32,7 +33,8 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that exists and has space") from error
 
 
@@ -76,7 +78,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file (truncated?): fetch or train it again") from error
-    if header is None:
+    if not isinstance(header, dict) or not {"format_version", "sha256"} <= header.keys():
         raise ValueError(f"{path} holds no dosmatgen-ase header: it was made by another program")
     if header["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{path} has format {header['format_version']}, this version reads {FORMAT_VERSION}: upgrade")
@@ -107,7 +109,10 @@ def load_model(path: str | Path) -> tuple[ConditionalDenoiser, dict[str, Any]]:
     tensors, header = load_tensors(path)
     if header.get("kind") != "generator":
         raise ValueError(f"{path} holds a {header.get('kind')}, not a generator: give the generator's weights")
-    lattice = LatticeProcess(tuple(header["lattice"]["mean"]), tuple(header["lattice"]["std"]))
-    model = ConditionalDenoiser(Denoiser(DenoiserConfig(**header["config"]), lattice))
-    model.load_state_dict(tensors)
+    try:
+        lattice = LatticeProcess(tuple(header["lattice"]["mean"]), tuple(header["lattice"]["std"]))
+        model = ConditionalDenoiser(Denoiser(DenoiserConfig(**header["config"]), lattice))
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"the header of {path} does not describe its own tensors: fetch or train it again") from error
     return model.eval().requires_grad_(False), header
