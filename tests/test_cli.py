@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ase.build import bulk
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from dosmatgen_ase.checkpoint import load_model, save_model
@@ -295,6 +297,7 @@ def test_other_commands_fail_in_one_line_too(tmp_path: Path) -> None:
     unknown = written(tmp_path, "c.json", '{"step": 3}')
     assert_one_line(run("train", "--config", unknown), 1, "unknown training settings ['step']")
     assert_one_line(run("train", "--config", config, "--data", tmp_path), 1, "no structures at")
+    assert_one_line(run("train", "--config", config, "--device", "abacus"), 1, "device='abacus' cannot be used here")
     assert_one_line(run("train-predictor", "--data", tmp_path), 1, "no label shards")
 
 
@@ -415,3 +418,14 @@ def test_help_is_complete_and_needs_no_heavy_library() -> None:
     )
     assert done.stdout.strip() == "[]", done.stderr
     assert run("--version").output.startswith("dosmatgen ")
+
+
+@pytest.mark.parametrize("file", ["README.md", "scripts/demo.sh"])
+def test_commands_in_the_documentation_fit(file: str) -> None:
+    lines = re.findall(r"^(?:\.venv/bin/)?dosmatgen (.+)$", (ROOT / file).read_text(), re.MULTILINE)
+    assert lines
+    for line in lines:
+        name, *arguments = shlex.split(line, comments=True)
+        context = get_command(app).commands[name].make_context(name, arguments)
+        for option in ("dos_file", "config"):
+            assert option not in context.params or (ROOT / context.params[option]).is_file()
