@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 from .crystal import MAX_ATOMS
 from .denoiser import Denoiser, mlp
 from .diffusion.process import NoisyCrystals, Prediction
-
-_Stackable = TypeVar("_Stackable", NoisyCrystals, "DOSCondition")
 
 
 @dataclass(frozen=True)
@@ -92,12 +89,15 @@ class ConditionalDenoiser(nn.Module):
         self.denoiser = denoiser
         self.encoder = DOSEncoder(denoiser.config.num_bins, denoiser.config.width)
 
+    def embed(self, condition: DOSCondition | None, num_atoms: Tensor, size: int) -> Tensor:
+        """Embedding of a condition, shape (B, N, width): the same at every noise level."""
+        if condition is None:
+            condition = DOSCondition.none(len(num_atoms), size, self.denoiser.config.num_bins, num_atoms.device)
+        return self.encoder(condition, num_atoms)
+
     def forward(self, state: NoisyCrystals, condition: DOSCondition | None) -> Prediction:
         """Run the network once."""
-        if condition is None:
-            batch, size = state.species.shape
-            condition = DOSCondition.none(batch, size, self.denoiser.config.num_bins, state.lattice.device)
-        return self.denoiser(state, self.encoder(condition, state.num_atoms))
+        return self.denoiser(state, self.embed(condition, *_shape(state)))
 
 
 @dataclass(frozen=True)
@@ -184,15 +184,19 @@ class Guidance:
     ) -> Callable[[NoisyCrystals, float], tuple[Prediction, int]]:
         """Return a function of (state, t) that gives the guided prediction and the number of network passes it took."""
 
+        embedded: dict[bool, Tensor] = {}  # with the condition, without: encoded once per trajectory
+
+        def embedding(state: NoisyCrystals, conditional: bool) -> Tensor:
+            if conditional not in embedded:
+                embedded[conditional] = model.embed(condition if conditional else None, *_shape(state))
+            return embedded[conditional]
+
         def denoise(state: NoisyCrystals, t: float) -> tuple[Prediction, int]:
             scale = self.scale if self.interval[0] <= t <= self.interval[1] or self.scale == 0 else 1.0
-            if condition is None or scale == 0.0:
-                return model(state, None), 1
-            if scale == 1.0:
-                return model(state, condition), 1
-            batch, size, bins = condition.site.shape
-            null = DOSCondition.none(batch, size, bins, condition.site.device)
-            both = model(_stack(state, state), _stack(condition, null))
+            if condition is None or scale in (0.0, 1.0):
+                return model.denoiser(state, embedding(state, condition is not None and scale == 1.0)), 1
+            twice = replace(state, **{k: torch.cat([v, v]) for k, v in state.__dict__.items()})
+            both = model.denoiser(twice, torch.cat([embedding(state, True), embedding(state, False)]))
             mixed = {}
             for name, value in both.__dict__.items():
                 with_dos, without = value.chunk(2)
@@ -202,5 +206,5 @@ class Guidance:
         return denoise
 
 
-def _stack(a: _Stackable, b: _Stackable) -> _Stackable:
-    return replace(a, **{k: torch.cat([v, getattr(b, k)]) for k, v in a.__dict__.items()})
+def _shape(state: NoisyCrystals) -> tuple[Tensor, int]:
+    return state.num_atoms, state.species.shape[1]

@@ -54,7 +54,8 @@ class PairFeatures:
 def pair_features(cell: Tensor, frac_coords: Tensor, mask: Tensor, num_radial: int, cutoff: float) -> PairFeatures:
     """Sum radial functions over all periodic images of every pair within ``cutoff``.
 
-    Only pairs and images inside the cutoff are evaluated; a site's own images count, the site itself does not.
+    Only pairs i <= j and images inside the cutoff are evaluated (the pair (j, i) has the opposite vectors); a site's own
+    images count, the site itself does not.
 
     Parameters
     ----------
@@ -64,37 +65,41 @@ def pair_features(cell: Tensor, frac_coords: Tensor, mask: Tensor, num_radial: i
     """
     batch, size = frac_coords.shape[:2]
     device = cell.device
-    difference = minimum_image(frac_coords[:, None] - frac_coords[:, :, None])  # (B, i, j, 3): from i to j
-    vectors = torch.einsum("bijc,bcx->bijx", difference, cell)
+    first, second = torch.triu_indices(size, size, device=device)
+    num_pairs = len(first)
+    difference = minimum_image(frac_coords[:, second] - frac_coords[:, first])  # (B, P, 3): from first to second
+    vectors = difference @ cell
+    real = mask[:, first] & mask[:, second]
+    longest = (vectors.norm(dim=-1) * real).amax(1)
     heights = 1 / torch.linalg.inv(cell).norm(dim=1)  # distance between lattice planes, per axis
     reach = torch.floor(cutoff / heights.amin(0) + 0.5).clamp(max=MAX_IMAGES).long().tolist()
-    axes = [torch.arange(-r, r + 1, device=device, dtype=cell.dtype) for r in reach]
-    images = torch.cartesian_prod(*axes)
-    translations = torch.einsum("mc,bcx->bmx", images, cell)
-    real = mask[:, :, None] & mask[:, None, :]
-    longest = (vectors.norm(dim=-1) * real).flatten(1).amax(1)
+    images = torch.cartesian_prod(*(torch.arange(-r, r + 1, device=device, dtype=cell.dtype) for r in reach))
+    translations = images @ cell  # (B, M, 3)
     which, image = torch.nonzero(translations.norm(dim=-1) < cutoff + longest[:, None], as_tuple=True)
-    candidates = vectors.flatten(1, 2)[which] + translations[which, image][:, None]  # (M, N*N, 3)
+    candidates = vectors[which] + translations[which, image][:, None]  # (C, P, 3)
     squared = (candidates * candidates).sum(-1)
-    inside = (squared < cutoff**2) & (squared > 1e-6) & real.flatten(1)[which]
-    entry, pair = torch.nonzero(inside, as_tuple=True)
+    entry, pair = torch.nonzero((squared < cutoff**2) & (squared > 1e-6) & real[which], as_tuple=True)
     distance = squared[entry, pair].sqrt()
     unit = candidates[entry, pair] / distance[:, None]
 
     centres = torch.linspace(0.5, cutoff - 0.5, num_radial, device=device, dtype=cell.dtype)
-    spacing = centres[1] - centres[0]
+    spacing = (cutoff - 1.0) / (num_radial - 1)
     envelope = 0.5 * (1 + torch.cos(torch.pi * distance / cutoff))
     radial = torch.exp(-(((distance[:, None] - centres) / spacing) ** 2)) * envelope[:, None]
-    x, y, z = unit.unbind(1)
-    tensor = torch.stack([x * x, y * y, z * z, x * y, x * z, y * z], 1)
-    angular = torch.cat([torch.ones_like(x)[:, None], unit, tensor], 1)  # (E, 10)
-    total = torch.zeros(batch * size * size, 10 * num_radial, device=device, dtype=cell.dtype)
-    total.index_add_(0, which[entry] * size * size + pair, (angular[:, :, None] * radial[:, None]).flatten(1))
-    total = total.view(batch, size, size, 10, num_radial)
+    # 1; x, y, z; xx, yy, zz, xy, xz, yz
+    angular = torch.cat([torch.ones_like(unit[:, :1]), unit, unit * unit, unit[:, :1] * unit[:, 1:], unit[:, 1:2] * unit[:, 2:]], 1)
+    total = torch.zeros(batch * num_pairs, 10 * num_radial, device=device, dtype=cell.dtype)
+    total.index_add_(0, which[entry] * num_pairs + pair, (angular[:, :, None] * radial[:, None]).flatten(1))
+    total = total.view(batch, num_pairs, 10, num_radial)
     # Crowded noise must not drown the network: compress scalars, and damp vectors and tensors alike.
-    scalar = total[..., 0, :]
-    damped = total[..., 1:, :] / (1 + 0.3 * scalar[..., None, :])
-    return PairFeatures(torch.log1p(scalar), damped[..., :3, :], damped[..., 3:, :])
+    scalar = total[:, :, 0]
+    damped = total[:, :, 1:] / (1 + 0.3 * scalar[:, :, None])
+    # From pairs i <= j to the full square.
+    row = torch.zeros(size, size, dtype=torch.int64, device=device)
+    row[first, second] = row[second, first] = torch.arange(num_pairs, device=device)
+    sign = torch.ones(size, size, device=device, dtype=cell.dtype).triu() * 2 - 1
+    vector = damped[:, row, :3] * sign[:, :, None, None]
+    return PairFeatures(torch.log1p(scalar)[:, row], vector, damped[:, row, 3:])
 
 
 def mlp(*widths: int) -> nn.Sequential:
