@@ -146,9 +146,9 @@ class Layer(nn.Module):
         hidden = silu(hidden + pair + to_i[:, :, None] + to_j[:, None])
         pair = pair + silu(self.pair_out(hidden)) * pair_mask
         gate_vector, gate_carry = (self.vector_gate(pair) * pair_mask).chunk(2, -1)
-        u = u + ((gate_vector[:, :, :, None] * vector).sum(2) + torch.einsum("bijc,bjxc->bixc", gate_carry, u) / count)
+        u = u + ((gate_vector[:, :, :, None] * vector).sum(2) + (gate_carry[:, :, :, None] * u[:, None]).sum(2) / count)
         left, right = self.vector_mix(u).chunk(2, -1)
-        local = torch.einsum("bijd,bjd->bid", self.filter(features.scalar), self.filter_site(x))
+        local = (self.filter(features.scalar) * self.filter_site(x)[:, None]).sum(2)
         pooled = (x.sum(1, keepdim=True) / count[..., 0]).expand_as(x)
         update = self.site(torch.cat([x, local, pooled, pair.sum(2) / count[..., 0], (left * right).sum(2)], -1))
         dh, gate = update.split([h.shape[-1], u.shape[-1]], -1)
