@@ -58,6 +58,14 @@ class Constraints:
         """Move every tensor to ``device``."""
         return replace(self, **{k: v.to(device) for k, v in self.__dict__.items()})
 
+    def admit(self, atomic_numbers: Tensor) -> Tensor:
+        """Mask the free sites, shape (B, N), whose element (from a template) is not allowed or used too often."""
+        free = (atomic_numbers > 0) & ~self.fixed_species
+        same = (atomic_numbers[:, :, None] == atomic_numbers[:, None]) & free[:, None]
+        used_before = same.tril(-1).sum(-1)
+        refused = ~self.allowed.gather(1, atomic_numbers) | (used_before >= self.remaining.gather(1, atomic_numbers))
+        return torch.where(free & refused, torch.full_like(atomic_numbers, species.MASKED), atomic_numbers)
+
     def reveal(self, revealed: Tensor, logits: Tensor, uniform: Tensor, now: Tensor, order: Tensor) -> Tensor:
         """Draw the elements of the sites revealed in one step, one after the other where a composition couples them.
 

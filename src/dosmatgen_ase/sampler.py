@@ -129,6 +129,7 @@ def sample(
     tau = randomness.reveal_time
     species_level = _species_level(strength, config)
     numbers = species.noised(start.atomic_numbers, tau, species_level * hidden)
+    numbers = constraints.admit(numbers) if steps else numbers
     calls, site_dos = 0, None
     for t, s in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
         t_lattice, s_lattice = t**config.lattice_exponent, s**config.lattice_exponent
