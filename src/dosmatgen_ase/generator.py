@@ -7,9 +7,11 @@ each was made.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -77,10 +79,12 @@ class Request:
             With both culprits named where two arguments contradict each other.
         """
         total, targets = _targets(dos, sites)
-        pins = {int(i): _element(e, f"fixed_species[{i}]") for i, e in (fixed_species or {}).items()}
-        held = set(map(int, fixed_sites or ()))
+        pinned = dict(fixed_species or {})
+        pins = {i: _element(pinned[i], f"fixed_species[{i}]") for i in _indices(pinned, "fixed_species")}
+        held = set(_indices(fixed_sites or (), "fixed_sites"))
         if template is not None:
             check_atoms(template, "template")
+            template = _right_handed(template)
             for constraint in template.constraints:
                 if not isinstance(constraint, FixAtoms):
                     raise ValueError(f"template has a {type(constraint).__name__}: only FixAtoms is understood, remove it")
@@ -92,11 +96,6 @@ class Request:
             raise ValueError(f"{'fixed_cell' if fixed_cell else 'fixed_sites'} needs a template to take its values from")
         counts = _composition(composition)
         allowed = _allowed(elements, exclude_elements)
-        for i, z in pins.items():
-            if z not in allowed:
-                raise ValueError(f"fixed_species[{i}]={chemical_symbols[z]} contradicts elements/exclude_elements")
-            if counts and z not in counts:
-                raise ValueError(f"fixed_species[{i}]={chemical_symbols[z]} contradicts composition={composition!r}")
         for z in counts:
             if z not in allowed:
                 raise ValueError(f"composition={composition!r} contradicts elements/exclude_elements: {chemical_symbols[z]}")
@@ -109,10 +108,12 @@ class Request:
         ):
             if size is None:
                 continue
+            if size > MAX_ATOMS:
+                raise ValueError(f"{name} has {size} atoms: a cell has at most {MAX_ATOMS}, use a smaller one")
             if chosen is None:
                 chosen = (size,)
             multiple = name == "composition" and all(s % size == 0 for s in chosen)
-            if chosen != (size,) and not multiple:
+            if set(chosen) != {size} and not multiple:
                 raise ValueError(f"num_atoms={sorted(set(chosen))} contradicts {name}, which has {size} atoms")
         for name, used in (("dos", set(targets)), ("fixed_species", set(pins)), ("fixed_sites", held)):
             for i in sorted(used):
@@ -122,6 +123,12 @@ class Request:
             targets, total, chosen, template, strength if template is not None else 1.0, pins, frozenset(held), fixed_cell,
             counts, allowed,
         )  # fmt: skip
+        for i, z in request.pinned_species().items():
+            name = f"site {i} is to stay {chemical_symbols[z]}, which"
+            if z not in allowed:
+                raise ValueError(f"{name} contradicts elements/exclude_elements: allow it, or leave the site free")
+            if counts and z not in counts:
+                raise ValueError(f"{name} contradicts composition={composition!r}: add it, or leave the site free")
         for size in chosen or ():
             request.check_composition(size)
         return request
@@ -146,9 +153,14 @@ class Request:
         return {z: factor * count - pinned.count(z) for z, count in self.composition.items()}
 
     def pinned_species(self) -> dict[int, int]:
-        """Fixed species, and those of fixed sites of the template."""
-        held = {} if self.template is None else {i: int(self.template.numbers[i]) for i in self.fixed_sites}
-        return {**held, **self.fixed_species}
+        """Fixed species, and those of the template on fixed sites (strength 0: on all sites)."""
+        if self.template is None:
+            return self.fixed_species
+        return {**{i: int(self.template.numbers[i]) for i in self.held_sites()}, **self.fixed_species}
+
+    def held_sites(self) -> list[int]:
+        """Sites that stay where the template has them."""
+        return list(range(len(self.template or ()))) if self.strength == 0 else sorted(self.fixed_sites)
 
     def condition(self, sizes: Sequence[int]) -> DOSCondition | None:
         """Targets on the model's grid for crystals of these sizes; None if there are none."""
@@ -190,6 +202,7 @@ class Request:
             "targets": {str(i): t.digest() for i, t in self.site_targets.items()},
             "total_target": self.total_target.digest() if self.total_target is not None else None,
             "template": self.template.get_chemical_formula() if self.template is not None else None,
+            "template_sha256": _digest(self.template) if self.template is not None else None,
             "strength": self.strength if self.template is not None else None,
             "fixed_species": {str(i): chemical_symbols[z] for i, z in self.fixed_species.items()},
             "fixed_sites": sorted(self.fixed_sites),
@@ -348,7 +361,7 @@ class DOSGenerator:
         whole = isinstance(dos, Sequence)
         request = Request.parse(
             dos, len(atoms), None if whole or isinstance(dos, Mapping | None) else [int(i) for i in info["targets"]] or None,
-            template, info["strength"] or 1.0, {int(i): e for i, e in info["fixed_species"].items()}, info["fixed_sites"],
+            template, 1.0 if info["strength"] is None else info["strength"], {int(i): e for i, e in info["fixed_species"].items()}, info["fixed_sites"],
             info["fixed_cell"], info["composition"] or None, None, info["forbidden_elements"],
         )  # fmt: skip
         if self.header["sha256"] != info["weights"] or request.record() != {k: info[k] for k in request.record()}:
@@ -449,22 +462,30 @@ class _Stream:
         ValueError
             If the file holds structures of another request.
         """
-        lines = self.path.read_text().splitlines(keepends=True)
+        another = ValueError(f"{self.path} holds structures of another request: choose another file or delete it")
+        try:
+            lines = self.path.read_text().splitlines(keepends=True)
+        except UnicodeDecodeError:
+            raise another from None
         end = 0
         while end < len(lines) and lines[end].strip().isdigit():
             after = end + 2 + int(lines[end])
             if after > len(lines) or not lines[after - 1].endswith("\n"):
                 break
             end = after
-        if end != len(lines):
-            write_atomic(self.path, "".join(lines[:end]).encode())
-        if end == 0:
-            return []
-        frames = ase.io.read(self.path, index=":", format="extxyz")
+        try:
+            frames = ase.io.read(io.StringIO("".join(lines[:end])), index=":", format="extxyz") if end else []
+        except (OSError, ValueError):
+            raise another from None
         for atoms in frames:
             info = atoms.info.get("dosmatgen")
             if info is None or any(info.get(k) != v for k, v in json.loads(json.dumps(self.record)).items()):
-                raise ValueError(f"{self.path} holds structures of another request: choose another file or delete it")
+                raise another
+        rest = lines[end:]
+        if rest and not (rest[0].strip().isdigit() and (len(rest) < 3 or "dosmatgen" in rest[1])):
+            raise another  # no frame of ours that was cut short: it is not ours to drop
+        if rest:
+            write_atomic(self.path, "".join(lines[:end]).encode())
         return frames
 
     def append(self, atoms: Atoms) -> None:
@@ -483,7 +504,7 @@ def _targets(dos: DOSInput, sites: Sequence[int] | None) -> tuple[TargetDOS | No
             if sites is not None:
                 raise ValueError("sites contradicts a target of kind 'total', which belongs to the cell: drop one of them")
             return dos, {}
-        chosen = [0] if sites is None else [int(i) for i in sites]
+        chosen = [0] if sites is None else _indices(sites, "sites")
         if not chosen:
             raise ValueError("sites is empty: name at least one site, or leave it out for site 0")
         return None, dict.fromkeys(chosen, dos)
@@ -492,7 +513,7 @@ def _targets(dos: DOSInput, sites: Sequence[int] | None) -> tuple[TargetDOS | No
         raise TypeError("dos must be a TargetDOS, a list of them, a mapping {site: TargetDOS}, or None: see TargetDOS.from_*")
     if any(t.kind == "total" for _, t in pairs):
         raise ValueError("a target of kind 'total' belongs to the cell: give it alone, not in a list or mapping")
-    return None, {int(i): t for i, t in pairs}
+    return None, dict(zip(_indices([i for i, _ in pairs], "dos"), (t for _, t in pairs), strict=True))
 
 
 def _on_model_grid(target: TargetDOS) -> tuple[torch.Tensor, torch.Tensor]:
@@ -504,11 +525,32 @@ def _on_model_grid(target: TargetDOS) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(resampled.values * resampled.known, dtype=torch.float32), torch.tensor(resampled.known)
 
 
+def _indices(values: Iterable[Any], name: str) -> list[int]:
+    chosen = list(values)
+    if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in chosen):
+        raise TypeError(f"{name} must name sites by whole numbers, counted from 0, not {chosen!r}")
+    return [int(i) for i in chosen]
+
+
+def _right_handed(template: Atoms) -> Atoms:
+    """A copy whose cell is right-handed: (a, b, c) -> (-a, -b, -c) is the same lattice and moves no atom."""
+    copy = template.copy()
+    if np.linalg.det(np.asarray(template.cell)) < 0:
+        copy.set_cell(-np.asarray(template.cell))
+    return copy
+
+
+def _digest(atoms: Atoms) -> str:
+    """SHA-256 of cell, positions and species."""
+    parts = (np.asarray(atoms.cell), atoms.positions, atoms.numbers.astype(np.int64))
+    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+
+
 def _element(value: str | int, name: str) -> int:
-    z = NUMBER_OF.get(value, 0) if isinstance(value, str) else int(value)
-    if not 1 <= z <= MAX_ATOMIC_NUMBER:
+    z = NUMBER_OF.get(value, 0) if isinstance(value, str) else value
+    if not isinstance(z, int | np.integer) or not 1 <= z <= MAX_ATOMIC_NUMBER:
         raise ValueError(f"{name}={value!r} is not an element from H to Pu: use a symbol such as 'Co'")
-    return z
+    return int(z)
 
 
 def _composition(composition: str | Mapping[str, int] | None) -> dict[int, int]:
@@ -537,7 +579,7 @@ def _allowed(elements: Sequence[str] | None, exclude: Sequence[str] | None) -> f
 def _sizes(num_atoms: int | Sequence[int] | None) -> tuple[int, ...] | None:
     if num_atoms is None:
         return None
-    sizes = (num_atoms,) if isinstance(num_atoms, int | np.integer) else tuple(num_atoms)
+    sizes = tuple(num_atoms) if isinstance(num_atoms, Iterable) else (num_atoms,)
     if not sizes or not all(isinstance(s, int | np.integer) and not isinstance(s, bool) for s in sizes):
         raise ValueError(f"num_atoms={num_atoms!r} must be a whole number or a list of them")
     if not all(1 <= s <= MAX_ATOMS for s in sizes):
@@ -558,9 +600,13 @@ def _device(name: str | None) -> torch.device:
 
 def _orient(atoms: Atoms, request: Request) -> None:
     """Turn the canonical cell: into the template's orientation, else into the standard form (a along x)."""
-    if request.fixed_cell or (request.template is not None and request.strength == 0):
-        cell = np.asarray(request.template.cell)  # type: ignore[union-attr]  # both imply a template
-    elif request.template is not None:
+    if request.template is not None and (request.fixed_cell or request.strength == 0):
+        cell = np.asarray(request.template.cell)
+        atoms.set_cell(cell, scale_atoms=True)
+        # Held sites have their positions to the last digit, not by way of float32.
+        atoms.positions[request.held_sites()] = request.template.positions[request.held_sites()]
+        return
+    if request.template is not None:
         template = torch.tensor(np.asarray(request.template.cell))[None]
         rotation = symmetric_exp(-symmetric_log(template)) @ template
         cell = np.asarray(atoms.cell) @ rotation[0].numpy()
