@@ -1,0 +1,523 @@
+"""`DOSGenerator` as a user meets it. The weights are an untrained tiny network: no test depends on their quality."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.constraints import FixAtoms, FixBondLength
+
+import dosmatgen_ase
+from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase.generator import MAX_ATTEMPTS
+from dosmatgen_ase.screening import Screening, screen
+
+STEPS = 4  # of the sampler, everywhere in this file
+TARGET = TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1))
+OTHER = TargetDOS.from_peaks([(-5.0, 3.0, 1.0)], window=(-9, 4))
+TOTAL = TargetDOS.from_arrays(np.linspace(-8, 4, 121), np.ones(121), kind="total")
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_weights: Path) -> DOSGenerator:
+    return DOSGenerator(tiny_weights, device="cpu")
+
+
+def make(generator: DOSGenerator, dos: Any = TARGET, n: int | None = 3, **settings: Any) -> Any:
+    return generator.generate(dos, n, **{"num_atoms": 3, "num_steps": STEPS, "seed": 0, **settings})
+
+
+def record(atoms: Atoms) -> dict[str, Any]:
+    return atoms.info["dosmatgen"]
+
+
+def assert_same(first: Atoms, second: Atoms, tolerance: float = 1e-3) -> None:
+    assert (first.numbers == second.numbers).all()
+    np.testing.assert_allclose(first.cell, second.cell, atol=tolerance)
+    difference = first.get_scaled_positions() - second.get_scaled_positions()
+    np.testing.assert_allclose(difference - np.round(difference), 0, atol=tolerance)
+
+
+def differ(first: Atoms, second: Atoms) -> bool:
+    return (first.numbers != second.numbers).any() or np.abs(first.cell - second.cell).max() > 0.01
+
+
+# -- what comes back ---------------------------------------------------------------------------------------------------
+
+
+def test_none_gives_one_structure_and_a_number_gives_a_list(generator: DOSGenerator) -> None:
+    one, several = make(generator, n=None), make(generator, n=1)
+    assert isinstance(one, Atoms)
+    assert isinstance(several, list)
+    assert len(several) == 1
+    assert_same(one, several[0])
+
+
+def test_every_structure_is_a_periodic_right_handed_crystal(generator: DOSGenerator) -> None:
+    made = make(generator, n=12, num_atoms=[1, 2, 5])
+    assert len(made) == 12
+    for atoms in made:
+        assert atoms.pbc.all()
+        assert atoms.cell.volume > 0
+        assert np.linalg.det(atoms.cell) > 0
+        assert np.isfinite(atoms.positions).all()
+        assert screen(atoms).accepted
+        np.testing.assert_allclose(np.asarray(atoms.cell)[np.triu_indices(3, 1)], 0, atol=1e-6)  # a along x
+
+
+def test_sizes_are_taken_in_turn(generator: DOSGenerator) -> None:
+    made = make(generator, n=7, num_atoms=[2, 5, 3])
+    assert [len(a) for a in made] == [2, 5, 3, 2, 5, 3, 2]
+    assert [record(a)["index"] for a in made] == list(range(7))
+
+
+def test_sizes_are_drawn_where_none_is_given(generator: DOSGenerator) -> None:
+    made = generator.generate({3: TARGET}, 12, num_steps=1, seed=0)
+    sizes = {len(a) for a in made}
+    assert min(sizes) >= 4  # site 3 must exist
+    assert max(sizes) <= 20
+    assert len(sizes) > 3
+
+
+@pytest.mark.parametrize("dos", [None, TARGET, [TARGET, OTHER, TARGET], {0: OTHER, 2: TARGET}, TOTAL])
+def test_every_form_of_target(dos: Any, generator: DOSGenerator) -> None:
+    assert [len(a) for a in make(generator, dos, n=2)] == [3, 3]
+
+
+def test_a_list_of_targets_gives_the_number_of_atoms(generator: DOSGenerator) -> None:
+    assert len(make(generator, [TARGET, OTHER], n=None, num_atoms=None)) == 2
+
+
+def test_sites_place_the_target(generator: DOSGenerator) -> None:
+    by_sites = make(generator, TARGET, n=2, sites=[1, 2])
+    by_mapping = make(generator, {1: TARGET, 2: TARGET}, n=2)
+    for a, b in zip(by_sites, by_mapping, strict=True):
+        assert_same(a, b)
+    assert any(differ(a, b) for a, b in zip(by_sites, make(generator, TARGET, n=2), strict=True))
+
+
+# -- seeds -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_seed_decides(generator: DOSGenerator) -> None:
+    first, again, other = make(generator), make(generator), make(generator, seed=1)
+    for a, b in zip(first, again, strict=True):
+        assert (a.positions == b.positions).all()
+        assert (a.numbers == b.numbers).all()
+    assert all(differ(a, b) for a, b in zip(first, other, strict=True))
+    assert all(differ(a, b) for i, a in enumerate(first) for b in first[:i])
+
+
+def test_without_a_seed_every_call_differs(generator: DOSGenerator) -> None:
+    first, second = make(generator, n=None, seed=None), make(generator, n=None, seed=None)
+    assert record(first)["seed"] != record(second)["seed"]
+    assert differ(first, second)
+
+
+def test_the_first_structures_do_not_depend_on_how_many_follow(generator: DOSGenerator) -> None:
+    few, many = make(generator, n=2, num_atoms=[3, 4]), make(generator, n=64, num_atoms=[3, 4])
+    for a, b in zip(few, many, strict=False):
+        assert_same(a, b)
+
+
+def test_no_global_random_state_is_used(generator: DOSGenerator) -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    before = torch.random.get_rng_state(), np.random.get_state()[1].tobytes()  # noqa: NPY002
+    make(generator)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tobytes() == before[1]  # noqa: NPY002
+
+
+# -- the record --------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_says_how_a_structure_was_made(generator: DOSGenerator) -> None:
+    atoms = make(generator, n=2, guidance_scale=1.5, exclude_elements=["Pu"])[1]
+    info = json.loads(json.dumps(record(atoms), allow_nan=False))
+    assert info == record(atoms)
+    assert info["version"] == dosmatgen_ase.__version__
+    assert len(info["weights"]) == 64
+    assert (info["seed"], info["index"], info["num_steps"], info["guidance_scale"]) == (0, 1, STEPS, 1.5)
+    assert info["targets"] == {"0": TARGET.digest()}
+    assert info["network_calls"] == 2 * STEPS  # conditional and unconditional
+    assert info["forbidden_elements"] == ["Pu"]
+
+
+TEMPLATE = bulk("Cu", cubic=True)
+REQUESTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "site": (TARGET, {}),
+    "sites": (TARGET, {"sites": [1, 2]}),
+    "total": (TOTAL, {}),
+    "list": ([TARGET, OTHER, OTHER], {}),
+    "mapping": ({2: TARGET}, {"guidance_scale": 2.0}),
+    "nothing": (None, {"elements": ["Cu", "O"]}),
+    "composition": (TARGET, {"composition": "CuAu2", "fixed_species": {0: "Cu"}}),
+    "template": (TARGET, {"template": TEMPLATE, "strength": 0.5, "num_atoms": None, "fixed_sites": [1]}),
+    "strength 0": (TARGET, {"template": TEMPLATE, "strength": 0.0, "num_atoms": None, "fixed_species": {0: "Co"}}),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_structure_is_made_again_from_its_record(name: str, generator: DOSGenerator, tmp_path: Path) -> None:
+    dos, settings = REQUESTS[name]
+    atoms = make(generator, dos, n=3, **settings)[2]
+    ase.io.write(tmp_path / "one.extxyz", atoms)
+    stored = ase.io.read(tmp_path / "one.extxyz")
+    again = generator.regenerate(stored, dos, template=settings.get("template"))
+    assert_same(again, atoms)
+    assert record(again) == record(atoms)
+
+
+def test_regeneration_refuses_what_is_not_the_same(generator: DOSGenerator) -> None:
+    atoms = make(generator, n=None)
+    with pytest.raises(ValueError, match=r"not those of the record: give the same"):
+        generator.regenerate(atoms, OTHER)
+    with pytest.raises(ValueError, match="it was not made by DOSGenerator"):
+        generator.regenerate(bulk("Cu"), TARGET)
+    near = make(generator, n=None, num_atoms=None, template=TEMPLATE)
+    stretched = TEMPLATE.copy()
+    stretched.set_cell(1.1 * stretched.cell, scale_atoms=True)  # the formula is the same
+    with pytest.raises(ValueError, match="not those of the record"):
+        generator.regenerate(near, TARGET, template=stretched)
+
+
+# -- never the answer --------------------------------------------------------------------------------------------------
+
+
+def test_where_a_target_came_from_does_not_matter(generator: DOSGenerator) -> None:
+    """The same arrays give the same structure, whatever the provenance tells of the crystal they were computed for."""
+    structure = {"structure": TEMPLATE.todict()["positions"].tolist(), "formula": "Cu4", "source": "vasprun.xml"}
+    told = replace(TARGET, provenance=structure)
+    assert told.provenance != TARGET.provenance
+    a, b = make(generator, TARGET), make(generator, told)
+    for first, second in zip(a, b, strict=True):
+        assert (first.positions == second.positions).all()
+        assert (first.numbers == second.numbers).all()
+        assert (np.asarray(first.cell) == np.asarray(second.cell)).all()
+
+
+def test_nothing_starts_warm_by_default() -> None:
+    parameters = inspect.signature(DOSGenerator.generate_iter).parameters
+    for name in ("template", "fixed_species", "fixed_sites", "composition", "elements", "num_atoms"):
+        assert parameters[name].default is None
+    assert parameters["fixed_cell"].default is False
+
+
+def test_a_target_changes_the_structure_and_scale_zero_ignores_it(generator: DOSGenerator) -> None:
+    with_dos, other = make(generator, TARGET), make(generator, OTHER)
+    assert any((a.positions != b.positions).any() for a, b in zip(with_dos, other, strict=True))
+    for a, b in zip(make(generator, TARGET, guidance_scale=0), make(generator, None), strict=True):
+        assert (a.positions == b.positions).all()
+        assert (a.numbers == b.numbers).all()
+
+
+def test_values_at_unknown_energies_are_not_read(generator: DOSGenerator) -> None:
+    energies = np.linspace(-8, 4, 121)
+    known = energies < 0
+    values = np.exp(-(energies**2))
+    a = TargetDOS.from_arrays(energies, values, known=known)
+    b = TargetDOS.from_arrays(energies, np.where(known, values, np.nan), known=known)
+    assert (make(generator, a, n=None).positions == make(generator, b, n=None).positions).all()
+
+
+# -- templates ---------------------------------------------------------------------------------------------------------
+
+
+def skewed_template(handed: float = 1.0) -> Atoms:
+    """Triclinic, turned in space, with positions outside of the cell."""
+    cell = np.array([[0.3, 4.1, 0.2], [0.1, 0.4, handed * 5.0], [4.4, -0.5, 0.3]])
+    frac = [[0.05, 0.1, 0.2], [0.6, 0.55, 1.4], [-0.3, 0.8, 0.75]]
+    return Atoms("CuZnO", cell=cell, scaled_positions=frac, pbc=True)
+
+
+@pytest.mark.parametrize("handed", [1.0, -1.0], ids=["right", "left"])
+def test_strength_zero_returns_the_template(handed: float, generator: DOSGenerator) -> None:
+    template = skewed_template(handed)
+    atoms = make(generator, n=None, num_atoms=None, template=template, strength=0.0)
+    assert (atoms.numbers == template.numbers).all()
+    assert (atoms.positions == template.positions).all()
+    sign = np.sign(np.linalg.det(np.asarray(template.cell)))
+    assert (np.asarray(atoms.cell) == sign * np.asarray(template.cell)).all()  # the same lattice, right-handed
+    assert record(atoms)["network_calls"] == 0
+
+
+@pytest.mark.parametrize("handed", [1.0, -1.0], ids=["right", "left"])
+def test_a_small_strength_stays_near_in_the_orientation_of_the_template(handed: float, generator: DOSGenerator) -> None:
+    template = skewed_template(handed)
+    atoms = make(generator, n=None, num_atoms=None, template=template, strength=0.02, num_steps=100)
+    sign = np.sign(np.linalg.det(np.asarray(template.cell)))
+    np.testing.assert_allclose(np.asarray(atoms.cell), sign * np.asarray(template.cell), atol=0.4)
+    difference = np.linalg.solve(np.asarray(atoms.cell).T, (atoms.positions - template.positions).T).T
+    difference -= np.round(difference)
+    assert np.abs(difference).max() < 0.1
+    assert (atoms.positions != template.positions).any()
+
+
+def test_fixed_cell_and_sites_are_exact(generator: DOSGenerator) -> None:
+    template = skewed_template()
+    template.set_constraint(FixAtoms([0, 2]))
+    for atoms in make(generator, n=3, num_atoms=None, template=template, strength=1.0):
+        assert (np.asarray(atoms.cell) == np.asarray(template.cell)).all()
+        assert (atoms.positions[[0, 2]] == template.positions[[0, 2]]).all()
+        assert (atoms.numbers[[0, 2]] == template.numbers[[0, 2]]).all()
+        assert (atoms.positions[1] != template.positions[1]).any()
+
+
+def test_the_template_is_left_as_it_is(generator: DOSGenerator) -> None:
+    template = skewed_template(-1.0)
+    before = template.copy()
+    make(generator, num_atoms=None, template=template)
+    assert template == before
+    assert template.info == before.info
+
+
+def test_lists_and_compositions_hold_for_what_a_template_brings_along(generator: DOSGenerator) -> None:
+    for atoms in make(generator, n=8, num_atoms=None, template=TEMPLATE, strength=0.3, elements=["Ni", "Au"]):
+        assert set(atoms.symbols) <= {"Ni", "Au"}
+    for atoms in make(generator, n=8, num_atoms=None, template=TEMPLATE, strength=0.3, composition="CuAu3"):
+        assert sorted(atoms.symbols) == ["Au", "Au", "Au", "Cu"]
+
+
+def test_fixed_species_and_composition(generator: DOSGenerator) -> None:
+    for atoms in make(generator, n=4, num_atoms=[3, 6], composition="CuAu2", fixed_species={1: "Cu"}):
+        assert atoms.symbols[1] == "Cu"
+        assert list(atoms.symbols).count("Au") == 2 * len(atoms) / 3
+    for atoms in make(generator, n=4, exclude_elements=["Cu"], fixed_species={0: 27}):
+        assert atoms.symbols[0] == "Co"
+        assert "Cu" not in atoms.symbols
+
+
+# -- streaming ---------------------------------------------------------------------------------------------------------
+
+
+def test_generate_iter_yields_before_the_end(generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dosmatgen_ase.generator.BATCH_PAIRS", 18)  # two structures of three atoms
+    calls: list[int] = []
+    whole = DOSGenerator._draw
+
+    def counted(self: DOSGenerator, *arguments: Any) -> Any:
+        calls.append(1)
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(DOSGenerator, "_draw", counted)
+    made = generator.generate_iter(TARGET, 6, num_atoms=3, num_steps=STEPS, seed=0)
+    next(made)
+    assert len(calls) == 1
+    assert len(list(made)) == 5
+    assert len(calls) == 3
+
+
+def test_rejected_draws_are_drawn_again_within_a_bound(
+    generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def first_is_bad(atoms: Atoms) -> Screening:
+        seen.append(1)
+        return Screening(len(seen) != 1, None if len(seen) != 1 else "too dense", 1.0, 10.0)
+
+    monkeypatch.setattr("dosmatgen_ase.generator.screen", first_is_bad)
+    made = make(generator, n=2)
+    assert [record(a)["attempt"] for a in made] == [1, 0]
+    assert_same(generator.regenerate(made[0], TARGET), made[0])
+    monkeypatch.setattr("dosmatgen_ase.generator.screen", lambda _: Screening(False, "too dense", 1.0, 10.0))
+    with pytest.raises(RuntimeError, match=rf"rejected {MAX_ATTEMPTS} times, last because: too dense; loosen"):
+        make(generator, n=1)
+
+
+def cut_inside_the_last_frame(text: str) -> str:
+    return text[: text.rstrip().rfind("\n") + 5]
+
+
+def cut_inside_the_last_comment(text: str) -> str:
+    return text[: text.rfind("Properties")]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [cut_inside_the_last_frame, cut_inside_the_last_comment, lambda t: t[:-1], lambda t: t + "1", lambda t: ""],
+    ids=["atoms", "comment", "newline", "count", "all"],
+)
+def test_a_file_that_was_cut_is_continued(cut: Callable[[str], str], generator: DOSGenerator, tmp_path: Path) -> None:
+    out = tmp_path / "made.extxyz"
+    whole = make(generator, n=5, num_atoms=[2, 3], out=out)
+    text = out.read_text()
+    out.write_text(cut(text))
+    resumed = make(generator, n=5, num_atoms=[2, 3], out=out)
+    for a, b in zip(whole, resumed, strict=True):
+        assert_same(a, b)
+    frames = ase.io.read(out, ":")
+    assert sorted(record(a)["index"] for a in frames) == list(range(5))
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_file_grows_with_a_larger_n_and_is_not_drawn_again(
+    generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "made.extxyz"
+    make(generator, n=2, out=out)
+    make(generator, n=5, out=out)
+    assert len(ase.io.read(out, ":")) == 5
+    monkeypatch.setattr(DOSGenerator, "_draw", None)  # nothing is left to draw
+    assert len(make(generator, n=5, out=out)) == 5
+    assert len(make(generator, n=2, out=out)) == 2
+
+
+FOREIGN = {
+    "text": "the only copy of my notes\n",
+    "xyz": "1\ncopper\nCu 0 0 0",
+    "whole xyz": "1\ncopper\nCu 0 0 0\n",
+    "junk": "2\nx\ny\nz\n",
+    "binary": b"\xff\xfe\x00\x01",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_is_not_ours_is_left_as_it_is(name: str, generator: DOSGenerator, tmp_path: Path) -> None:
+    out = tmp_path / "notes"
+    content = FOREIGN[name].encode() if isinstance(FOREIGN[name], str) else FOREIGN[name]
+    out.write_bytes(content)
+    with pytest.raises(ValueError, match="structures of another request: choose another file"):
+        make(generator, out=out)
+    assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"num_steps": 5}, {"dos": OTHER}, {"elements": ["Cu"]}], ids=str)
+def test_a_file_of_another_request_is_refused(
+    change: Mapping[str, Any], generator: DOSGenerator, tmp_path: Path
+) -> None:
+    out = tmp_path / "made.extxyz"
+    make(generator, n=1, out=out)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="structures of another request"):
+        make(generator, **{"n": 2, "out": out, **change})
+    assert out.read_bytes() == before
+
+
+# -- hostile input -----------------------------------------------------------------------------------------------------
+
+CU = bulk("Cu")
+HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"dos": "dos.dat"}, TypeError, r"must be a TargetDOS"),
+    ({"dos": 3}, TypeError, r"must be a TargetDOS"),
+    ({"dos": []}, TypeError, r"must be a TargetDOS"),
+    ({"dos": {}}, TypeError, r"must be a TargetDOS"),
+    ({"dos": [TARGET, None, TARGET]}, TypeError, r"must be a TargetDOS"),
+    ({"dos": {"0": TARGET}}, TypeError, r"dos must name sites by whole numbers"),
+    ({"dos": {-1: TARGET}}, ValueError, r"dos names site -1"),
+    ({"dos": {3: TARGET}}, ValueError, r"dos names site 3, but there are 3"),
+    ({"dos": [TARGET] * 2}, ValueError, r"num_atoms=\[3\] contradicts the list of targets, which has 2"),
+    ({"dos": [TARGET] * 21, "num_atoms": None}, ValueError, r"has 21 atoms: a cell has at most 20"),
+    ({"dos": [TOTAL] * 3}, ValueError, r"kind 'total' belongs to the cell"),
+    ({"dos": TOTAL, "sites": [0]}, ValueError, r"sites contradicts a target of kind 'total'"),
+    ({"dos": [TARGET] * 3, "sites": [0]}, ValueError, r"sites goes with one target"),
+    ({"dos": None, "sites": [0]}, ValueError, r"sites goes with one target"),
+    ({"dos": TARGET.shift(100.0)}, ValueError, r"shift"),
+    ({"sites": []}, ValueError, r"sites is empty"),
+    ({"sites": [5]}, ValueError, r"names site 5"),
+    ({"sites": [0.5]}, TypeError, r"sites must name sites by whole numbers"),
+    ({"n": 0}, ValueError, r"n=0 must be a whole number of at least 1"),
+    ({"n": -3}, ValueError, r"n=-3"),
+    ({"n": 2.0}, ValueError, r"n=2\.0"),
+    ({"n": True}, ValueError, r"n=True"),
+    ({"num_atoms": 0}, ValueError, r"num_atoms=0 must lie between 1 and 20"),
+    ({"num_atoms": 500}, ValueError, r"num_atoms=500 must lie between 1 and 20"),
+    ({"num_atoms": [4, 21]}, ValueError, r"must lie between 1 and 20"),
+    ({"num_atoms": []}, ValueError, r"must be a whole number or a list of them"),
+    ({"num_atoms": 4.0}, ValueError, r"must be a whole number or a list of them"),
+    ({"num_atoms": "4"}, ValueError, r"must be a whole number or a list of them"),
+    ({"num_atoms": True}, ValueError, r"must be a whole number or a list of them"),
+    ({"guidance_scale": float("nan")}, ValueError, r"guidance_scale=nan must be a finite number"),
+    ({"guidance_scale": float("inf")}, ValueError, r"guidance_scale=inf"),
+    ({"guidance_scale": -1}, ValueError, r"guidance_scale=-1"),
+    ({"num_steps": 0}, ValueError, r"num_steps=0 must be a whole number from 1"),
+    ({"num_steps": 2.5}, ValueError, r"num_steps=2\.5"),
+    ({"seed": -1}, ValueError, r"seed=-1 must be a whole number of at least 0"),
+    ({"seed": "a"}, ValueError, r"seed='a'"),
+    ({"composition": "CuAu"}, ValueError, r"num_atoms=\[3\] contradicts composition, which has 2 atoms"),
+    ({"composition": "Qq2"}, ValueError, r"composition"),
+    ({"composition": "not a formula"}, ValueError, r"composition='not a formula' is not a formula"),
+    ({"composition": ""}, ValueError, r"must count at least one atom"),
+    ({"composition": {"Cu": 0}}, ValueError, r"must count at least one atom"),
+    ({"composition": {"Cu": 1.5}}, ValueError, r"must count at least one atom"),
+    ({"composition": "Cu30", "num_atoms": None}, ValueError, r"composition has 30 atoms: a cell has at most 20"),
+    ({"composition": "CuAu2", "elements": ["Cu"]}, ValueError, r"contradicts elements/exclude_elements: Au"),
+    ({"composition": "CuAu2", "fixed_species": {0: "Co"}}, ValueError, r"stay Co, which contradicts composition"),
+    ({"composition": "CuAu2", "fixed_species": {0: "Cu", 1: "Cu"}}, ValueError, r"more Cu than the composition has"),
+    ({"elements": []}, ValueError, r"leave no element"),
+    ({"elements": "Cu"}, TypeError, r"must be a list such as \['Cu'\]"),
+    ({"elements": ["Xx"]}, ValueError, r"'Xx' is not an element"),
+    ({"elements": ["Am"]}, ValueError, r"'Am' is not an element from H to Pu"),
+    ({"elements": ["Cu"], "exclude_elements": ["Cu"]}, ValueError, r"leave no element"),
+    ({"elements": ["Cu"], "fixed_species": {0: "Co"}}, ValueError, r"stay Co, which contradicts elements"),
+    ({"fixed_species": {0: "Xx"}}, ValueError, r"fixed_species\[0\]='Xx' is not an element"),
+    ({"fixed_species": {0: None}}, ValueError, r"fixed_species\[0\]=None is not an element"),
+    ({"fixed_species": {7: "Co"}}, ValueError, r"fixed_species names site 7, but there are 3"),
+    ({"fixed_species": {"0": "Co"}}, TypeError, r"fixed_species must name sites by whole numbers"),
+    ({"fixed_cell": True}, ValueError, r"fixed_cell needs a template"),
+    ({"fixed_sites": [0]}, ValueError, r"fixed_sites needs a template"),
+    ({"template": "Cu"}, TypeError, r"template must be an ase\.Atoms, not str"),
+    ({"template": CU}, ValueError, r"num_atoms=\[3\] contradicts template, which has 1"),
+    ({"template": Atoms("Cu"), "num_atoms": 1}, ValueError, r"not periodic"),
+    ({"template": CU, "num_atoms": 1, "strength": 1.5}, ValueError, r"strength=1\.5 must lie between 0"),
+    ({"template": CU, "num_atoms": 1, "strength": float("nan")}, ValueError, r"strength=nan"),
+    ({"template": CU, "num_atoms": 1, "fixed_sites": [1]}, ValueError, r"fixed_sites names site 1"),
+    ({"template": CU, "num_atoms": 1, "fixed_sites": [0], "elements": ["Au"]}, ValueError, r"stay Cu, which contra"),
+    ({"template": CU, "num_atoms": 1, "strength": 0, "elements": ["Au"]}, ValueError, r"stay Cu, which contradicts"),
+    ({"template": CU, "num_atoms": 1, "strength": 0, "composition": "Au"}, ValueError, r"stay Cu, which contradicts"),
+    ({"num_atom": 3}, TypeError, r"num_atom"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "fragment"), HOSTILE, ids=[str(i) for i in range(len(HOSTILE))])
+def test_hostile_input(
+    arguments: dict[str, Any], error: type[Exception], fragment: str, generator: DOSGenerator
+) -> None:
+    with pytest.raises(error, match=fragment) as caught:
+        make(generator, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_come_before_the_first_structure_is_asked_for(generator: DOSGenerator) -> None:
+    with pytest.raises(ValueError, match="n=0"):
+        generator.generate_iter(TARGET, 0)  # not only at next()
+
+
+def test_a_template_with_another_constraint_is_refused(generator: DOSGenerator) -> None:
+    template = bulk("Cu", cubic=True)
+    template.set_constraint(FixBondLength(0, 1))
+    with pytest.raises(ValueError, match="only FixAtoms is understood"):
+        make(generator, template=template, num_atoms=None)
+
+
+def test_an_output_that_cannot_be_written_is_told_at_once(generator: DOSGenerator, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent does not exist, create it"):
+        make(generator, out=tmp_path / "absent" / "x.extxyz")
+    with pytest.raises(OSError, match="choose another place"):
+        make(generator, out=tmp_path)
+
+
+def test_absent_and_damaged_weights(tiny_weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        DOSGenerator(tmp_path / "absent", device="cpu")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(tiny_weights.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="truncated"):
+        DOSGenerator(cut, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "banana", ""])
+def test_an_absent_device_is_named(device: str, tiny_weights: Path) -> None:
+    with pytest.raises(ValueError, match=rf"device='{device}' cannot be used here"):
+        DOSGenerator(tiny_weights, device=device)
