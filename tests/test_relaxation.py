@@ -1,0 +1,225 @@
+"""Relaxation: real minima are found, and whatever goes wrong with one structure is told in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.calculator import Calculator
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
+
+from dosmatgen_ase.relaxation import _mace_environment, relax
+
+torch.set_num_threads(1)
+
+COPPER = 3.59  # EMT's lattice constant, Angstrom (ase.calculators.emt: 3.589)
+
+
+class Raises(Calculator):
+    """Fails on gold, works on everything else."""
+
+    implemented_properties = ("energy", "forces", "stress")
+
+    def calculate(self, atoms: Any = None, properties: Any = None, system_changes: Any = None) -> None:
+        super().calculate(atoms, properties, system_changes)
+        if "Au" in atoms.get_chemical_symbols():
+            raise RuntimeError("no\nparameters for gold")
+        self.results = {"energy": 0.0, "forces": np.zeros((len(atoms), 3)), "stress": np.zeros(6)}
+
+
+class Explodes(Raises):
+    """Pulls the cell together without end."""
+
+    def calculate(self, atoms: Any = None, properties: Any = None, system_changes: Any = None) -> None:
+        super().calculate(atoms, properties, system_changes)
+        self.results["stress"] = np.array([50.0, 50, 50, 0, 0, 0])
+
+
+class NotANumber(Raises):
+    """Returns NaN."""
+
+    def calculate(self, atoms: Any = None, properties: Any = None, system_changes: Any = None) -> None:
+        super().calculate(atoms, properties, system_changes)
+        self.results["energy"] = math.nan
+
+
+def strained_copper() -> Atoms:
+    atoms = bulk("Cu", a=3.9, cubic=True)
+    atoms.rattle(0.1, seed=1)
+    return atoms
+
+
+def report(atoms: Atoms) -> dict[str, Any]:
+    told = atoms.info["relaxation"]
+    assert set(told) == {"converged", "steps", "energy", "energy_start", "rmsd", "reason"}
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert told["converged"] == (told["reason"] is None)
+    return told
+
+
+def test_copper_goes_to_its_lattice_constant() -> None:
+    start = strained_copper()
+    before = start.copy()
+    relaxed = relax(start, EMT(), fmax=0.01)
+    told = report(relaxed)
+    assert told["converged"]
+    assert relaxed.get_volume() ** (1 / 3) == pytest.approx(COPPER, abs=0.005)
+    assert told["energy"] < told["energy_start"] - 0.2
+    assert relaxed.get_potential_energy() == pytest.approx(4 * told["energy"])
+    assert np.abs(relaxed.get_forces()).max() <= 0.01
+    assert relaxed.get_stress().shape == (6,)
+    assert start == before
+    assert "relaxation" not in start.info
+
+
+def test_rmsd_counts_neither_strain_nor_shift() -> None:
+    strained = relax(bulk("Cu", a=3.9, cubic=True), EMT())
+    assert report(strained)["steps"] > 3
+    assert report(strained)["rmsd"] < 1e-6
+    one_off = bulk("Cu", a=COPPER, cubic=True)
+    one_off.positions += 1.0  # a common shift
+    one_off.positions[0, 0] += 0.2
+    # Relative to the mean, one atom of four moves back by 3/4 of 0.2 A and the others by 1/4.
+    expected = 0.2 * math.sqrt((0.75**2 + 3 * 0.25**2) / 4)
+    assert report(relax(one_off, EMT(), fmax=0.005))["rmsd"] == pytest.approx(expected, rel=0.02)
+
+
+def test_a_list_comes_back_as_a_list_and_bad_members_do_not_cost_the_others() -> None:
+    structures = [bulk("Cu"), bulk("Au"), bulk("Cu").repeat(2)]
+    relaxed = relax(structures, Raises())
+    assert [report(a)["converged"] for a in relaxed] == [True, False, True]
+    assert report(relaxed[1])["reason"] == "the calculator failed: RuntimeError: no parameters for gold"
+    assert relaxed[1].calc is None
+    assert relax([], Raises()) == []
+
+
+@pytest.mark.parametrize(
+    ("atoms", "calculator", "fragment"),
+    [
+        (bulk("Cu"), Explodes(), "broke down in step"),
+        (bulk("Cu"), NotANumber(), "not finite"),
+        (bulk("Cu", a=1.0), EMT(), "rejected before relaxation: 0.25 A^3 per atom"),
+        (Atoms("Cu", cell=3 * np.eye(3)), EMT(), "not periodic"),
+        (Atoms(cell=3 * np.eye(3), pbc=True), EMT(), "no atoms"),
+    ],
+)
+def test_what_breaks_down_keeps_its_geometry_and_says_why(atoms: Atoms, calculator: Any, fragment: str) -> None:
+    relaxed = relax(atoms, calculator)
+    told = report(relaxed)
+    assert fragment in told["reason"]
+    assert told["energy"] is None
+    assert told["rmsd"] == 0.0
+    assert np.array_equal(relaxed.cell, atoms.cell)
+    assert np.array_equal(relaxed.positions, atoms.positions)
+
+
+def test_collapsed_cells_never_reach_the_calculator() -> None:
+    calculator = Raises()
+    relax(bulk("Au", a=1.0), calculator)
+    assert calculator.atoms is None
+
+
+def test_running_out_of_time_or_steps_keeps_the_last_geometry() -> None:
+    start = strained_copper()
+    for settings, reason in (({"time_limit": 1e-9}, "time limit"), ({"max_steps": 3}, "not converged in 3 steps")):
+        relaxed = relax(start, EMT(), **settings)
+        told = report(relaxed)
+        assert reason in told["reason"]
+        assert told["energy"] is not None
+    assert told["steps"] == 3
+    assert told["energy"] < told["energy_start"]
+    assert told["rmsd"] > 0
+
+
+def test_fixed_atoms_stay_where_they_are_and_so_does_the_cell() -> None:
+    start = strained_copper()
+    start.set_constraint(FixAtoms([0, 2]))
+    relaxed = relax(start, EMT())
+    assert report(relaxed)["converged"]
+    assert np.array_equal(relaxed.cell, start.cell)
+    assert np.array_equal(relaxed.positions[[0, 2]], start.positions[[0, 2]])
+    assert np.abs(relaxed.positions[[1, 3]] - start.positions[[1, 3]]).max() > 0.01
+    assert len(relaxed.constraints) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error", "fragment"),
+    [
+        (("Cu",), {}, TypeError, "takes ase.Atoms or a list"),
+        ((bulk("Cu"), 3), {}, TypeError, "must be an ASE calculator"),
+        ((bulk("Cu"), "emt"), {}, ValueError, 'neither "chgnet", a file, nor one of the MACE models'),
+        ((bulk("Cu"), EMT()), {"fmax": 0.0}, ValueError, "fmax"),
+        ((bulk("Cu"), EMT()), {"time_limit": math.nan}, ValueError, "time_limit"),
+    ],
+)
+def test_mistakes_of_the_caller_raise(arguments: Any, settings: Any, error: type[Exception], fragment: str) -> None:
+    if "emt" in arguments:
+        pytest.importorskip("mace")
+    with pytest.raises(error, match=fragment):
+        relax(*arguments, **settings)
+
+
+def test_chgnet_relaxes_rock_salt() -> None:
+    relaxed = relax(bulk("NaCl", "rocksalt", a=5.9))
+    assert report(relaxed)["converged"]
+    assert relaxed.cell.lengths() * math.sqrt(2) == pytest.approx(5.69, abs=0.03)  # PBE: 5.70 A
+
+
+
+
+def offline(name: str) -> str:
+    raise RuntimeError(f"no route to host for {name}")
+
+
+def test_a_mace_name_that_cannot_be_downloaded_gives_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mace")
+    from mace.calculators import foundations_models
+
+    monkeypatch.setattr(foundations_models, "download_mace_mp_checkpoint", offline)
+    before = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    with pytest.raises(OSError, match=r"cannot download MACE model 'small'.*local model file"):
+        relax(bulk("Cu"), "small")
+    assert os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == before
+
+
+def test_a_file_that_is_no_mace_model_gives_one_clear_error(tmp_path: Path) -> None:
+    pytest.importorskip("mace")
+    (tmp_path / "m.model").write_text("not a model")
+    with pytest.raises(ValueError, match="not a MACE model"):
+        relax(bulk("Cu"), tmp_path / "m.model")
+
+
+def test_without_mace_the_fix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [m for m in sys.modules if m == "mace" or m.startswith("mace.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mace", None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="pip install dosmatgen-ase"):
+        relax(bulk("Cu"), "medium-mpa-0")
+
+
+def test_a_local_mace_model_file_relaxes(tmp_path: Path) -> None:
+    pytest.importorskip("mace")
+    with _mace_environment():
+        from e3nn import o3
+        from mace.modules import ScaleShiftMACE, interaction_classes
+
+        kinds, scalars = interaction_classes["RealAgnosticResidualInteractionBlock"], o3.Irreps("4x0e")
+        model = ScaleShiftMACE(
+            r_max=4.0, num_bessel=4, num_polynomial_cutoff=5, max_ell=1, num_interactions=2, num_elements=1,
+            interaction_cls=kinds, interaction_cls_first=kinds, hidden_irreps=scalars, MLP_irreps=scalars,
+            gate=torch.nn.functional.silu, atomic_energies=np.array([-3.0]), avg_num_neighbors=12.0,
+            atomic_numbers=[29], correlation=1, atomic_inter_scale=[0.01], atomic_inter_shift=[0.0],
+        )  # fmt: skip
+        torch.save(model.double(), tmp_path / "tiny.model")
+    told = report(relax(strained_copper(), str(tmp_path / "tiny.model"), max_steps=3))
+    assert told["energy"] == pytest.approx(-3.0, abs=1.0)
