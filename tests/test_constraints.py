@@ -18,6 +18,7 @@ from dosmatgen_ase.diffusion.lattice import LatticeProcess
 from dosmatgen_ase.sampler import Randomness, Sample, SamplerConfig, sample
 
 CONFIG = SamplerConfig(num_steps=5)
+PALETTE = [1, 8, 29, 94]  # few, so that pins, templates and compositions overlap
 
 
 def randomness(num_atoms: torch.Tensor, seed: int = 0) -> Randomness:
@@ -46,7 +47,7 @@ def random_start(num_atoms: torch.Tensor, seed: int = 0) -> CrystalBatch:
     return CrystalBatch(
         torch.tensor(cell, dtype=torch.float32),
         torch.tensor(rng.random((batch, size, 3)) * mask[..., None], dtype=torch.float32),
-        torch.tensor(rng.integers(1, MAX_ATOMIC_NUMBER + 1, (batch, size)) * mask),
+        torch.tensor(rng.choice(PALETTE, (batch, size)) * mask),
         num_atoms,
     )
 
@@ -73,7 +74,7 @@ def requests(draw: st.DrawFn) -> tuple[Constraints, list[Counter[int] | None], i
             constraints.allowed[i, allowed] = True
         if kind == "composition":
             pinned = Counter(constraints.start.atomic_numbers[i][constraints.fixed_species[i]].tolist())
-            free = Counter(rng.integers(1, MAX_ATOMIC_NUMBER + 1, n - pinned.total()).tolist())
+            free = Counter(rng.choice(PALETTE, n - pinned.total()).tolist())
             constraints.remaining[i] = 0
             for z, count in free.items():
                 constraints.remaining[i, z] = count

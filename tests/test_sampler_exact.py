@@ -269,6 +269,24 @@ def test_two_free_sites_keep_their_separation_and_do_not_drift() -> None:
     assert chisquare(counts, 2000 * POINT_WEIGHTS.double().numpy()).pvalue > 0.01
 
 
+def test_a_predicted_drift_moves_no_crystal_and_no_held_site() -> None:
+    """The sampler itself removes the mean and holds sites, whatever the denoiser says of them."""
+    constraints, randomness = draw(4, 3)
+    constraints.fixed_coords[2:, 0] = True
+    seen: list[Tensor] = []
+
+    def drift(state: NoisyCrystals) -> Tensor:
+        seen.append(state.frac_coords)
+        return torch.full_like(state.frac_coords, 0.5)
+
+    end = sample(denoiser(coords=drift), LATTICE, constraints, randomness, EULER).crystals.frac_coords
+    for frac in [*seen, end]:
+        displacement = minimum_image(frac - seen[0])
+        torch.testing.assert_close(displacement[:2], torch.zeros(2, 3, 3), rtol=0, atol=1e-5)
+        assert not displacement[2:, 0].any()
+    assert minimum_image(end - seen[0])[2:, 1:].abs().min() > 0.4  # beside a held site a drift is a motion
+
+
 # -- species: a correlated joint ---------------------------------------------------------------------------------------
 
 # Atomic numbers of three sites: like charges avoid each other, and no site is independent of the others.

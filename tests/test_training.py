@@ -105,6 +105,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(uninterrupted: Trainer
     list(second.run(20))
     assert differing(state(second), state(uninterrupted)) == []
     assert (second.step, second.epoch, second.position) == (20, uninterrupted.epoch, uninterrupted.position)
+    assert second.epoch > 1
 
 
 def test_a_state_saved_inside_the_loop_is_exact_at_every_step(uninterrupted: Trainer, tmp_path: Path) -> None:
