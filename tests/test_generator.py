@@ -393,7 +393,11 @@ def test_a_file_that_is_not_ours_is_left_as_it_is(name: str, generator: DOSGener
     assert out.read_bytes() == content
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"num_steps": 5}, {"dos": OTHER}, {"elements": ["Cu"]}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"num_steps": 5}, {"dos": OTHER}, {"elements": ["Cu"]}, {"num_atoms": 4}, {"num_atoms": None}],
+    ids=str,
+)
 def test_a_file_of_another_request_is_refused(
     change: Mapping[str, Any], generator: DOSGenerator, tmp_path: Path
 ) -> None:

@@ -342,6 +342,7 @@ class DOSGenerator:
             "seed": int(seed),
             "guidance_scale": float(guidance_scale),
             "num_steps": int(num_steps),
+            "num_atoms": None if request.sizes is None else list(request.sizes),
             **request.record(),
         }
         writer = None if out is None else _Stream(Path(out), record)
