@@ -179,6 +179,9 @@ def test_the_log_tells_no_step_twice(tmp_path: Path) -> None:
     train(config, bulk_dataset(), tmp_path, progress=False)
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert [r["step"] for r in records] == [4]
+    (tmp_path / "state.safetensors").unlink()  # killed before the first state was saved: all is logged anew
+    train(config, bulk_dataset(), tmp_path, progress=False)
+    assert len(log.read_text().splitlines()) == 1
     assert {"coords", "lattice", "species", "dos", "size", "loss", "seconds"} <= set(records[0])
 
 

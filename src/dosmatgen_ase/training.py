@@ -371,7 +371,7 @@ def train(
     state, weights = out / "state.safetensors", out / "weights.safetensors"
     if state.exists():
         trainer.restore(state)
-        _cut_log(out / "log.jsonl", trainer.step)
+    _cut_log(out / "log.jsonl", trainer.step)
     history: list[dict[str, float]] = []
     start = time.time()
     with (
