@@ -374,6 +374,13 @@ def test_loss_falls_on_a_few_structures() -> None:
         assert end < 0.7 * start, (name, start, end)
 
 
+def test_bfloat16_gives_the_same_first_losses() -> None:
+    exact, rounded = (next(iter(Trainer(replace(CONFIG, bf16=b), bulk_dataset()).run(1))) for b in (False, True))
+    assert exact != rounded  # it was used
+    for name in ("coords", "lattice", "species", "dos", "size"):
+        assert rounded[name] == pytest.approx(exact[name], rel=0.03), name
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice() -> None:
     trainer = Trainer(CONFIG, bulk_dataset())
     with torch.no_grad():
