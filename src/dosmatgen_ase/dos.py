@@ -212,6 +212,10 @@ class TargetDOS:
             "provenance": self.provenance,
         }
 
+    def as_dict(self) -> dict[str, Any]:
+        """`to_dict` in the form by which monty finds the class again: so jobflow carries a target between machines."""
+        return {"@module": type(self).__module__, "@class": type(self).__name__, **self.to_dict()}
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TargetDOS:
         """Inverse of `to_dict`. ``energies`` and ``values`` must be there, the other fields have their defaults.
