@@ -1,0 +1,121 @@
+"""The flow: generate -> screen -> relax -> DOS -> compare -> rank, and labels for data sets.
+
+How many candidates survive is known only when the screen has run, so one job (`evaluate_candidates`) replaces itself by
+three jobs per survivor and a ranking. Jobs in there run although one before them failed, get None in its place and say
+so in their document: a candidate that fails costs itself alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobflow import Flow, Job, Maker, OnMissing, Response, job
+from pymatgen.core import Structure
+
+from dosmatgen_ase.flows.jobs import (
+    CompareDOSMaker,
+    DOSInput,
+    DOSMaker,
+    GenerateMaker,
+    RelaxMaker,
+    ScreenMaker,
+    targets_by_site,
+    to_atoms,
+)
+from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, InverseDesignDoc, ScreeningDoc
+
+
+@dataclass
+class InverseDesignMaker(Maker):
+    """From a target DOS to crystals, relaxed, computed and ranked.
+
+    Attributes
+    ----------
+    generate_maker, screen_maker, compare_maker
+        The steps of this package.
+    relax_maker
+        `RelaxMaker`, or a Maker of atomate2 that relaxes one structure, such as ``ForceFieldRelaxMaker`` or the VASP
+        ``DoubleRelaxMaker``. None computes structures as generated.
+    dos_maker
+        `DOSMaker` (Quantum ESPRESSO), `PredictDOSMaker` (no DFT), or a Maker whose output has a ``CompleteDos`` of
+        pymatgen under ``vasp_objects["dos"]``, such as atomate2's ``UniformBandStructureMaker``.
+    """
+
+    name: str = "inverse design"
+    generate_maker: GenerateMaker = field(default_factory=GenerateMaker)
+    screen_maker: ScreenMaker = field(default_factory=ScreenMaker)
+    relax_maker: Maker | None = field(default_factory=RelaxMaker)
+    dos_maker: Maker = field(default_factory=DOSMaker)
+    compare_maker: CompareDOSMaker = field(default_factory=CompareDOSMaker)
+
+    def make(self, dos: DOSInput, sites: Sequence[int] | None = None, template: Structure | None = None) -> Flow:
+        """Make the flow; its output is an `InverseDesignDoc`.
+
+        Parameters
+        ----------
+        dos, sites
+            As in ``DOSGenerator.generate``; a target there must be.
+        template : Structure, optional
+            Start from this crystal.
+
+        Raises
+        ------
+        ValueError
+            If there is no target, or the template is disordered.
+        """
+        if not targets_by_site(dos, sites):
+            raise ValueError("inverse design needs a target DOS: give one, or use GenerateMaker alone")
+        if template is not None:
+            to_atoms(template)
+        generation = self.generate_maker.make(dos, sites=sites, template=template)
+        screening = self.screen_maker.make(generation.output)
+        evaluation = evaluate_candidates(screening.output, self.relax_maker, self.dos_maker, self.compare_maker)
+        return Flow([generation, screening, evaluation], output=evaluation.output, name=self.name)
+
+
+@job  # without a schema: what is stored for this job is a reference to the output of the ranking
+def evaluate_candidates(
+    screening: ScreeningDoc, relax_maker: Maker | None, dos_maker: Maker, compare_maker: CompareDOSMaker
+) -> Response:
+    """Replace this job by relaxation, DOS and comparison of every survivor, and the ranking of all candidates."""
+    screening = ScreeningDoc.model_validate(screening)
+    steps: list[Job | Flow] = []
+    results = []
+    for candidate in screening.survivors:
+        structure: Any = candidate.generated
+        relaxation: Any = {"structure": structure}
+        chain: list[Job | Flow] = []
+        if relax_maker is not None:
+            chain.append(relax_maker.make(structure))
+            output = chain[-1].output
+            structure = output.structure
+            own = isinstance(relax_maker, RelaxMaker)
+            relaxation = output if own else {"structure": structure, "energy": output.output.energy_per_atom}
+        chain.append(dos_maker.make(structure))
+        output = chain[-1].output
+        own = "vasp_objects" not in getattr(output.output_schema, "model_fields", {})
+        dos = output if own else output.vasp_objects["dos"]
+        chain.append(compare_maker.make(screening.targets, candidate, relaxation, dos, engine=dos_maker.name))
+        results.append(chain[-1].output)
+        for step in chain:
+            step.append_name(f" {candidate.index}")
+        steps += chain
+    ranking = rank(screening, results)
+    flow = Flow([*steps, ranking], output=ranking.output, name="candidates")
+    flow.update_config({"on_missing_references": OnMissing.NONE})
+    return Response(replace=flow)
+
+
+@job(output_schema=InverseDesignDoc, data=LARGE)
+def rank(screening: ScreeningDoc, results: list[CandidateDoc | None]) -> InverseDesignDoc:
+    """Sort the candidates: by distance, then those that fell out, in the order of their generation."""
+    screening = ScreeningDoc.model_validate(screening)
+    done = {c.index: c for c in map(CandidateDoc.model_validate, filter(None, results))}
+    candidates = [done.get(candidate.index, candidate) for candidate in screening.candidates]
+    for candidate in screening.survivors:
+        if candidate.index not in done:
+            candidate.reason = "the comparison failed: see the log of its job"
+    candidates.sort(key=lambda c: (c.reason is not None, c.distance is None, c.distance or 0.0, c.index))
+    return InverseDesignDoc(targets=screening.targets, candidates=candidates, generation=screening.generation)

@@ -1,0 +1,435 @@
+"""One Maker per step. A Maker is a dataclass of settings; its ``make`` calls the package and fills a document.
+
+What is wrong with one structure is written into its document (``reason``) and does not stop the others. What is wrong
+with the machine (a missing program, missing weights) fails the job.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jobflow import Maker, job
+from pymatgen.core import Structure
+
+from dosmatgen_ase.dos import NEAR_GAP, TargetDOS, mae, normalised_l1
+from dosmatgen_ase.flows.schemas import (
+    LARGE,
+    CandidateDoc,
+    DOSDoc,
+    GenerationDoc,
+    RelaxDoc,
+    ScreeningDoc,
+    TrainDoc,
+)
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+DOSInput = TargetDOS | Sequence[TargetDOS] | Mapping[Any, TargetDOS] | None
+
+LATTICE_MATCH = 0.5  # Angstrom: an engine that reorders sites moves none of them this far
+
+
+def to_atoms(structure: Structure) -> Atoms:
+    """The same crystal for ASE.
+
+    Raises
+    ------
+    ValueError
+        If sites are disordered.
+    """
+    from ase import Atoms
+
+    if not structure.is_ordered:
+        raise ValueError(f"{structure.formula} has disordered sites: order them first (pymatgen's transformations do)")
+    numbers = [site.specie.Z for site in structure]
+    return Atoms(numbers, cell=structure.lattice.matrix, scaled_positions=structure.frac_coords, pbc=True)
+
+
+def to_structure(atoms: Atoms) -> Structure:
+    """The same crystal for pymatgen."""
+    return Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions(wrap=False))
+
+
+def targets_by_site(dos: DOSInput, sites: Sequence[int] | None = None) -> dict[str, TargetDOS]:
+    """Name the site of every target, as ``DOSGenerator.generate`` reads its arguments."""
+    if dos is None:
+        return {}
+    if isinstance(dos, TargetDOS):
+        return {"total": dos} if dos.kind == "total" else {str(i): dos for i in sites or [0]}
+    return {str(i): target for i, target in (dos.items() if isinstance(dos, Mapping) else enumerate(dos))}
+
+
+# -- generate and screen -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class GenerateMaker(Maker):
+    """Generate structures; the fields are those of ``DOSGenerator`` and its ``generate``, `seed` included."""
+
+    name: str = "generate"
+    n: int = 8
+    num_atoms: int | list[int] | None = None
+    strength: float = 0.6
+    fixed_species: dict[int, str] = field(default_factory=dict)
+    fixed_sites: list[int] | None = None
+    fixed_cell: bool = False
+    composition: str | None = None
+    elements: list[str] | None = None
+    exclude_elements: list[str] | None = None
+    guidance_scale: float = 1.0
+    num_steps: int | None = None
+    seed: int = 0
+    weights: str = "default"
+    device: str | None = None
+
+    @job(output_schema=GenerationDoc, data=LARGE)
+    def make(
+        self, dos: DOSInput, sites: Sequence[int] | None = None, template: Structure | None = None
+    ) -> GenerationDoc:
+        """Generate; a structure that is rejected too often costs itself, not those that were made before.
+
+        Parameters
+        ----------
+        dos, sites
+            As in ``DOSGenerator.generate``.
+        template : Structure, optional
+            Start from this crystal.
+        """
+        from dosmatgen_ase.generator import DOSGenerator
+
+        own = ("name", "n", "weights", "device")
+        settings = {key: value for key, value in asdict(self).items() if key not in own and value is not None}
+        settings["fixed_species"] = {int(i): element for i, element in self.fixed_species.items()}
+        given = {int(i): target for i, target in dos.items()} if isinstance(dos, Mapping) else dos
+        start = None if template is None else to_atoms(template)
+        made, reason = [], None
+        generator = DOSGenerator(self.weights, device=self.device)
+        try:
+            for atoms in generator.generate_iter(given, self.n, sites=sites, template=start, **settings):
+                made.append(atoms)
+        except RuntimeError as error:
+            if not made:
+                raise
+            reason = f"{len(made)} of {self.n}: {error}"
+        made.sort(key=lambda atoms: atoms.info["dosmatgen"]["index"])
+        return GenerationDoc(
+            structures=[to_structure(atoms) for atoms in made],
+            records=[atoms.info["dosmatgen"] for atoms in made],
+            targets=targets_by_site(given, sites),
+            settings=asdict(self),
+            reason=reason,
+        )
+
+
+@dataclass
+class ScreenMaker(Maker):
+    """Reject what is no crystal (`screening.screen`) and what came twice; keep the most promising.
+
+    Attributes
+    ----------
+    min_distance, min_volume_per_atom, max_volume_per_atom
+        As in `screening.screen`.
+    drop_duplicates
+        Keep the first of structures that pymatgen's StructureMatcher takes for one crystal.
+    keep
+        Let only so many go on: those whose predicted DOS is nearest to the targets. None lets all go on.
+    """
+
+    name: str = "screen"
+    min_distance: float = 0.5
+    min_volume_per_atom: float = 2.0
+    max_volume_per_atom: float = 100.0
+    drop_duplicates: bool = True
+    keep: int | None = None
+
+    @job(output_schema=ScreeningDoc, data=LARGE)
+    def make(self, generation: GenerationDoc) -> ScreeningDoc:
+        """Screen every structure of a generation."""
+        from pymatgen.analysis.structure_matcher import StructureMatcher
+
+        from dosmatgen_ase.screening import screen
+
+        generation = GenerationDoc.model_validate(generation)
+        limits = (self.min_distance, self.min_volume_per_atom, self.max_volume_per_atom)
+        names = ("min_distance", "min_volume_per_atom", "max_volume_per_atom")
+        result = ScreeningDoc(
+            candidates=[],
+            targets=generation.targets,
+            generation=generation.model_dump(include={"settings", "reason", "version"}),
+        )
+        for structure, record in zip(generation.structures, generation.records, strict=True):
+            reason = screen(to_atoms(structure), **dict(zip(names, limits, strict=True))).reason
+            if reason is None and self.drop_duplicates:
+                twins = (c for c in result.survivors if StructureMatcher().fit(c.generated, structure))
+                reason = next((f"the same crystal as candidate {twin.index}" for twin in twins), None)
+            result.candidates.append(
+                CandidateDoc(
+                    index=record["index"],
+                    formula=structure.composition.reduced_formula,
+                    generated=structure,
+                    record=record,
+                    reason=reason,
+                )
+            )
+        if self.keep is not None and generation.targets:
+            _keep_best(result, self.keep)
+        return result
+
+
+def _keep_best(screening: ScreeningDoc, keep: int) -> None:
+    """Give a reason to all but the `keep` survivors whose predicted DOS is nearest to the targets."""
+    survivors = screening.survivors
+    for candidate in survivors:
+        dos = _predict(candidate.generated)
+        if dos.reason is None:
+            candidate.predicted_distance = _distance(_achieved(screening.targets, dos, None), screening.targets)
+    survivors.sort(key=lambda c: (c.predicted_distance is None, c.predicted_distance or 0.0, c.index))
+    for place, candidate in enumerate(survivors[keep:], keep + 1):
+        candidate.reason = f"place {place} of {len(survivors)} by predicted DOS, {keep} go on"
+
+
+# -- relax and compute -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RelaxMaker(Maker):
+    """Relax cell and positions; the fields are those of `relaxation.relax`.
+
+    `calculator` is "chgnet", which works offline, or the name or file of a MACE model.
+    """
+
+    name: str = "relax"
+    calculator: str = "chgnet"
+    fmax: float = 0.05
+    max_steps: int = 200
+    time_limit: float = 120.0
+
+    @job(output_schema=RelaxDoc)
+    def make(self, structure: Structure) -> RelaxDoc:
+        """Relax one structure."""
+        from dosmatgen_ase.relaxation import relax
+
+        relaxed: Any = relax(
+            to_atoms(structure), self.calculator, fmax=self.fmax, max_steps=self.max_steps, time_limit=self.time_limit
+        )
+        report = relaxed.info["relaxation"]
+        return RelaxDoc(structure=None if report["energy"] is None else to_structure(relaxed), **report)
+
+
+@dataclass
+class DOSMaker(Maker):
+    """Compute the site DOS with Quantum ESPRESSO (`electronic.compute_dos`).
+
+    Attributes
+    ----------
+    settings
+        Fields of `electronic.EspressoSettings` that differ from its defaults.
+    """
+
+    name: str = "dos"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @job(output_schema=DOSDoc, data=LARGE)
+    def make(self, structure: Structure | None) -> DOSDoc:
+        """Compute one structure, in a folder of its own below the current one, which is kept."""
+        from dosmatgen_ase.electronic import EspressoSettings, compute_dos
+
+        engine = "Quantum ESPRESSO"
+        if structure is None:
+            return DOSDoc(engine=engine, reason="there is no structure: its relaxation failed")
+        settings = EspressoSettings(**self.settings)
+        directory = tempfile.mkdtemp(prefix="espresso-", dir=Path.cwd())
+        try:
+            result = compute_dos(to_atoms(structure), settings, directory=directory)
+        except (ValueError, RuntimeError) as error:
+            return DOSDoc(engine=engine, settings=self.settings, directory=directory, reason=str(error))
+        return DOSDoc(
+            engine=engine,
+            site_dos=list(result.sites),
+            total_dos=result.total,
+            band_gap=result.band_gap,
+            fermi_level=result.fermi_level,
+            energy=result.energy,
+            settings=self.settings,
+            directory=directory,
+        )
+
+
+@dataclass
+class PredictDOSMaker(Maker):
+    """In place of `DOSMaker` where no DFT is at hand: the forward model that ships with the package, in milliseconds.
+
+    It is also what ``ScreenMaker.keep`` ranks by, so it must not judge that choice.
+    """
+
+    name: str = "predicted dos"
+
+    @job(output_schema=DOSDoc, data=LARGE)
+    def make(self, structure: Structure | None) -> DOSDoc:
+        """Predict the site DOS of one structure."""
+        return _predict(structure)
+
+
+def _predict(structure: Structure | None) -> DOSDoc:
+    engine = "forward model"
+    if structure is None:
+        return DOSDoc(engine=engine, reason="there is no structure: its relaxation failed")
+    from dosmatgen_ase.predictor import predict_dos
+
+    try:
+        sites = predict_dos(to_atoms(structure))
+    except ValueError as error:
+        return DOSDoc(engine=engine, reason=str(error))
+    first = sites[0]
+    values, known = np.sum([dos.values for dos in sites], axis=0), np.all([dos.known for dos in sites], axis=0)
+    total = replace(first, values=values, known=known, kind="total")
+    return DOSDoc(engine=engine, site_dos=sites, total_dos=total)
+
+
+# -- compare -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CompareDOSMaker(Maker):
+    """Measure how far the DOS of a candidate is from its targets.
+
+    Attributes
+    ----------
+    max_distance
+        Reject candidates that are farther away (normalised L1). None rejects none.
+    """
+
+    name: str = "compare"
+    max_distance: float | None = None
+
+    @job(output_schema=CandidateDoc, data=LARGE)
+    def make(
+        self, targets: dict[str, TargetDOS], candidate: CandidateDoc, relaxation: Any, dos: Any, engine: str = ""
+    ) -> CandidateDoc:
+        """Complete the document of a candidate.
+
+        Parameters
+        ----------
+        targets : dict
+            By site, or under "total".
+        candidate : CandidateDoc
+            As it left the screen.
+        relaxation : RelaxDoc, dict or None
+            None where the job failed.
+        dos : DOSDoc, pymatgen CompleteDos (or its dict) or None
+            None where the job failed.
+        engine : str
+            What made a CompleteDos.
+        """
+        done = CandidateDoc.model_validate(candidate).model_copy(deep=True)
+        relaxed = RelaxDoc.model_validate(relaxation) if relaxation is not None else RelaxDoc(structure=None)
+        done.structure, done.energy_per_atom = relaxed.structure, relaxed.energy
+        if relaxed.structure is None:
+            done.reason = f"relaxation failed: {relaxed.reason or 'see the log of its job'}"
+            return done
+        if relaxed.converged is not None:
+            done.relaxation = relaxed.reason or f"converged in {relaxed.steps} steps"
+        if isinstance(dos, Mapping) and "engine" in dos:
+            dos = DOSDoc.model_validate(dos)
+        if isinstance(dos, DOSDoc):
+            done.engine, done.directory, done.band_gap = dos.engine, dos.directory, dos.band_gap
+        if dos is None or (isinstance(dos, DOSDoc) and dos.reason is not None):
+            done.reason = f"no DOS: {'see the log of its job' if dos is None else dos.reason}"
+            return done
+        done.engine = done.engine or engine
+        try:
+            done.achieved = _achieved(targets, dos, relaxed.structure)
+            done.distance = _distance(done.achieved, targets)
+            done.near_gap_distance = _distance(done.achieved, targets, window=NEAR_GAP)
+            done.mae = sum(mae(done.achieved[key], target) for key, target in targets.items()) / len(targets)
+        except ValueError as error:
+            done.reason = f"not comparable: {error}"
+        if self.max_distance is not None and (done.distance or 0.0) > self.max_distance:
+            done.reason = f"distance {done.distance:.2f}, more than {self.max_distance:g}"
+        return done
+
+
+def _achieved(targets: Mapping[str, TargetDOS], dos: Any, structure: Structure | None) -> dict[str, TargetDOS]:
+    """The DOS of every site that has a target, or of the cell."""
+    if isinstance(dos, DOSDoc):
+        found = {"total": dos.total_dos, **{str(i): site for i, site in enumerate(dos.site_dos)}}
+        achieved = {key: made for key in targets if (made := found.get(key)) is not None}
+        if len(achieved) < len(targets):
+            raise ValueError(f"{dos.engine} gave no DOS for {', '.join(sorted(set(targets) - set(achieved)))}")
+        return achieved
+    from pymatgen.electronic_structure.dos import CompleteDos
+
+    dos = dos if isinstance(dos, CompleteDos) else CompleteDos.from_dict(dos)
+    places = {key: None if key == "total" else _same_site(structure, dos.structure, int(key)) for key in targets}
+    return {key: TargetDOS.from_pymatgen(dos, site) for key, site in places.items()}
+
+
+def _same_site(structure: Structure, reordered: Structure, site: int) -> int:
+    """Find a site again in a structure that an engine has sorted by element."""
+    wanted = structure[site]
+    distances = reordered.lattice.get_all_distances(wanted.frac_coords, reordered.frac_coords)[0]
+    for i in distances.argsort().tolist():
+        if reordered[i].specie.Z == wanted.specie.Z and distances[i] < LATTICE_MATCH:
+            return i
+    raise ValueError(f"site {site} ({wanted.specie}) is not in the structure that the DOS was computed for")
+
+
+def _distance(
+    achieved: Mapping[str, TargetDOS], targets: Mapping[str, TargetDOS], window: tuple[float, float] | None = None
+) -> float | None:
+    """Mean normalised L1; None where a target holds no states in the window."""
+    mean = sum(normalised_l1(achieved[key], target, window=window) for key, target in targets.items()) / len(targets)
+    return mean if math.isfinite(mean) else None
+
+
+# -- train -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainMaker(Maker):
+    """Train a generator (`training.train`), or go on with a run that was cut off.
+
+    Attributes
+    ----------
+    config
+        Fields of ``TrainingConfig`` that differ from its defaults.
+    data
+        Folder with structures.parquet and site_dos/*.npz.
+    out
+        Folder of the run.
+    """
+
+    name: str = "train"
+    config: dict[str, Any] = field(default_factory=dict)
+    data: str = "data"
+    out: str = "runs/default"
+    device: str = "cpu"
+
+    @job(output_schema=TrainDoc)
+    def make(self, pseudo_labels: str | None = None) -> TrainDoc:
+        """Train on the training split, with a file of predicted DOS for structures that have no label, if given."""
+        from dosmatgen_ase.checkpoint import load_model
+        from dosmatgen_ase.data import CrystalDataset, load_pseudo_labels, load_site_dos, load_structures
+        from dosmatgen_ase.training import TrainingConfig, train
+
+        structures = load_structures(Path(self.data) / "structures.parquet", split="train")
+        extra = [] if pseudo_labels is None else [load_pseudo_labels(pseudo_labels)]
+        dataset = CrystalDataset.join(structures, load_site_dos(Path(self.data) / "site_dos"), *extra)
+        config = TrainingConfig.from_dict(self.config)
+        out = Path(self.out).resolve()
+        out.mkdir(parents=True, exist_ok=True)
+        weights = train(config, dataset, out, device=self.device)
+        return TrainDoc(
+            weights=str(weights),
+            sha256=load_model(weights)[1]["sha256"],
+            structures=len(dataset),
+            labelled=len(dataset.labelled),
+            config=asdict(config),
+        )

@@ -1,0 +1,131 @@
+"""What the jobs leave in the database: pydantic documents.
+
+Fields are pymatgen structures, targets, numbers, text and lists of them. What is not known is None, never NaN, which a
+database would store without a word. ``reason`` is None for what went well and one line for what did not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, InstanceOf, PlainSerializer, WithJsonSchema
+from pymatgen.core import Structure
+
+from dosmatgen_ase import __version__
+from dosmatgen_ase.dos import TargetDOS
+
+
+def _target(value: Any) -> Any:
+    return TargetDOS.from_dict(value) if isinstance(value, Mapping) else value
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+DOS = Annotated[
+    InstanceOf[TargetDOS],
+    BeforeValidator(_target),
+    PlainSerializer(TargetDOS.as_dict),
+    WithJsonSchema({"type": "object", "description": "TargetDOS.to_dict"}),
+]
+Crystal = Annotated[Structure, PlainSerializer(Structure.as_dict)]
+Figure = Annotated[float | None, BeforeValidator(_finite)]
+Targets = dict[str, DOS]
+"""Targets by site, counted from "0" (JSON has text for keys), or one under "total"."""
+
+LARGE = ["targets", "site_dos", "total_dos", "achieved"]
+"""Fields that hold arrays; jobs keep them in the job store's additional store "data"."""
+
+
+class GenerationDoc(BaseModel):
+    """Structures as the generator made them; `settings` and `targets` are enough to make them again."""
+
+    structures: list[Crystal]
+    records: list[dict[str, Any]] = Field(description="Weights, seed, index, ...: how each was made")
+    targets: Targets
+    settings: dict[str, Any] = Field(description="Fields of the GenerateMaker")
+    reason: str | None = Field(default=None, description="Why there are fewer structures than asked for")
+    version: str = __version__
+
+
+class CandidateDoc(BaseModel):
+    """One structure on its way: generated, screened, relaxed, computed, compared."""
+
+    index: int = Field(description="Place in the generation")
+    formula: str
+    generated: Crystal
+    record: dict[str, Any] = Field(description="How the generator made it")
+    predicted_distance: Figure = Field(default=None, description="Of the DOS predicted for it as generated")
+    structure: Crystal | None = Field(default=None, description="Relaxed; as generated where nothing was relaxed")
+    energy_per_atom: Figure = Field(default=None, description="eV/atom, of the calculator that relaxed")
+    relaxation: str | None = Field(default=None, description="How the relaxation ended, in words")
+    achieved: Targets = Field(default={}, description="The computed DOS of what had a target")
+    distance: Figure = Field(default=None, description="Normalised L1 to the targets, mean over sites")
+    near_gap_distance: Figure = Field(default=None, description="The same on [-2, 2] eV")
+    mae: Figure = Field(default=None, description="Mean absolute difference, states/eV")
+    band_gap: Figure = Field(default=None, description="eV; 0 for a metal")
+    engine: str | None = Field(default=None, description="What computed the DOS")
+    directory: str | None = Field(default=None, description="Where its files are")
+    reason: str | None = Field(default=None, description="Why it was rejected, or what failed")
+
+
+class ScreeningDoc(BaseModel):
+    """All candidates: those without a reason go on."""
+
+    candidates: list[CandidateDoc]
+    targets: Targets
+    generation: dict[str, Any] = Field(description="Settings, version and shortfall of the generation")
+
+    @property
+    def survivors(self) -> list[CandidateDoc]:
+        """Candidates that go on."""
+        return [candidate for candidate in self.candidates if candidate.reason is None]
+
+
+class RelaxDoc(BaseModel):
+    """A relaxed structure; None where the relaxation broke down."""
+
+    structure: Crystal | None
+    energy: Figure = Field(default=None, description="eV/atom")
+    energy_start: Figure = Field(default=None, description="eV/atom before")
+    converged: bool | None = Field(default=None, description="None where the engine does not tell")
+    steps: int | None = None
+    rmsd: Figure = Field(default=None, description="How far the atoms moved within the cell, Angstrom")
+    reason: str | None = None
+
+
+class DOSDoc(BaseModel):
+    """The DOS of a structure, site by site."""
+
+    engine: str
+    site_dos: list[DOS] = []
+    total_dos: DOS | None = None
+    band_gap: Figure = Field(default=None, description="eV")
+    fermi_level: Figure = Field(default=None, description="eV, the engine's zero")
+    energy: Figure = Field(default=None, description="eV per cell, of the engine")
+    settings: dict[str, Any] = {}
+    directory: str | None = None
+    reason: str | None = None
+
+
+class InverseDesignDoc(BaseModel):
+    """The result of a run: candidates, best match first, then those that fell out, each with its reason."""
+
+    kind: Literal["dosmatgen inverse design"] = "dosmatgen inverse design"
+    targets: Targets
+    candidates: list[CandidateDoc]
+    generation: dict[str, Any]
+    version: str = __version__
+
+
+class TrainDoc(BaseModel):
+    """A trained generator."""
+
+    weights: str = Field(description="Path of the weights file")
+    sha256: str
+    structures: int
+    labelled: int = Field(description="Of these, with a computed DOS")
+    config: dict[str, Any]
