@@ -125,6 +125,12 @@ def test_atoms_on_the_borders_of_the_cell_are_repeated() -> None:
     assert nearest.get_radius() == pytest.approx(BALL * 1.36)  # covalent radius of gold, Angstrom
 
 
+def test_a_supercell_is_drawn_where_asked_for() -> None:
+    cell = bulk("Cu", cubic=True)
+    assert len(balls(draw_crystal(cell))) == 14  # corners and faces
+    assert len(balls(draw_crystal(cell, repeats=2))) == 63  # lattice points of (0 ... 2)^3, borders included
+
+
 @pytest.mark.parametrize(("site", "rings"), [(0, 8), (3, 8)])
 def test_the_conditioned_site_is_at_the_corners_and_ringed(site: int, rings: int) -> None:
     atoms = gold_nickel()

@@ -139,11 +139,13 @@ BOND = 1.15  # longest bond, in sums of covalent radii
 BORDER = 0.06  # an atom this close (fractional) to a face of the cell is drawn on the opposite face as well
 
 
-def draw_crystal(atoms: Atoms, ax: Axes | None = None, sites: Sequence[int] = ()) -> Axes:
+def draw_crystal(
+    atoms: Atoms, ax: Axes | None = None, sites: Sequence[int] = (), *, repeats: int | None = None
+) -> Axes:
     """Draw the unit cell as balls and sticks, in Jmol's colours, with the atoms on its borders repeated.
 
-    The cell is moved so that the first of `sites` (or the first atom) is at its corners; cells of one or two atoms are
-    drawn two by two by two. The view has c upwards and a to the right, turned a little; what is farther away is paler.
+    The cell is moved so that the first of `sites` (or the first atom) is at its corners. The view has c upwards and a to
+    the right, turned a little; what is farther away is paler.
 
     Parameters
     ----------
@@ -153,6 +155,8 @@ def draw_crystal(atoms: Atoms, ax: Axes | None = None, sites: Sequence[int] = ()
         Where to draw; a new figure by default.
     sites : sequence of int, optional
         Atoms to be ringed in the colour of a target.
+    repeats : int, optional
+        Cells along each lattice vector: 2 draws the 2 x 2 x 2 supercell. By default 1, and 2 for one or two atoms.
 
     Returns
     -------
@@ -173,7 +177,9 @@ def draw_crystal(atoms: Atoms, ax: Axes | None = None, sites: Sequence[int] = ()
         raise ValueError("nothing to draw: give a crystal with atoms and three lattice vectors")
     if ax is None:
         ax = Figure(figsize=(3.2, 3.2), layout="constrained").add_subplot()
-    index, positions, box = _shown_atoms(atoms, sites[0] if len(sites) else 0)
+    if repeats is None:
+        repeats = 2 if len(atoms) <= 2 else 1
+    index, positions, box = _shown_atoms(atoms, sites[0] if len(sites) else 0, repeats)
     view = _view(box)
     edges = _cell_edges(box) @ view.T
     places = positions @ view.T  # right, up, towards the eye
@@ -260,9 +266,8 @@ def plot_candidates(
     _save(figure, Path(path))
 
 
-def _shown_atoms(atoms: Atoms, origin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _shown_atoms(atoms: Atoms, origin: int, repeats: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Indices (m,) and positions (m, 3) of the atoms to draw, atom `origin` at zero, and the box (3, 3), Angstrom."""
-    repeats = 2 if len(atoms) <= 2 else 1
     frac = atoms.get_scaled_positions()
     frac = (frac - frac[origin]) % 1.0
     shifts = np.stack(np.meshgrid(*[np.arange(-1, repeats + 1)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
