@@ -1,0 +1,121 @@
+"""The scripts of ``workflows/`` at toy size: they run as a user runs them, go on after a stop, and count right."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+
+from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.predictor import SitePrediction
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def nickel() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "workflows" / "free_atom_like_nickel.py"))
+
+
+def test_the_nickel_experiment_runs_and_goes_on(
+    nickel: dict[str, Any], tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--out", str(tmp_path), "--weights", str(tiny_weights), "--candidates", "2", "--num-steps", "2"]
+    report = nickel["main"](command)
+    assert report["masked_seconds"] > 0
+    assert json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail) == report
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    made = {task.name: ase.io.read(tmp_path / f"{task.name}.extxyz", ":") for task in nickel["TASKS"]}
+    assert {name: [len(a) for a in frames] for name, frames in made.items()} == {
+        **{f"masked_{size}": [size] * 2 for size in (4, 5, 6, 7)},
+        "template_Cu": [4, 4],
+        "template_MgO": [8, 8],
+        "template_SrTiO3": [5, 5],
+        "cobalt": [4, 5],
+        "cobalt_free": [4, 5],
+    }
+    for name, site in (("masked_4", "0"), ("template_SrTiO3", "1"), ("cobalt", "0")):
+        assert list(made[name][0].info["dosmatgen"]["targets"]) == [site]
+    assert made["cobalt_free"][0].info["dosmatgen"]["targets"] == {}
+    for name in ("cobalt", "cobalt_free"):
+        assert {a.symbols[0] for a in made[name]} == {"Co"}
+        assert report["tasks"][name]["elements"] == {"Co": 2}
+
+    monkeypatch.setattr(DOSGenerator, "_draw", None)  # nothing is left to draw
+    again = nickel["main"](command)
+    assert again == report | {"masked_seconds": None}
+
+
+class _Fixed:
+    """A predictor that says what it was told, whatever the crystal."""
+
+    def __init__(self, values: list[np.ndarray | None]) -> None:
+        self.values = values
+
+    def predict_arrays(self, structures: list[Atoms]) -> list[SitePrediction]:
+        known = np.ones((4, MODEL_GRID.size), dtype=bool)
+        nothing = np.full((4, MODEL_GRID.size), np.nan)
+        return [
+            SitePrediction(nothing, nothing, known, "isolated atoms")
+            if v is None
+            else SitePrediction(np.tile(v, (4, 1)), nothing, known)
+            for v in self.values[: len(structures)]
+        ]
+
+
+def test_what_it_counts(nickel: dict[str, Any]) -> None:
+    au3ni = nickel["AU3NI"]
+    stretched = au3ni.copy()
+    stretched.set_cell(1.04 * stretched.cell, scale_atoms=True)
+    reversed_order = au3ni[::-1]
+    layered = Atoms("AuAuAuNi", cell=[2.6, 2.6, 10.0], pbc=True)
+    layered.set_scaled_positions([[0, 0, 0], [0.5, 0.5, 0.25], [0, 0, 0.5], [0.5, 0.5, 0.75]])
+    copper = bulk("Cu", cubic=True)
+    structures = [au3ni, stretched, reversed_order, layered, copper]
+    for i, atoms in enumerate(structures):
+        atoms.info["dosmatgen"] = {"attempt": int(i == 4)}
+    wanted = np.exp(-(MODEL_GRID.energies**2))
+    target = TargetDOS.from_arrays(MODEL_GRID.energies, wanted, sigma=0.2)
+    judge = _Fixed([1.1 * wanted, 1.2 * wanted, 1.3 * wanted, 1.4 * wanted, None])
+    ranker = _Fixed([None, 3 * wanted, 2 * wanted, 4 * wanted, 4 * wanted])
+    known = nickel["Known"](_library([bulk("Cu"), bulk("Ag")]))
+    task = nickel["Task"]("masked_4", "", 3, {})
+    figures = nickel["evaluate"](task, structures, target, ranker, judge, known).figures
+    assert figures["valid"] == pytest.approx(5 / 6)
+    assert figures["nickel"] == pytest.approx(3 / 5)
+    assert figures["elements"] == {"Ni": 3, "Au": 1, "Cu": 1}
+    assert figures["representative"]["index"] == 2  # the ranker's choice, not the judge's
+    distance = figures["distance"]
+    assert distance["all"] == [*(pytest.approx(x, abs=1e-6) for x in (0.1, 0.2, 0.3, 0.4)), None]
+    assert (distance["judged"], distance["picked"]) == (4, pytest.approx(0.3))
+    assert (distance["mean"], distance["best"]) == (pytest.approx(0.25), pytest.approx(0.1))
+    assert figures["au3ni"] == pytest.approx(3 / 5)
+    assert figures["au3ni_formula"] == pytest.approx(4 / 5)
+    assert figures["unique"] == pytest.approx(3 / 5)
+    assert figures["new"] == pytest.approx(4 / 5)  # four-atom copper is the one-atom copper of the library
+    assert figures["new_formula"] == pytest.approx(4 / 5)
+
+
+def _library(crystals: list[Atoms]) -> Any:
+    from dosmatgen_ase.data import Structures
+
+    size = np.array([len(a) for a in crystals])
+    numbers, frac = np.zeros((len(crystals), 20), dtype=int), np.zeros((len(crystals), 20, 3))
+    for i, atoms in enumerate(crystals):
+        numbers[i, : len(atoms)], frac[i, : len(atoms)] = atoms.numbers, atoms.get_scaled_positions()
+    names = np.array([str(a.symbols) for a in crystals])
+    return Structures(names, names, names, size, size, np.array([a.cell.array for a in crystals]), frac, numbers)
