@@ -242,7 +242,7 @@ def test_large_cells_are_drawn_less_often() -> None:
     dataset = bulk_dataset(0, 0)
     dataset.structures.num_atoms[:2] = (16, 8)
     probability = draw_probability(dataset, CONFIG)
-    assert probability[0] / probability[1] == pytest.approx(0.25)  # (8 / 16)^2
+    assert probability[0] / probability[1] == pytest.approx(0.5**CONFIG.size_exponent)  # (8 / 16)^a
     assert probability[1] == pytest.approx(probability[5])  # up to 8 atoms all weigh the same
 
 
@@ -288,18 +288,25 @@ def test_statistics_of_the_noise_levels() -> None:
     assert not coords[:, 2].any()  # padding
     for level in (lattice, coords, species):
         assert 0 <= float(level.min()) <= float(level.max()) <= 1
+    for level in (lattice, coords):
         assert not ((level > 0) & (level < 1e-3)).any()
     c, tolerance = CONFIG, 4 * 0.5 / n**0.5
     clean = c.independent * c.clean
     assert float((lattice == 0).float().mean()) == pytest.approx(clean, abs=tolerance)
-    assert float((species[:, 0] == 0).float().mean()) == pytest.approx(clean, abs=tolerance)
     # A site is also clean where it was picked as fixed, at a rate that is itself uniform: half of fixed_sites.
     fixed = clean + (1 - clean) * c.fixed_sites / 2
     assert float((coords[:, 0] == 0).float().mean()) == pytest.approx(fixed, abs=tolerance)
     mixed = (coords[:, 0] == 0) != (coords[:, 1] == 0)
     assert float(mixed.float().mean()) == pytest.approx((1 - clean) * c.fixed_sites / 3, abs=tolerance)
-    tied = (lattice == coords[:, 0]) & (lattice == species[:, 0])
-    assert float(tied.float().mean()) == pytest.approx((1 - c.independent) * (1 - c.fixed_sites / 2), abs=0.03)
+    shared = lattice == coords[:, 0]
+    both_clean = c.independent * c.clean**2
+    expected = both_clean + (1 - c.independent) * (1 - c.fixed_sites / 2)
+    assert float(shared.float().mean()) == pytest.approx(expected, abs=0.02)
+    # Species are masked at a level that is never above that of the geometry, but where they have their own.
+    masked_more = (species[:, 0] > coords[:, 0]) & (coords[:, 0] > 0)
+    assert 0.03 < float(masked_more.float().mean()) < c.species_independent
+    known = float((species[:, 0] == 0).float().mean())
+    assert c.species_clean < known < c.species_clean + (1 - c.species_clean - c.species_independent)
     noisy = lattice[lattice > 0]
     assert float(noisy.mean()) == pytest.approx(1 / (1 + c.noise_exponent), abs=0.01)  # E[u^a] = 1 / (1 + a)
 
@@ -387,3 +394,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_advice() -> None:
         trainer.model.denoiser.species_out[0].weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="not finite at step 0: lower learning_rate"):
         next(iter(trainer.run(1)))
+
+
+def test_weights_to_start_from(tmp_path: Path) -> None:
+    parent = Trainer(CONFIG, bulk_dataset())
+    list(parent.run(3))
+    parent.export(tmp_path / "parent.safetensors", {})
+    child = Trainer(replace(CONFIG, seed=5), bulk_dataset())
+    digest = child.start_from(tmp_path / "parent.safetensors")
+    assert digest == load_model(tmp_path / "parent.safetensors")[1]["sha256"]
+    assert all(torch.equal(value, parent.ema[name]) for name, value in child.model.state_dict().items())
+    assert child.step == 0
+    other = Trainer(replace(CONFIG, network=replace(CONFIG.network, num_layers=1)), bulk_dataset())
+    with pytest.raises(ValueError, match="another network"):
+        other.start_from(tmp_path / "parent.safetensors")

@@ -1,4 +1,4 @@
-"""The command line: ``dosmatgen generate``, ``train``, ``train-predictor`` and ``dos``.
+"""The command line: ``dosmatgen generate``, ``train``, ``train-predictor``, ``dos`` and ``report``.
 
 Thin: every command reads its arguments, calls the library and prints. Heavy libraries are imported inside the commands,
 so that ``dosmatgen --help`` needs none of them. Errors become one line on stderr and an exit code (1; 2 for a wrong
@@ -384,6 +384,26 @@ def _windows(target: TargetDOS) -> str:
     return f"{', '.join(parts)}{more} eV"
 
 
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def report(
+    result: Annotated[
+        Path, typer.Argument(metavar="RESULT", help="result.json of an inverse-design run.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="HTML file. Default: report.html beside RESULT.")
+    ] = None,
+) -> None:
+    """Show an inverse-design run as one HTML file: target and computed DOS, crystals, a table sorted by match."""
+    path = result.with_name("report.html") if out is None else out
+    _writable(path, (".html", ".htm"))
+    from .report import read_result, write_report
+
+    typer.echo(f"report: {write_report(read_result(result), path)}")
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -401,6 +421,9 @@ def train(
         typer.Option(help="File of predicted DOS for structures without a label, or 'auto' to make it once in OUT."),
     ] = None,
     predictor: Predictor = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Weights to start from (fine-tuning); same 'network' in the config.")
+    ] = None,
     device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; replaces the config's.")] = None,
 ) -> None:
@@ -441,7 +464,7 @@ def train(
         err=True,
     )
     try:
-        weights = run(settings, dataset, out, device=chosen, metadata={"data": counts})
+        weights = run(settings, dataset, out, init=init, device=chosen, metadata={"data": counts})
     except KeyboardInterrupt:
         kept = (out / "state.safetensors").exists()
         what = f"the last state is kept in {out}; the same command goes on" if kept else "no state was saved yet"

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from .checkpoint import load_tensors, save_model, save_tensors
+from .checkpoint import load_model, load_tensors, save_model, save_tensors
 from .conditioning import ConditionalDenoiser, ConditionDropout, DOSCondition
 from .crystal import CrystalBatch
 from .data import CrystalDataset, size_bucket_batches
@@ -55,9 +55,14 @@ class TrainingConfig:
     noise_exponent : float
         Levels are u ** noise_exponent, u uniform: above 1 puts weight on the data end.
     independent : float
-        Share of examples in which each field has its own level.
+        Share of examples in which the lattice and the coordinates have levels of their own; otherwise they share one.
     clean : float
-        Among those, the probability of each field to be clean.
+        Among those, the probability of each of the two to be clean.
+    species_clean, species_independent : float
+        Share of examples in which every species is known, and in which they are masked at a level of their own.
+        Otherwise they follow the geometry as in sampling: all are revealed at a level drawn from [0, species_end].
+    species_end : float
+        At most this, see :class:`dosmatgen_ase.sampler.SamplerConfig`.
     fixed_sites : float
         Share of examples in which a random subset of the sites is clean.
     lattice_weight, coords_weight, species_weight, dos_weight, size_weight : float
@@ -80,10 +85,13 @@ class TrainingConfig:
     draws_per_epoch: int = 16384
     real_share: float = 0.2
     pseudo_share: float = 0.55
-    size_exponent: float = 2.0
+    size_exponent: float = 2.5
     noise_exponent: float = 1.4
-    independent: float = 0.45
+    independent: float = 0.35
     clean: float = 0.3
+    species_clean: float = 0.25
+    species_independent: float = 0.15
+    species_end: float = 0.7
     fixed_sites: float = 0.1
     lattice_weight: float = 1.0
     coords_weight: float = 3.0
@@ -163,19 +171,23 @@ def epoch_batches(data: DenseData, config: TrainingConfig, epoch: int) -> Iterat
 
 
 def draw_levels(mask: Tensor, config: TrainingConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise levels (lattice (B,), coordinates (B, N), species (B, N)): tied, or one per field, some fields or sites clean."""
+    """Noise levels of lattice, shape (B,), coordinates and species, shape (B, N): what sampling and pins will ask for."""
     batch, device = mask.shape[0], mask.device
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device=device)
 
-    own = uniform(batch, 3) ** torch.tensor([config.noise_exponent, config.noise_exponent, 1.0], device=device)
-    own = own.clamp(min=1e-3) * (uniform(batch, 3) >= config.clean)
-    tied = (uniform(batch, 1) ** config.noise_exponent).clamp(min=1e-3).expand(batch, 3)
-    levels = torch.where(uniform(batch, 1) < config.independent, own, tied)
+    own = (uniform(batch, 2) ** config.noise_exponent).clamp(min=1e-3) * (uniform(batch, 2) >= config.clean)
+    shared = (uniform(batch, 1) ** config.noise_exponent).clamp(min=1e-3).expand(batch, 2)
+    levels = torch.where(uniform(batch, 1) < config.independent, own, shared)
+    end = config.species_end * uniform(batch)
+    species = ((levels[:, 1] - end) / (1 - end)).clamp(min=0)
+    kind, alone = uniform(batch), uniform(batch)
+    species = torch.where(kind < config.species_clean + config.species_independent, alone, species)
+    species = torch.where(kind < config.species_clean, torch.zeros_like(species), species)
     fixed = (uniform(batch, 1) < config.fixed_sites) & (uniform(*mask.shape) < uniform(batch, 1))
     t_coords = torch.where(fixed, torch.zeros_like(levels[:, 1:2]), levels[:, 1:2]) * mask
-    return levels[:, 0], t_coords, levels[:, 2:].expand(mask.shape)
+    return levels[:, 0], t_coords, species[:, None].expand(mask.shape)
 
 
 def losses(
@@ -249,6 +261,22 @@ class Trainer:
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.data = DenseData(dataset, config, self.device)
         self.step = self.epoch = self.position = 0
+
+    def start_from(self, path: str | Path) -> str:
+        """Take over weights made by :meth:`export`; return their hash.
+
+        Raises
+        ------
+        ValueError
+            If they belong to a network of another size.
+        """
+        parent, header = load_model(path)
+        if parent.denoiser.config != self.config.network:
+            raise ValueError(f"{path} has another network ({parent.denoiser.config}): set 'network' to the same")
+        self.model.denoiser.lattice = parent.denoiser.lattice
+        self.model.load_state_dict(parent.state_dict())
+        self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        return str(header["sha256"])
 
     def learning_rate(self) -> float:
         """At the current step."""
@@ -342,6 +370,7 @@ def train(
     dataset: CrystalDataset,
     out: str | Path,
     *,
+    init: str | Path | None = None,
     device: str = "cpu",
     metadata: dict[str, Any] | None = None,
     progress: bool = True,
@@ -355,6 +384,8 @@ def train(
         Training structures only.
     out : path
         Folder for ``state.safetensors`` (resume), ``log.jsonl`` and ``weights.safetensors`` (EMA, for DOSGenerator).
+    init : path, optional
+        Weights to start from, as made by this function; the learning rate starts over.
     device : str
     metadata : dict, optional
         Kept in the header of the weights.
@@ -369,6 +400,9 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, dataset, device)
     state, weights = out / "state.safetensors", out / "weights.safetensors"
+    metadata = dict(metadata or {})
+    if init is not None:
+        metadata["init"] = trainer.start_from(init)
     if state.exists():
         trainer.restore(state)
     _cut_log(out / "log.jsonl", trainer.step)
@@ -389,7 +423,7 @@ def train(
                 history.clear()
             if trainer.step % config.save_every == 0 or trainer.step == config.steps:
                 trainer.save(state)
-                trainer.export(weights, metadata or {})
+                trainer.export(weights, metadata)
     return weights
 
 
