@@ -144,8 +144,8 @@ def draw_crystal(
 ) -> Axes:
     """Draw the unit cell as balls and sticks, in Jmol's colours, with the atoms on its borders repeated.
 
-    The cell is moved so that the first of `sites` (or the first atom) is at its corners. The view has c upwards and a to
-    the right, turned a little; what is farther away is paler.
+    The cell is moved so that the first of `sites` (or the first atom) is at its corners. The view has c upwards and a
+    to the right, turned a little; what is farther away is paler.
 
     Parameters
     ----------
