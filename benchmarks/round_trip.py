@@ -150,8 +150,10 @@ def generate(
     return made
 
 
-def judge_candidates(made: list[Atoms], judge: DOSPredictor, ranker: DOSPredictor) -> Candidates:
-    """Screen candidates and predict their DOS."""
+def judge_candidates(
+    made: list[Atoms], judge: DOSPredictor, ranker: DOSPredictor, num_modes: int = len(MODES)
+) -> Candidates:
+    """Screen candidates of one target, mode after mode, and predict their DOS."""
     passed = [i for i, atoms in enumerate(made) if screen(atoms).accepted]
     features = site_features([made[i] for i in passed])
     numbers = np.array([atoms.numbers for atoms in made])
@@ -165,7 +167,7 @@ def judge_candidates(made: list[Atoms], judge: DOSPredictor, ranker: DOSPredicto
             judged[i], ranked[i], supported[i] = mine.mean, other.mean, mine.known.any(-1)
 
     def by_mode(array: np.ndarray) -> np.ndarray:
-        return array.reshape(len(MODES), -1, *array.shape[1:])
+        return array.reshape(num_modes, -1, *array.shape[1:])
 
     return Candidates(
         numbers=by_mode(numbers),
@@ -186,8 +188,12 @@ def cached(path: Path, make: Callable[[], Candidates]) -> Candidates:
 
 
 def mode_figures(target: Target, candidates: Candidates, name: str) -> dict[str, float]:
+    """Figures of one of the `MODES`, on the sites that it is judged by."""
+    return candidate_figures(target, candidates, list(MODES).index(name), target.sites(MODES[name].judged))
+
+
+def candidate_figures(target: Target, candidates: Candidates, mode: int, sites: np.ndarray) -> dict[str, float]:
     """Mean, best and ranked pick of each metric over the accepted candidates of one mode; NaN if there are none."""
-    mode, sites = list(MODES).index(name), target.sites(MODES[name].judged)
     keep = candidates.accepted[mode]
     if not keep.any():
         return {f"{metric} {which}": np.nan for metric in METRICS for which in ("mean", "best", "picked")}
