@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 ORDER = [
     "dos", "crystal", "data", "diffusion", "denoiser", "conditioning", "constraints", "checkpoint", "sampler",
     "training", "predictor", "screening", "relaxation", "electronic", "metrics", "plotting", "generator", "flows",
-    "cli",
+    "report", "cli",
 ]
 
 

@@ -239,7 +239,12 @@ class DOSMaker(Maker):
     @job(output_schema=DOSDoc, data=LARGE)
     def make(self, structure: Structure | None) -> DOSDoc:
         """Compute one structure, in a folder of its own below the current one, which is kept."""
-        from dosmatgen_ase.electronic import EspressoSettings, compute_dos
+        from dosmatgen_ase.electronic import (
+            ElectronicStructureError,
+            EspressoSettings,
+            InterruptedCalculation,
+            compute_dos,
+        )
 
         engine = "Quantum ESPRESSO"
         if structure is None:
@@ -248,7 +253,9 @@ class DOSMaker(Maker):
         directory = tempfile.mkdtemp(prefix="espresso-", dir=Path.cwd())
         try:
             result = compute_dos(to_atoms(structure), settings, directory=directory)
-        except (ValueError, RuntimeError) as error:
+        except InterruptedCalculation:
+            raise  # says nothing about the structure: the job is to be run again
+        except ElectronicStructureError as error:
             return DOSDoc(engine=engine, settings=self.settings, directory=directory, reason=str(error))
         return DOSDoc(
             engine=engine,
