@@ -331,36 +331,38 @@ def default_predictor() -> DOSPredictor:
     return DOSPredictor.load()
 
 
-def predict_dos(atoms: Atoms) -> list[TargetDOS]:
+def predict_dos(atoms: Atoms, sites: Sequence[int] | None = None) -> list[TargetDOS]:
     """Predict the site DOS of a crystal, in milliseconds.
 
     Parameters
     ----------
     atoms : periodic crystal
+    sites : the sites wanted, all by default
 
     Returns
     -------
     list of TargetDOS
-        One per site, states/eV at sigma 0.2 eV on [-10, 5] eV. `reference` is "vbm" where the predicted total DOS
+        One per site wanted, states/eV at sigma 0.2 eV on [-10, 5] eV. `reference` is "vbm" where the predicted total DOS
         leaves a gap above zero, else "fermi".
 
     Raises
     ------
     ValueError
-        If CHGNet cannot read the structure, or an element has fewer than 3 labelled structures.
+        If CHGNet cannot read the structure, or the element of a site wanted has fewer than 3 labelled structures.
     """
     predictor = default_predictor()
     prediction = predictor.predict_arrays([atoms])[0]
     if prediction.reason:
         raise ValueError(f"no DOS for {atoms.get_chemical_formula()}: {prediction.reason}")
-    unknown = [atoms.symbols[i] for i in np.flatnonzero(~prediction.known.any(axis=1))]
+    wanted = list(range(len(atoms))) if sites is None else list(sites)
+    unknown = [atoms.symbols[i] for i in wanted if not prediction.known[i].any()]
     if unknown:
         raise ValueError(f"no DOS for {', '.join(sorted(set(unknown)))}: too few labels; add some and retrain")
     reference = "vbm" if _looks_gapped(prediction.mean) else "fermi"
     provenance = {"source": "predictor", "steps": [], "predictor": predictor.info}
     return [
         TargetDOS(MODEL_GRID.energies, mean, known, reference, MODEL_SIGMA, "site", provenance)
-        for mean, known in zip(prediction.mean, prediction.known, strict=True)
+        for mean, known in zip(prediction.mean[wanted], prediction.known[wanted], strict=True)
     ]
 
 
