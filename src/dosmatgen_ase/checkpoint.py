@@ -27,7 +27,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write beside ``path``, flush to disk, then replace: an interruption leaves the old file whole."""
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
+        with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

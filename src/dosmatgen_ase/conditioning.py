@@ -172,8 +172,8 @@ class Guidance:
     """Classifier-free guidance (arXiv 2207.12598) within an interval of noise levels (arXiv 2404.07724).
 
     ``prediction = unconditional + scale * (conditional - unconditional)`` on velocities and logits. Scale 1 needs the
-    conditional pass only, scale 0 ignores the condition; otherwise both passes run as one batch. Outside ``interval`` the
-    scale is 1.
+    conditional pass only, scale 0 ignores the condition; otherwise both passes run as one batch. Outside ``interval``
+    the scale is 1.
     """
 
     scale: float = 1.0

@@ -2,14 +2,15 @@
 
 Pairs are described in real space. For sites i, j and every lattice translation T within a cutoff the vector
 ``d = r_j - r_i + T`` gives radial functions ``phi_k(|d|)``; summed over all images they become three pair features:
-scalars ``sum phi_k``, vectors ``sum phi_k d/|d|`` and tensors ``sum phi_k d d^T/|d|^2``. They are computed once per call; the
-layers then work on dense (N, N) pairs. Scalars carry the chemistry, vector channels (as in PaiNN, arXiv 2102.03150) the
-geometry; coordinates are read out as sums of pair vectors, the cell from a sum of pair tensors.
+scalars ``sum phi_k``, vectors ``sum phi_k d/|d|`` and tensors ``sum phi_k d d^T/|d|^2``. They are computed once per
+call; the layers then work on dense (N, N) pairs. Scalars carry the chemistry, vector channels (as in PaiNN, arXiv
+2102.03150) the geometry; coordinates are read out as sums of pair vectors, the cell from a sum of pair tensors.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,8 +55,8 @@ class PairFeatures:
 def pair_features(cell: Tensor, frac_coords: Tensor, mask: Tensor, num_radial: int, cutoff: float) -> PairFeatures:
     """Sum radial functions over all periodic images of every pair within ``cutoff``.
 
-    Only pairs i <= j and images inside the cutoff are evaluated (the pair (j, i) has the opposite vectors); a site's own
-    images count, the site itself does not.
+    Only pairs i <= j and images inside the cutoff are evaluated (the pair (j, i) has the opposite vectors); a site's
+    own images count, the site itself does not.
 
     Parameters
     ----------
@@ -87,7 +88,9 @@ def pair_features(cell: Tensor, frac_coords: Tensor, mask: Tensor, num_radial: i
     envelope = 0.5 * (1 + torch.cos(torch.pi * distance / cutoff))
     radial = torch.exp(-(((distance[:, None] - centres) / spacing) ** 2)) * envelope[:, None]
     # 1; x, y, z; xx, yy, zz, xy, xz, yz
-    angular = torch.cat([torch.ones_like(unit[:, :1]), unit, unit * unit, unit[:, :1] * unit[:, 1:], unit[:, 1:2] * unit[:, 2:]], 1)
+    angular = torch.cat(
+        [torch.ones_like(unit[:, :1]), unit, unit * unit, unit[:, :1] * unit[:, 1:], unit[:, 1:2] * unit[:, 2:]], 1
+    )
     total = torch.zeros(batch * num_pairs, 10 * num_radial, device=device, dtype=cell.dtype)
     total.index_add_(0, which[entry] * num_pairs + pair, (angular[:, :, None] * radial[:, None]).flatten(1))
     total = total.view(batch, num_pairs, 10, num_radial)
@@ -105,7 +108,7 @@ def pair_features(cell: Tensor, frac_coords: Tensor, mask: Tensor, num_radial: i
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with SiLU between them."""
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(widths)):
         layers += [nn.Linear(a, b)] + ([nn.SiLU()] if i < len(widths) - 2 else [])
     return nn.Sequential(*layers)
 

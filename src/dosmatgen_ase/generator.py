@@ -1,8 +1,8 @@
 """`DOSGenerator`: from a DOS to ``ase.Atoms``.
 
 Reading order: :class:`Request` turns what the user wrote into sizes, targets and constraints, or into one clear error;
-:class:`DOSGenerator` draws structures in batches, screens them, draws rejected ones again, and tells in ``atoms.info`` how
-each was made.
+:class:`DOSGenerator` draws structures in batches, screens them, draws rejected ones again, and tells in ``atoms.info``
+how each was made.
 """
 
 from __future__ import annotations
@@ -87,18 +87,24 @@ class Request:
             template = _right_handed(template)
             for constraint in template.constraints:
                 if not isinstance(constraint, FixAtoms):
-                    raise ValueError(f"template has a {type(constraint).__name__}: only FixAtoms is understood, remove it")
+                    raise ValueError(
+                        f"template has a {type(constraint).__name__}: only FixAtoms is understood, remove it"
+                    )
                 held |= set(map(int, constraint.get_indices()))
                 fixed_cell = True  # FixAtoms holds Cartesian positions, which a changing cell would move
             if not 0.0 <= strength <= 1.0:
                 raise ValueError(f"strength={strength} must lie between 0 (the template) and 1 (noise)")
         elif fixed_cell or held:
-            raise ValueError(f"{'fixed_cell' if fixed_cell else 'fixed_sites'} needs a template to take its values from")
+            raise ValueError(
+                f"{'fixed_cell' if fixed_cell else 'fixed_sites'} needs a template to take its values from"
+            )
         counts = _composition(composition)
         allowed = _allowed(elements, exclude_elements)
         for z in counts:
             if z not in allowed:
-                raise ValueError(f"composition={composition!r} contradicts elements/exclude_elements: {chemical_symbols[z]}")
+                raise ValueError(
+                    f"composition={composition!r} contradicts elements/exclude_elements: {chemical_symbols[z]}"
+                )
         chosen = _sizes(num_atoms)
         whole = isinstance(dos, Sequence)
         for name, size in (
@@ -118,10 +124,12 @@ class Request:
         for name, used in (("dos", set(targets)), ("fixed_species", set(pins)), ("fixed_sites", held)):
             for i in sorted(used):
                 if not 0 <= i < (min(chosen) if chosen else MAX_ATOMS):
-                    raise ValueError(f"{name} names site {i}, but there are {min(chosen) if chosen else MAX_ATOMS} sites")
+                    raise ValueError(
+                        f"{name} names site {i}, but there are {min(chosen) if chosen else MAX_ATOMS} sites"
+                    )
         request = cls(
-            targets, total, chosen, template, strength if template is not None else 1.0, pins, frozenset(held), fixed_cell,
-            counts, allowed,
+            targets, total, chosen, template, strength if template is not None else 1.0, pins, frozenset(held),
+            fixed_cell, counts, allowed,
         )  # fmt: skip
         for i, z in request.pinned_species().items():
             name = f"site {i} is to stay {chemical_symbols[z]}, which"
@@ -142,7 +150,9 @@ class Request:
         """Raise ``ValueError`` if the pinned species alone use up more of an element than the composition has."""
         for z, left in self.remaining(size).items():
             if left < 0:
-                raise ValueError(f"fixed_species uses more {chemical_symbols[z]} than the composition has: pin fewer sites")
+                raise ValueError(
+                    f"fixed_species uses more {chemical_symbols[z]} than the composition has: pin fewer sites"
+                )
 
     def remaining(self, size: int) -> dict[int, int]:
         """Atoms of each element of the composition that are left for free sites in a cell of ``size`` atoms."""
@@ -179,7 +189,8 @@ class Request:
         if self.template is not None:
             single = CrystalBatch.from_atoms([self.template])
             result = replace(
-                result, start=CrystalBatch(*(v.repeat(len(sizes), *[1] * (v.ndim - 1)) for v in single.__dict__.values()))
+                result,
+                start=CrystalBatch(*(v.repeat(len(sizes), *[1] * (v.ndim - 1)) for v in single.__dict__.values())),
             )
         for i in self.fixed_sites:
             result.fixed_coords[:, i] = True
@@ -208,7 +219,9 @@ class Request:
             "fixed_sites": sorted(self.fixed_sites),
             "fixed_cell": self.fixed_cell,
             "composition": {chemical_symbols[z]: count for z, count in self.composition.items()},
-            "forbidden_elements": [chemical_symbols[z] for z in range(1, MAX_ATOMIC_NUMBER + 1) if z not in self.allowed],
+            "forbidden_elements": [
+                chemical_symbols[z] for z in range(1, MAX_ATOMIC_NUMBER + 1) if z not in self.allowed
+            ],
         }
 
 
@@ -247,7 +260,9 @@ class DOSGenerator:
     def generate(self, dos: DOSInput, n: int, **settings: Any) -> list[Atoms]: ...
     def generate(self, dos: DOSInput, n: int | None = None, **settings: Any) -> Atoms | list[Atoms]:
         """Generate one structure (``n=None``) or a list of ``n``; see :meth:`generate_iter` for the settings."""
-        made = sorted(self.generate_iter(dos, 1 if n is None else n, **settings), key=lambda a: a.info["dosmatgen"]["index"])
+        made = sorted(
+            self.generate_iter(dos, 1 if n is None else n, **settings), key=lambda a: a.info["dosmatgen"]["index"]
+        )
         return made[0] if n is None else made
 
     def generate_iter(
@@ -281,8 +296,8 @@ class DOSGenerator:
         n : int
             Number of structures in all.
         num_atoms : int or sequence of int, optional
-            Atoms per cell, 1 to 20. A sequence is taken in turn. By default it is drawn from what the model learned about
-            the sizes of cells that have such a DOS.
+            Atoms per cell, 1 to 20. A sequence is taken in turn. By default it is drawn from what the model learned
+            about the sizes of cells that have such a DOS.
         sites : sequence of int, optional
             Sites that get a single target, by default ``[0]``.
         template : Atoms, optional
@@ -361,9 +376,10 @@ class DOSGenerator:
             raise ValueError("atoms.info has no 'dosmatgen' record: it was not made by DOSGenerator")
         whole = isinstance(dos, Sequence)
         request = Request.parse(
-            dos, len(atoms), None if whole or isinstance(dos, Mapping | None) else [int(i) for i in info["targets"]] or None,
-            template, 1.0 if info["strength"] is None else info["strength"], {int(i): e for i, e in info["fixed_species"].items()}, info["fixed_sites"],
-            info["fixed_cell"], info["composition"] or None, None, info["forbidden_elements"],
+            dos, len(atoms), None if whole or isinstance(dos, Mapping | None) else [int(i) for i in info["targets"]] or
+            None, template, 1.0 if info["strength"] is None else info["strength"], {int(i): e for i, e in
+            info["fixed_species"].items()}, info["fixed_sites"], info["fixed_cell"], info["composition"] or None, None,
+            info["forbidden_elements"],
         )  # fmt: skip
         if self.header["sha256"] != info["weights"] or request.record() != {k: info[k] for k in request.record()}:
             raise ValueError("weights, target or template are not those of the record: give the same ones again")
@@ -374,7 +390,13 @@ class DOSGenerator:
         return made[0]
 
     def _run(
-        self, request: Request, n: int, config: SamplerConfig, record: dict[str, Any], progress: bool, out: _Stream | None
+        self,
+        request: Request,
+        n: int,
+        config: SamplerConfig,
+        record: dict[str, Any],
+        progress: bool,
+        out: _Stream | None,
     ) -> Iterator[Atoms]:
         seed = record["seed"]
         ready = {} if out is None else {a.info["dosmatgen"]["index"]: a for a in out.resume()}
@@ -419,9 +441,7 @@ class DOSGenerator:
         condition = request.condition(sizes)
         denoise = Guidance(scale).wrap(self.model, condition if condition is None else condition.to(self.device))
         lattice = self.model.denoiser.lattice
-        result = sample(
-            denoise, lattice, constraints.to(self.device), randomness, config, strength=request.strength
-        )
+        result = sample(denoise, lattice, constraints.to(self.device), randomness, config, strength=request.strength)
         structures = result.crystals.to_atoms()
         for atoms in structures:
             _orient(atoms, request)
@@ -450,7 +470,7 @@ class _Stream:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist, create it")
         try:
-            with open(path, "a"):
+            with path.open("a"):
                 pass
         except OSError as error:
             raise OSError(f"cannot write {path}: {error.strerror}; choose another place") from error
@@ -503,15 +523,21 @@ def _targets(dos: DOSInput, sites: Sequence[int] | None) -> tuple[TargetDOS | No
     if isinstance(dos, TargetDOS):
         if dos.kind == "total":
             if sites is not None:
-                raise ValueError("sites contradicts a target of kind 'total', which belongs to the cell: drop one of them")
+                raise ValueError(
+                    "sites contradicts a target of kind 'total', which belongs to the cell: drop one of them"
+                )
             return dos, {}
         chosen = [0] if sites is None else _indices(sites, "sites")
         if not chosen:
             raise ValueError("sites is empty: name at least one site, or leave it out for site 0")
         return None, dict.fromkeys(chosen, dos)
-    pairs = list(dos.items() if isinstance(dos, Mapping) else enumerate(dos)) if isinstance(dos, Mapping | Sequence) else []
+    pairs = (
+        list(dos.items() if isinstance(dos, Mapping) else enumerate(dos)) if isinstance(dos, Mapping | Sequence) else []
+    )
     if not pairs or not all(isinstance(t, TargetDOS) for _, t in pairs):
-        raise TypeError("dos must be a TargetDOS, a list of them, a mapping {site: TargetDOS}, or None: see TargetDOS.from_*")
+        raise TypeError(
+            "dos must be a TargetDOS, a list of them, a mapping {site: TargetDOS}, or None: see TargetDOS.from_*"
+        )
     if any(t.kind == "total" for _, t in pairs):
         raise ValueError("a target of kind 'total' belongs to the cell: give it alone, not in a list or mapping")
     return None, dict(zip(_indices([i for i, _ in pairs], "dos"), (t for _, t in pairs), strict=True))
@@ -522,7 +548,9 @@ def _on_model_grid(target: TargetDOS) -> tuple[torch.Tensor, torch.Tensor]:
     resampled = target.on_grid(MODEL_GRID, MODEL_SIGMA)
     if not resampled.known.any():
         low, high = MODEL_GRID.minimum, MODEL_GRID.maximum
-        raise ValueError(f"the target knows nothing between {low} and {high} eV: shift its zero to the Fermi level or VBM")
+        raise ValueError(
+            f"the target knows nothing between {low} and {high} eV: shift its zero to the Fermi level or VBM"
+        )
     return torch.tensor(resampled.values * resampled.known, dtype=torch.float32), torch.tensor(resampled.known)
 
 

@@ -27,8 +27,8 @@ class SamplerConfig:
     num_steps : int
         Steps from t = 1 to t = 0; a template at ``strength`` takes ``ceil(strength * num_steps)``.
     coords_annealing, lattice_annealing : float
-        Anti-annealing, see :func:`dosmatgen_ase.diffusion.coordinates.step_factor`. Zero is plain Euler, which alone keeps
-        the density of an exact velocity field.
+        Anti-annealing, see :func:`dosmatgen_ase.diffusion.coordinates.step_factor`. Zero is plain Euler, which alone
+        keeps the density of an exact velocity field.
     species_end : float
         Level at which every species is revealed; the geometry then settles around known atoms.
     species_temperature : float
@@ -60,7 +60,8 @@ class Randomness:
         """One generator per structure; ``num_atoms`` of shape (B,).
 
         Reveal times are stratified, a random permutation of one uniform draw per 1/n-th of the trajectory: every site
-        alone is uniform, and as few sites as possible are revealed in the same step, where they could not see each other.
+        alone is uniform, and as few sites as possible are revealed in the same step, where they could not see each
+        other.
         """
         batch, size = len(num_atoms), int(num_atoms.max())
         lattice = np.zeros((batch, 6), dtype=np.float32)

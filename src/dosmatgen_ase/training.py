@@ -1,8 +1,8 @@
 """Training: one loss over all fields, EMA, exact resume.
 
-Every structure trains the geometry and the species; those with a DOS (computed or predicted) train the condition and the
-DOS head as well. In a share of the examples each field has its own noise level, often zero, so that a pinned field or
-site at sampling time is nothing new to the network.
+Every structure trains the geometry and the species; those with a DOS (computed or predicted) train the condition and
+the DOS head as well. In a share of the examples each field has its own noise level, often zero, so that a pinned field
+or site at sampling time is nothing new to the network.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class TrainingConfig:
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(f"unknown training settings {unknown}: choose from {sorted(cls.__dataclass_fields__)}")
-        nested = {"dropout": ConditionDropout, "network": DenoiserConfig}
+        nested: dict[str, Any] = {"dropout": ConditionDropout, "network": DenoiserConfig}
         return cls(**{k: nested[k](**v) if k in nested else v for k, v in values.items()})
 
 
@@ -140,7 +140,9 @@ class DenseData:
         index = torch.as_tensor(rows, device=self.dos.device)
         n = int(self.num_atoms_cpu[rows].max())
         c = self.crystals
-        crystals = CrystalBatch(c.cell[index], c.frac_coords[index, :n], c.atomic_numbers[index, :n], c.num_atoms[index])
+        crystals = CrystalBatch(
+            c.cell[index], c.frac_coords[index, :n], c.atomic_numbers[index, :n], c.num_atoms[index]
+        )
         which = self.dos_index[index]
         site_known = self.known[which.clamp(min=0), :n] & (which >= 0)[:, None, None]
         site = self.dos[which.clamp(min=0), :n].float() * site_known
@@ -149,9 +151,11 @@ class DenseData:
 
 
 def draw_probability(dataset: CrystalDataset, config: TrainingConfig) -> np.ndarray:
-    """Probability of each structure to be drawn, shape (n,): shares of labelled, predicted and bare, times size weight."""
+    """Probability of each structure to be drawn, shape (n,): shares of labelled, predicted, bare, by size."""
     row = dataset.dos_index
-    kind = np.where(row < 0, 2, np.where(dataset.pseudo[np.maximum(row, 0)], 1, 0)) if len(dataset.pseudo) else 2 + 0 * row
+    kind = (
+        np.where(row < 0, 2, np.where(dataset.pseudo[np.maximum(row, 0)], 1, 0)) if len(dataset.pseudo) else 2 + 0 * row
+    )
     size = np.minimum(1.0, (8.0 / dataset.structures.num_atoms) ** config.size_exponent)
     shares = (config.real_share, config.pseudo_share, 1 - config.real_share - config.pseudo_share)
     weight = np.zeros(len(row))
@@ -171,7 +175,7 @@ def epoch_batches(data: DenseData, config: TrainingConfig, epoch: int) -> Iterat
 
 
 def draw_levels(mask: Tensor, config: TrainingConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise levels of lattice, shape (B,), coordinates and species, shape (B, N): what sampling and pins will ask for."""
+    """Levels of lattice (B,), coordinates (B, N) and species (B, N), such as sampling and pins will ask for."""
     batch, device = mask.shape[0], mask.device
 
     def uniform(*shape: int) -> Tensor:
@@ -203,7 +207,9 @@ def losses(
     species by cross-entropy on masked sites; the DOS by normalised L1 on known bins.
     """
     process = JointProcess(model.denoiser.lattice)
-    sign = torch.where(torch.rand(len(crystals), 1, 1, generator=generator, device=crystals.cell.device) < 0.5, -1.0, 1.0)
+    sign = torch.where(
+        torch.rand(len(crystals), 1, 1, generator=generator, device=crystals.cell.device) < 0.5, -1.0, 1.0
+    )
     crystals = replace(crystals, frac_coords=(crystals.frac_coords * sign) % 1.0)  # the mirror crystal has the same DOS
     mask = crystals.mask
     state, target = process.noised(crystals, *draw_levels(mask, config, generator), generator)
@@ -211,7 +217,10 @@ def losses(
     with torch.autocast(crystals.cell.device.type, torch.bfloat16, enabled=config.bf16):
         prediction: Prediction = model(state, shown)
         size_logits = model.encoder.size_logits(shown)
-    return {**field_losses(state, prediction, target, crystals, full), "size": cross_entropy(size_logits.float(), crystals.num_atoms)}
+    return {
+        **field_losses(state, prediction, target, crystals, full),
+        "size": cross_entropy(size_logits.float(), crystals.num_atoms),
+    }
 
 
 def field_losses(
@@ -338,11 +347,15 @@ class Trainer:
         """
         tensors, header = load_tensors(path)
         if header.get("kind") != "training":
-            raise ValueError(f"{path} holds a {header.get('kind')}, not the state of a training run: choose a new folder")
+            raise ValueError(
+                f"{path} holds a {header.get('kind')}, not the state of a training run: choose a new folder"
+            )
         stored, own = header["config"], json.loads(json.dumps(asdict(self.config)))
         changed = sorted(k for k in own if stored.get(k) != own[k] and k not in MAY_CHANGE)
         if changed:
-            raise ValueError(f"{path} was started with other settings of {changed}: restore them or choose a new folder")
+            raise ValueError(
+                f"{path} was started with other settings of {changed}: restore them or choose a new folder"
+            )
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             if name != "generator":
@@ -409,7 +422,7 @@ def train(
     history: list[dict[str, float]] = []
     start = time.time()
     with (
-        open(out / "log.jsonl", "a") as log,
+        (out / "log.jsonl").open("a") as log,
         tqdm(total=config.steps, initial=trainer.step, disable=not progress, unit="step", mininterval=1.0) as bar,
     ):
         for record in trainer.run(config.steps):
@@ -432,5 +445,3 @@ def _cut_log(path: Path, step: int) -> None:
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     path.write_text("".join(line + "\n" for line in kept))
-
-

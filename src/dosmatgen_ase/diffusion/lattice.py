@@ -1,9 +1,10 @@
 """Lattice: a linear Gaussian path on a rotation-invariant six-vector.
 
 The metric ``G = L L^T`` of a cell ``L`` (rows are lattice vectors) does not know the orientation of the crystal. Its
-matrix logarithm ``S = log(G) / 2`` is a free symmetric matrix with ``tr S = log(volume)``; the volume per atom replaces the
-volume. ``expm(S)`` is a symmetric, right-handed cell with the same metric: the canonical orientation of the network.
-The idea of diffusing in this space is that of DiffCSP++ (arXiv 2402.03992); the standardisation and path are ours.
+matrix logarithm ``S = log(G) / 2`` is a free symmetric matrix with ``tr S = log(volume)``; the volume per atom replaces
+the volume. ``expm(S)`` is a symmetric, right-handed cell with the same metric: the canonical orientation of the
+network. The idea of diffusing in this space is that of DiffCSP++ (arXiv 2402.03992); the standardisation and path are
+ours.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def symmetric_log(cell: Tensor) -> Tensor:
 
 
 def symmetric_exp(matrix: Tensor) -> Tensor:
-    """Matrix exponential of symmetric matrices, shape (B, 3, 3); eigenvalues are bounded so that it is always finite."""
+    """Matrix exponential of symmetric matrices, shape (B, 3, 3); bounded eigenvalues keep it finite."""
     eigenvalues, vectors = torch.linalg.eigh(matrix.double())
     eigenvalues = eigenvalues.clamp(-LOG_EIGENVALUE_LIMIT, LOG_EIGENVALUE_LIMIT)
     return (vectors * eigenvalues.exp()[:, None, :]) @ vectors.mT
@@ -59,7 +60,7 @@ class LatticeProcess:
 
     @classmethod
     def fit(cls, cell: Tensor, num_atoms: Tensor) -> LatticeProcess:
-        """Standardisation from training cells, shape (n, 3, 3), n at least 2; a component that never varies gets 0.01."""
+        """Standardisation from two or more cells, shape (n, 3, 3); a component that never varies gets 0.01."""
         raw = cls((0.0,) * 6, (1.0,) * 6).encode(cell, num_atoms)
         return cls(tuple(raw.mean(0).tolist()), tuple(raw.std(0).clamp(min=0.01).tolist()))
 

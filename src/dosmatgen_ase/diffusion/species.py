@@ -3,8 +3,8 @@
 At level ``t`` every site is masked with probability ``t``, independently; 0 stands for "masked". The network predicts a
 distribution over elements for masked sites. Going backwards, a site is revealed when ``t`` falls below its own uniform
 time ``tau``; the revealed element is drawn from the network's prediction. A fixed species is a site that was never
-masked: nothing else is needed, and the result is exact. References: D3PM (arXiv 2107.03006); the reveal-time view and the
-cross-entropy objective: MDLM (arXiv 2406.07524).
+masked: nothing else is needed, and the result is exact. References: D3PM (arXiv 2107.03006); the reveal-time view and
+the cross-entropy objective: MDLM (arXiv 2406.07524).
 """
 
 from __future__ import annotations
