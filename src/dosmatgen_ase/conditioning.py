@@ -144,7 +144,7 @@ class ConditionDropout:
         keep_one = score == score.amax(1, keepdim=True)
         keep_some = uniform(batch, size) < uniform(batch, 1)
         keep = torch.where(single[:, None], keep_one, torch.where(some[:, None], keep_some, mask)) & mask
-        ends = (uniform(batch, 2) * (bins + 1)).sort(1).values
+        ends = (uniform(batch, 2) * (bins + 1)).floor().sort(1).values
         index = torch.arange(bins, device=device)
         window = (index >= ends[:, :1]) & (index < ends[:, 1:])
         window = window | (uniform(batch, 1) >= self.window)

@@ -258,17 +258,10 @@ class DOSGenerator:
     def generate(self, dos: DOSInput, n: None = None, **settings: Any) -> Atoms: ...
     @overload
     def generate(self, dos: DOSInput, n: int, **settings: Any) -> list[Atoms]: ...
-    def generate(self, dos: DOSInput, n: int | None = None, **settings: Any) -> Atoms | list[Atoms]:
-        """Generate one structure (``n=None``) or a list of ``n``; see :meth:`generate_iter` for the settings."""
-        made = sorted(
-            self.generate_iter(dos, 1 if n is None else n, **settings), key=lambda a: a.info["dosmatgen"]["index"]
-        )
-        return made[0] if n is None else made
-
-    def generate_iter(
+    def generate(  # type: ignore[misc]  # the overloads do not spell the settings again
         self,
         dos: DOSInput,
-        n: int = 1,
+        n: int | None = None,
         *,
         num_atoms: int | Sequence[int] | None = None,
         sites: Sequence[int] | None = None,
@@ -285,16 +278,16 @@ class DOSGenerator:
         seed: int | None = None,
         progress: bool = False,
         out: str | Path | None = None,
-    ) -> Iterator[Atoms]:
-        """Yield structures as they are made, batch by batch.
+    ) -> Atoms | list[Atoms]:
+        """Generate one structure, or a list of ``n``.
 
         Parameters
         ----------
         dos : TargetDOS, sequence of TargetDOS, mapping {site: TargetDOS}, or None
             One site target goes on ``sites``; a total target conditions the cell; a sequence has one target per site;
             None generates without a condition.
-        n : int
-            Number of structures in all.
+        n : int, optional
+            Number of structures in all; without it one ``Atoms`` is returned instead of a list.
         num_atoms : int or sequence of int, optional
             Atoms per cell, 1 to 20. A sequence is taken in turn. By default it is drawn from what the model learned
             about the sizes of cells that have such a DOS.
@@ -324,9 +317,9 @@ class DOSGenerator:
         out : path, optional
             Append each structure to this extxyz file as it is made; a file of the same request is continued.
 
-        Yields
-        ------
-        Atoms
+        Returns
+        -------
+        Atoms or list of Atoms
             ``info["dosmatgen"]`` tells version, weights, seed, index, settings and target, enough to make it again.
 
         Raises
@@ -336,6 +329,37 @@ class DOSGenerator:
         RuntimeError
             If a structure is rejected by the screen five times in a row.
         """
+        made = self.generate_iter(
+            dos, 1 if n is None else n, num_atoms=num_atoms, sites=sites, template=template, strength=strength,
+            fixed_species=fixed_species, fixed_sites=fixed_sites, fixed_cell=fixed_cell, composition=composition,
+            elements=elements, exclude_elements=exclude_elements, guidance_scale=guidance_scale, num_steps=num_steps,
+            seed=seed, progress=progress, out=out,
+        )  # fmt: skip
+        ordered = sorted(made, key=lambda atoms: atoms.info["dosmatgen"]["index"])
+        return ordered[0] if n is None else ordered
+
+    def generate_iter(
+        self,
+        dos: DOSInput,
+        n: int = 1,
+        *,
+        num_atoms: int | Sequence[int] | None = None,
+        sites: Sequence[int] | None = None,
+        template: Atoms | None = None,
+        strength: float = 0.6,
+        fixed_species: Mapping[int, str | int] | None = None,
+        fixed_sites: Sequence[int] | None = None,
+        fixed_cell: bool = False,
+        composition: str | Mapping[str, int] | None = None,
+        elements: Sequence[str] | None = None,
+        exclude_elements: Sequence[str] | None = None,
+        guidance_scale: float = 1.0,
+        num_steps: int = SamplerConfig.num_steps,
+        seed: int | None = None,
+        progress: bool = False,
+        out: str | Path | None = None,
+    ) -> Iterator[Atoms]:
+        """Yield structures as they are made, batch by batch; parameters and errors are those of :meth:`generate`."""
         request = Request.parse(
             dos, num_atoms, sites, template, strength, fixed_species, fixed_sites, fixed_cell, composition, elements,
             exclude_elements,

@@ -342,8 +342,8 @@ def predict_dos(atoms: Atoms, sites: Sequence[int] | None = None) -> list[Target
     Returns
     -------
     list of TargetDOS
-        One per site wanted, states/eV at sigma 0.2 eV on [-10, 5] eV. `reference` is "vbm" where the predicted total DOS
-        leaves a gap above zero, else "fermi".
+        One per site wanted, states/eV at sigma 0.2 eV on [-10, 5] eV. `reference` is "vbm" where the predicted total
+        DOS leaves a gap above zero, else "fermi".
 
     Raises
     ------
