@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.constraints import FixAtoms
 from ase.units import Hartree, Ry
+from test_layout import loaded_after
+from typer.testing import CliRunner
 
 from dosmatgen_ase import electronic
+from dosmatgen_ase.cli import app
 from dosmatgen_ase.electronic import (
     GRID,
     ElectronicStructure,
@@ -418,6 +421,25 @@ def test_a_full_disk_stops_the_run_and_leaves_no_half_result(tmp_path: Path, mon
     assert not (tmp_path / "out" / "a.json").exists()
 
 
+# -- the command and the import ----------------------------------------------------------------------------------------
+
+
+def test_the_command_records_failures(stand_in: Any, tmp_path: Path) -> None:
+    stand_in("exit 3")
+    ase.io.write(tmp_path / "si.cif", SILICON)
+    command = ["dft", str(tmp_path / "si.cif"), "-j", "2", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "no structure could be computed" in result.output
+    assert "exit code 3" in json.loads((tmp_path / "out" / "si.json").read_text())["failed"]
+    assert CliRunner().invoke(app, command).exit_code == 1
+    assert runs(tmp_path) == 1
+
+
+def test_importing_it_needs_neither_torch_nor_pymatgen() -> None:
+    assert loaded_after("import dosmatgen_ase.electronic", ["torch", "pymatgen", "chgnet"]) == []
+
+
 # -- readers -----------------------------------------------------------------------------------------------------------
 
 
@@ -597,4 +619,8 @@ def test_many_structures_with_real_programs(tmp_path: Path) -> None:
     assert isinstance(results["good"], ElectronicStructure)
     assert isinstance(results["bad"], ElectronicStructureError)
     assert not (tmp_path / "good").exists()
-    shutil.rmtree(tmp_path)
+    ase.io.write(tmp_path / "al.cif", bulk("Al"))
+    result = CliRunner().invoke(app, ["dft", str(tmp_path / "al.cif"), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "0.00" in result.output
+    assert "result" in json.loads((tmp_path / "out" / "al.json").read_text())

