@@ -274,6 +274,20 @@ def test_fixed_cell_and_sites_are_exact(generator: DOSGenerator) -> None:
         assert (atoms.positions[1] != template.positions[1]).any()
 
 
+def test_fixatoms_may_count_from_the_end_and_holds_the_species_unless_told_otherwise(generator: DOSGenerator) -> None:
+    template = skewed_template()
+    template.set_constraint(FixAtoms([-1, 0]))
+    for atoms in make(generator, n=3, num_atoms=None, template=template, strength=1.0, fixed_species={0: "Co"}):
+        assert (atoms.positions[[0, 2]] == template.positions[[0, 2]]).all()
+        assert (atoms.symbols[0], atoms.symbols[2]) == ("Co", "O")
+
+
+@pytest.mark.parametrize("strength", [1e-12, 1e-3])
+def test_a_strength_above_zero_takes_a_step_that_holds_the_lists(strength: float, generator: DOSGenerator) -> None:
+    atoms = make(generator, n=None, num_atoms=None, template=TEMPLATE, strength=strength, elements=["Au"])
+    assert set(atoms.symbols) == {"Au"}
+
+
 def test_the_template_is_left_as_it_is(generator: DOSGenerator) -> None:
     template = skewed_template(-1.0)
     before = template.copy()
@@ -411,7 +425,7 @@ def test_a_file_of_another_request_is_refused(
 
 # -- hostile input -----------------------------------------------------------------------------------------------------
 
-CU = bulk("Cu")
+CU, CU4 = bulk("Cu"), bulk("Cu", cubic=True)
 HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dos": "dos.dat"}, TypeError, r"must be a TargetDOS"),
     ({"dos": 3}, TypeError, r"must be a TargetDOS"),
@@ -458,7 +472,12 @@ HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"composition": "Cu30", "num_atoms": None}, ValueError, r"composition has 30 atoms: a cell has at most 20"),
     ({"composition": "CuAu2", "elements": ["Cu"]}, ValueError, r"contradicts elements/exclude_elements: Au"),
     ({"composition": "CuAu2", "fixed_species": {0: "Co"}}, ValueError, r"stay Co, which contradicts composition"),
-    ({"composition": "CuAu2", "fixed_species": {0: "Cu", 1: "Cu"}}, ValueError, r"more Cu than the composition has"),
+    ({"composition": "CuAu2", "fixed_species": {0: "Cu", 1: "Cu"}}, ValueError, r"fewer Cu than sites \[0, 1\], which"),
+    (
+        {"composition": "CuAu3", "template": TEMPLATE, "num_atoms": None, "strength": 0},
+        ValueError,
+        r"fewer Cu than sites",
+    ),
     ({"elements": []}, ValueError, r"leave no element"),
     ({"elements": "Cu"}, TypeError, r"must be a list such as \['Cu'\]"),
     ({"elements": ["Xx"]}, ValueError, r"'Xx' is not an element"),
@@ -467,7 +486,12 @@ HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"elements": ["Cu"], "fixed_species": {0: "Co"}}, ValueError, r"stay Co, which contradicts elements"),
     ({"fixed_species": {0: "Xx"}}, ValueError, r"fixed_species\[0\]='Xx' is not an element"),
     ({"fixed_species": {0: None}}, ValueError, r"fixed_species\[0\]=None is not an element"),
-    ({"fixed_species": {7: "Co"}}, ValueError, r"fixed_species names site 7, but there are 3"),
+    ({"fixed_species": {7: "Co"}}, ValueError, r"fixed_species names site 7, but there are 3 sites by num_atoms"),
+    (
+        {"sites": [4], "template": TEMPLATE, "num_atoms": None},
+        ValueError,
+        r"names site 4, but there are 4 sites by templ",
+    ),
     ({"fixed_species": {"0": "Co"}}, TypeError, r"fixed_species must name sites by whole numbers"),
     ({"fixed_cell": True}, ValueError, r"fixed_cell needs a template"),
     ({"fixed_sites": [0]}, ValueError, r"fixed_sites needs a template"),

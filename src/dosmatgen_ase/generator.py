@@ -90,7 +90,7 @@ class Request:
                     raise ValueError(
                         f"template has a {type(constraint).__name__}: only FixAtoms is understood, remove it"
                     )
-                held |= set(map(int, constraint.get_indices()))
+                held |= {int(i) % len(template) for i in constraint.get_indices()}
                 fixed_cell = True  # FixAtoms holds Cartesian positions, which a changing cell would move
             if not 0.0 <= strength <= 1.0:
                 raise ValueError(f"strength={strength} must lie between 0 (the template) and 1 (noise)")
@@ -105,7 +105,7 @@ class Request:
                 raise ValueError(
                     f"composition={composition!r} contradicts elements/exclude_elements: {chemical_symbols[z]}"
                 )
-        chosen = _sizes(num_atoms)
+        chosen, source = _sizes(num_atoms), "num_atoms"
         whole = isinstance(dos, Sequence)
         for name, size in (
             ("template", len(template) if template is not None else None),
@@ -117,16 +117,18 @@ class Request:
             if size > MAX_ATOMS:
                 raise ValueError(f"{name} has {size} atoms: a cell has at most {MAX_ATOMS}, use a smaller one")
             if chosen is None:
-                chosen = (size,)
+                chosen, source = (size,), name
             multiple = name == "composition" and all(s % size == 0 for s in chosen)
             if set(chosen) != {size} and not multiple:
-                raise ValueError(f"num_atoms={sorted(set(chosen))} contradicts {name}, which has {size} atoms")
+                first = (
+                    f"num_atoms={sorted(set(chosen))}" if source == "num_atoms" else f"{source} with {chosen[0]} atoms"
+                )
+                raise ValueError(f"{first} contradicts {name}, which has {size} atoms")
+        limit, source = (min(chosen), source) if chosen else (MAX_ATOMS, "the limit of this package")
         for name, used in (("dos", set(targets)), ("fixed_species", set(pins)), ("fixed_sites", held)):
             for i in sorted(used):
-                if not 0 <= i < (min(chosen) if chosen else MAX_ATOMS):
-                    raise ValueError(
-                        f"{name} names site {i}, but there are {min(chosen) if chosen else MAX_ATOMS} sites"
-                    )
+                if not 0 <= i < limit:
+                    raise ValueError(f"{name} names site {i}, but there are {limit} sites by {source}")
         request = cls(
             targets, total, chosen, template, strength if template is not None else 1.0, pins, frozenset(held),
             fixed_cell, counts, allowed,
@@ -150,8 +152,10 @@ class Request:
         """Raise ``ValueError`` if the pinned species alone use up more of an element than the composition has."""
         for z, left in self.remaining(size).items():
             if left < 0:
+                sites = [i for i, pinned in self.pinned_species().items() if pinned == z]
                 raise ValueError(
-                    f"fixed_species uses more {chemical_symbols[z]} than the composition has: pin fewer sites"
+                    f"composition has fewer {chemical_symbols[z]} than sites {sites}, which are to stay "
+                    f"{chemical_symbols[z]} by fixed_species or template: change it, or leave some of them free"
                 )
 
     def remaining(self, size: int) -> dict[int, int]:
@@ -299,7 +303,9 @@ class DOSGenerator:
             How far the template is noised: 0 returns it, 1 forgets it.
         fixed_species : mapping {site: symbol or atomic number}, optional
         fixed_sites : sequence of int, optional
-            Sites of the template that keep species and position; ``FixAtoms`` on the template is read as well.
+            Sites of the template that keep their fractional coordinates, and their species unless ``fixed_species``
+            says otherwise. ``FixAtoms`` on the template adds its sites and fixes the cell, for it holds Cartesian
+            positions.
         fixed_cell : bool
             Keep the template's cell.
         composition : str or mapping, optional

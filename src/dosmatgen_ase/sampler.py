@@ -115,7 +115,7 @@ def sample(
         Called after every step.
     """
     start, mask = constraints.start, constraints.start.mask
-    steps = int(np.ceil(strength * config.num_steps - 1e-9))
+    steps = max(int(np.ceil(strength * config.num_steps - 1e-9)), int(strength > 0))  # only 0 returns the start
     levels = np.linspace(strength, 0.0, steps + 1)
     free_cell, free_sites = ~constraints.fixed_cell, mask & ~constraints.fixed_coords
 
