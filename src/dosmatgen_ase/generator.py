@@ -90,7 +90,7 @@ class Request:
                     raise ValueError(
                         f"template has a {type(constraint).__name__}: only FixAtoms is understood, remove it"
                     )
-                held |= {int(i) % len(template) for i in constraint.get_indices()}
+                held |= {int(i) if i >= 0 else int(i) + len(template) for i in constraint.get_indices()}
                 fixed_cell = True  # FixAtoms holds Cartesian positions, which a changing cell would move
             if not 0.0 <= strength <= 1.0:
                 raise ValueError(f"strength={strength} must lie between 0 (the template) and 1 (noise)")
