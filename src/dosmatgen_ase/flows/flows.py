@@ -24,7 +24,7 @@ from dosmatgen_ase.flows.jobs import (
     targets_by_site,
     to_atoms,
 )
-from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, InverseDesignDoc, ScreeningDoc
+from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, InverseDesignDoc, RelaxDoc, ScreeningDoc
 
 
 @dataclass
@@ -91,12 +91,11 @@ def evaluate_candidates(
             chain.append(relax_maker.make(structure))
             output = chain[-1].output
             structure = output.structure
-            own = isinstance(relax_maker, RelaxMaker)
+            own = output.output_schema is RelaxDoc
             relaxation = output if own else {"structure": structure, "energy": output.output.energy_per_atom}
         chain.append(dos_maker.make(structure))
         output = chain[-1].output
-        own = "vasp_objects" not in getattr(output.output_schema, "model_fields", {})
-        dos = output if own else output.vasp_objects["dos"]
+        dos = output if output.output_schema is DOSDoc else output.vasp_objects["dos"]
         chain.append(compare_maker.make(screening.targets, candidate, relaxation, dos, engine=dos_maker.name))
         results.append(chain[-1].output)
         for step in chain:

@@ -257,6 +257,8 @@ class DOSMaker(Maker):
             raise  # says nothing about the structure: the job is to be run again
         except ElectronicStructureError as error:
             return DOSDoc(engine=engine, settings=self.settings, directory=directory, reason=str(error))
+        for file in Path(directory).rglob("wfc*.dat"):
+            file.unlink()  # wave functions: most of the bytes, and made again by the inputs
         return DOSDoc(
             engine=engine,
             site_dos=list(result.sites),
