@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import ase.io
+import electronic as benchmark
 import numpy as np
 import pytest
 from ase import Atoms
@@ -21,6 +24,7 @@ from typer.testing import CliRunner
 
 from dosmatgen_ase import electronic
 from dosmatgen_ase.cli import app
+from dosmatgen_ase.dos import TargetDOS
 from dosmatgen_ase.electronic import (
     GRID,
     ElectronicStructure,
@@ -187,7 +191,7 @@ def pseudo_folder(folder: Path, *names: str) -> Path:
 
 def test_the_input_holds_the_structure_and_spin_follows_the_elements(tmp_path: Path) -> None:
     folder = pseudo_folder(tmp_path / "upf", "Ni.upf", "Si.upf")
-    run = _Run(tmp_path, {}, EspressoSettings(), {"Ni": folder / "Ni.upf", "Si": folder / "Si.upf"})
+    run = _Run(tmp_path, {}, EspressoSettings(), {"Ni": folder / "Ni.upf", "Si": folder / "Si.upf"}, Event())
     atoms = Atoms("NiSi", scaled_positions=[[0, 0, 0], [0.1, 0.5, 0.5]], cell=3 * np.eye(3), pbc=True)
     atoms.set_constraint(FixAtoms([0]))
     run._write_pw(atoms, True, "scf", (2, 3, 4))
@@ -373,16 +377,42 @@ def test_what_was_interrupted_is_tried_again(stand_in: Any, tmp_path: Path) -> N
         assert runs(tmp_path) == attempt
 
 
+def test_a_running_program_can_be_ended_from_another_thread(stand_in: Any, tmp_path: Path) -> None:
+    stand_in(f"echo $$ > {tmp_path}/pid.part; mv {tmp_path}/pid.part {tmp_path}/pid; exec sleep 60")
+    stop = Event()
+
+    def watch() -> None:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.01)
+        stop.set()
+
+    watcher = Thread(target=watch, daemon=True)
+    watcher.start()
+    with pytest.raises(InterruptedCalculation, match="stopped by signal 9"):
+        electronic._compute(SILICON, EspressoSettings(), tmp_path / "run", stop)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_an_error_ends_the_whole_run(stand_in: Any, tmp_path: Path) -> None:
+    stand_in("exec sleep 60")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b.json").write_text("{}")
+    with pytest.raises(ValueError, match="not written by this command"):
+        compute_many({"a": SILICON, "b": SILICON}, tmp_path / "out", workers=2)
+    assert not (tmp_path / "out" / "a.json").exists(), "being stopped is no failure of the structure"
+
+
 @pytest.mark.usefixtures("stand_in")
 def test_results_are_read_back_and_never_mixed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
-    def fake(atoms: Atoms, settings: EspressoSettings, directory: Path) -> ElectronicStructure:
+    def fake(atoms: Atoms, settings: EspressoSettings, directory: Path, stop: Event) -> ElectronicStructure:
         made.append(directory.name)
         directory.mkdir()
         return some_result()
 
-    monkeypatch.setattr(electronic, "compute_dos", fake)
+    monkeypatch.setattr(electronic, "_compute", fake)
     out = tmp_path / "out"
     first = compute_many({"a": SILICON, "b": bulk("Ge")}, out)
     assert sorted(made) == ["a", "b"]
@@ -414,7 +444,7 @@ def test_a_full_disk_stops_the_run_and_leaves_no_half_result(tmp_path: Path, mon
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(electronic, "compute_dos", lambda *_, **__: some_result())
+    monkeypatch.setattr(electronic, "_compute", lambda *_, **__: some_result())
     monkeypatch.setattr(electronic.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         compute_many({"a": SILICON}, tmp_path / "out")
@@ -551,6 +581,20 @@ def test_abinit_files_are_read_and_scaled(tmp_path: Path, num_spins: int) -> Non
     (tmp_path / "out_DOS_AT0002").unlink()
     with pytest.raises(FileNotFoundError, match="out_DOS_AT0002"):
         read_abinit(tmp_path / "out", PAIR)
+
+
+# -- the benchmark -----------------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_compared_without_their_area(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = TargetDOS.from_peaks([(-3.0, 1.0, 0.4), (-1.0, 2.0, 0.3)])
+    larger = TargetDOS.from_peaks([(-3.0, 3.0, 0.4), (-1.0, 6.0, 0.3)])
+    everywhere = np.ones_like(benchmark.OCCUPIED)
+    assert benchmark.in_shape(peaks, larger, everywhere) == pytest.approx(0.0, abs=1e-9)
+    assert benchmark.in_shape(peaks.shift(0.3), larger, everywhere) > 0.3
+    monkeypatch.setattr(benchmark, "compute_many", lambda *_, **__: {"a": ElectronicStructureError("no program")})
+    with pytest.raises(RuntimeError, match="a: no program"):
+        benchmark.computed({"a": SILICON})
 
 
 # -- real runs ---------------------------------------------------------------------------------------------------------

@@ -178,8 +178,6 @@ def test_chgnet_relaxes_rock_salt() -> None:
     assert relaxed.cell.lengths() * math.sqrt(2) == pytest.approx(5.69, abs=0.03)  # PBE: 5.70 A
 
 
-
-
 def offline(name: str) -> str:
     raise RuntimeError(f"no route to host for {name}")
 

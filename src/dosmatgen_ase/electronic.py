@@ -20,8 +20,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
@@ -233,7 +235,12 @@ def compute_dos(
         If the structure is no crystal or disordered, an element has no pseudopotential, the calculation fails, does
         not converge or takes longer than allowed. The message names the log; the files are kept.
     """
-    settings = settings or EspressoSettings()
+    return _compute(atoms, settings or EspressoSettings(), directory, threading.Event())
+
+
+def _compute(
+    atoms: Atoms, settings: EspressoSettings, directory: str | os.PathLike[str] | None, stop: threading.Event
+) -> ElectronicStructure:
     _check_crystal(atoms)
     programs = _programs(settings)
     pseudos = _pseudopotentials(atoms, settings)
@@ -242,7 +249,7 @@ def compute_dos(
     else:
         folder = Path(directory).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-    result = _Run(folder, programs, settings, pseudos).electronic_structure(atoms)
+    result = _Run(folder, programs, settings, pseudos, stop).electronic_structure(atoms)
     if directory is None:
         shutil.rmtree(folder, ignore_errors=True)
     return result
@@ -255,7 +262,7 @@ def _check_crystal(atoms: Atoms) -> None:
     occupancies = atoms.info.get("occupancy") or {}
     if any(len(kinds) > 1 or min(kinds.values()) < 1 for kinds in occupancies.values()):
         raise ElectronicStructureError("disordered structure: DFT needs one element on every site, order it first")
-    screening = screen(atoms)
+    screening = screen(atoms, max_volume_per_atom=1000.0)  # vacuum costs time but does no harm
     if not screening.accepted:
         raise ElectronicStructureError(f"not a crystal that DFT can handle: {screening.reason}")
 
@@ -307,6 +314,7 @@ class _Run:
     programs: dict[str, list[str]]
     settings: EspressoSettings
     pseudos: dict[str, Path]
+    stop: threading.Event  # set from another thread to end the run
 
     def electronic_structure(self, atoms: Atoms) -> ElectronicStructure:
         deadline = time.monotonic() + self.settings.time_limit
@@ -376,19 +384,27 @@ class _Run:
         log = self.folder / f"{name}.out"
         command = [*self.programs[program], "-in", f"{name}.in"]
         with log.open("w") as out, (self.folder / f"{name}.err").open("w") as err:
+            # In a session of its own: what a launcher starts ends with it, and Ctrl-C reaches us alone.
+            process = subprocess.Popen(
+                command, cwd=self.folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
+                stdout=out, stderr=err, start_new_session=True,
+            )  # fmt: skip
             try:
-                done = subprocess.run(
-                    command, cwd=self.folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
-                    stdout=out, stderr=err, check=False, timeout=max(deadline - time.monotonic(), 0.1),
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                limit = f"{self.settings.time_limit:g} s"
-                raise ElectronicStructureError(f"{program} ({name}) ran into the time limit of {limit}", log) from None
+                while process.poll() is None and not self.stop.is_set() and time.monotonic() < deadline:
+                    self.stop.wait(0.02)
+            finally:
+                unfinished = process.poll() is None
+                if unfinished:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        if unfinished and not self.stop.is_set():
+            limit = f"{self.settings.time_limit:g} s"
+            raise ElectronicStructureError(f"{program} ({name}) ran into the time limit of {limit}", log)
         text = log.read_text(errors="replace")
-        if done.returncode < 0:
-            raise InterruptedCalculation(f"{program} ({name}) was stopped by signal {-done.returncode}", log)
+        if process.returncode < 0:
+            raise InterruptedCalculation(f"{program} ({name}) was stopped by signal {-process.returncode}", log)
         if "JOB DONE" not in text:
-            told = re.findall(r"Error in routine.*\n.*", text) or [f"exit code {done.returncode}"]
+            told = re.findall(r"Error in routine.*\n.*", text) or [f"exit code {process.returncode}"]
             raise ElectronicStructureError(f"{program} ({name}) failed: {' '.join(told[0].split())}", log)
         return text
 
@@ -770,18 +786,20 @@ def compute_many(
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
+    stop = threading.Event()
     pool = ThreadPoolExecutor(workers)  # the work is done by other programs, so threads are enough
     try:
-        jobs = {pool.submit(_compute_or_read, name, atoms, out, settings): name for name, atoms in named.items()}
+        jobs = {pool.submit(_compute_or_read, name, atoms, out, settings, stop): name for name, atoms in named.items()}
         for job in tqdm(as_completed(jobs), total=len(jobs), disable=not progress, unit="structure", desc="DFT"):
             results[jobs[job]] = job.result()
     finally:
+        stop.set()  # after an error or Ctrl-C, running programs are ended
         pool.shutdown(cancel_futures=True)
     return {name: results[name] for name in named}
 
 
 def _compute_or_read(
-    name: str, atoms: Atoms, out: Path, settings: EspressoSettings
+    name: str, atoms: Atoms, out: Path, settings: EspressoSettings, stop: threading.Event
 ) -> ElectronicStructure | ElectronicStructureError:
     file = out / f"{name}.json"
     given = json.loads(json.dumps(asdict(settings)))
@@ -795,7 +813,7 @@ def _compute_or_read(
         return ElectronicStructure.from_dict(done["result"])
     record = {"format": "dosmatgen_ase.compute_many", "structure": _structure(atoms), "settings": given}
     try:
-        result = compute_dos(atoms, settings, directory=out / name)
+        result = _compute(atoms, settings, out.resolve() / name, stop)
     except InterruptedCalculation as error:
         return error
     except ElectronicStructureError as error:

@@ -25,7 +25,7 @@ from ase.optimize import FIRE
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from .screening import screen
+from .screening import Screening, screen
 
 
 def relax(
@@ -97,7 +97,7 @@ def _relax_one(start: Atoms, calculator: Any, fmax: float, max_steps: int, time_
         "converged": False, "steps": 0, "energy": None, "energy_start": None, "rmsd": 0.0, "reason": None,
     }  # fmt: skip
     atoms.info["relaxation"] = report
-    screening = screen(atoms)
+    screening = _screen(atoms)
     if not screening.accepted:
         report["reason"] = f"rejected before relaxation: {screening.reason}"
         return atoms
@@ -116,6 +116,10 @@ def _relax_one(start: Atoms, calculator: Any, fmax: float, max_steps: int, time_
     return atoms
 
 
+def _screen(atoms: Atoms) -> Screening:
+    return screen(atoms, max_volume_per_atom=1000.0)  # vacuum, as around a slab, does no harm
+
+
 class _BrokenDown(Exception):
     """The calculator failed, or the structure left what it can describe."""
 
@@ -130,7 +134,7 @@ def _optimise(atoms: Atoms, report: dict[str, Any], fmax: float, max_steps: int,
             energy = float(atoms.get_potential_energy()) / len(atoms)
             if not (math.isfinite(energy) and np.isfinite(atoms.get_forces()).all()):
                 raise _BrokenDown("energy or forces are not finite")
-            screening = screen(atoms)
+            screening = _screen(atoms)
             if not screening.accepted:
                 raise _BrokenDown(f"broke down in step {optimiser.nsteps}: {screening.reason}")
             report["energy"], report["steps"] = energy, int(optimiser.nsteps)
