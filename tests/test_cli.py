@@ -232,6 +232,8 @@ GENERATE: list[tuple[Callable[[Path, Path], list[object]], int, str]] = [
     (lambda tmp, w: [NICKEL, "--composition", "NiAu3", "--num-atoms", 5], 1, "contradicts composition"),
     (lambda tmp, w: [NICKEL, "--site", 3, "--on-sites", 6, "--num-atoms", 4], 1, "names site 6"),
     (lambda tmp, w: [NICKEL, "--site", 3, "--fixed-cell"], 1, "needs a template"),
+    (lambda tmp, w: [NICKEL, "--site", 3, "--window", 2, -2], 1, "a window needs lo < hi"),
+    (lambda tmp, w: [NICKEL, "--site", 3, "--window", 50, 60], 1, "holds no known energy"),
     (lambda tmp, w: [NICKEL, "--template", "absent.cif"], 1, "no template absent.cif"),
     (lambda tmp, w: [NICKEL, "--template", written(tmp, "bad.cif", "nothing")], 1, "is not a structure that ASE reads"),
     (lambda tmp, w: [NICKEL, "-o", tmp / "absent" / "out.extxyz"], 1, "cannot write"),
@@ -307,6 +309,15 @@ def test_dos_shows_how_a_file_is_read(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert fact in result.output
     assert (tmp_path / "dos.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_window_is_what_is_asked_for(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.extxyz"
+    result = generate(weights, out, "-n", 1, "--num-atoms", 3, "--window", -2, 0.5)
+    assert result.exit_code == 0, result.output
+    wanted = TargetDOS.from_file(NICKEL, site=3).window(-2, 0.5)
+    assert ase.io.read(out).info["dosmatgen"]["targets"] == {"0": wanted.digest()}
+    assert "[-2.00, 0.50] eV" in run("dos", NICKEL, "--site", 3, "--window", -2, 0.5).output
 
 
 def test_dos_tells_unknown_windows_and_broadening(tmp_path: Path) -> None:

@@ -109,6 +109,10 @@ FileSite = Annotated[
 Reference = Annotated[str | None, typer.Option(help="What zero energy is, if the file does not say: fermi or vbm.")]
 Sigma = Annotated[float | None, typer.Option(help="Gaussian broadening of the file, standard deviation in eV.")]
 Kind = Annotated[str | None, typer.Option(help="Whose DOS a two-column file holds: site or total.")]
+Window = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Energies (eV) in which the DOS is meant; elsewhere it counts as unknown."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is one.")]
 Data = Annotated[Path, typer.Option(help="Folder with structures.parquet and site_dos/*.npz.")]
 Predictor = Annotated[
@@ -209,6 +213,7 @@ def generate(
     reference: Reference = None,
     sigma: Sigma = None,
     kind: Kind = None,
+    window: Window = None,
 ) -> None:
     """Generate crystals whose sites have the DOS of DOS_FILE, and rank them by the DOS predicted for them.
 
@@ -232,6 +237,8 @@ def generate(
     from .dos import TargetDOS
 
     target = TargetDOS.from_file(dos_file, site, reference=reference, sigma=sigma, kind=kind)
+    if window is not None:
+        target = target.window(*window)
     _writable(out, (".extxyz", ".xyz"))
     if plot is not None:
         _writable(plot, (".png", ".pdf", ".svg"))
@@ -334,6 +341,7 @@ def dos(
     reference: Reference = None,
     sigma: Sigma = None,
     kind: Kind = None,
+    window: Window = None,
 ) -> None:
     """Show how a file is read: grid, zero of energy, broadening, known window, band centre, states."""
     import numpy as np
@@ -343,6 +351,8 @@ def dos(
     if plot is not None:
         _writable(plot, (".png", ".pdf", ".svg"))
     target = TargetDOS.from_file(dos_file, site, reference=reference, sigma=sigma, kind=kind)
+    if window is not None:
+        target = target.window(*window)
     seen = target.on_grid()
     energies, steps = target.energies, np.diff(target.energies)
     uniform = np.allclose(steps, steps[0], rtol=1e-3)
