@@ -1,0 +1,503 @@
+"""Makers and flows: what travels between machines, what fails and what that costs, on jobflow and on FireWorks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase.build import bulk
+
+pytest.importorskip("jobflow")
+
+from jobflow import JobStore, Maker, job, run_locally
+from maggma.stores import MemoryStore
+from monty.json import MontyDecoder, MontyEncoder
+from pymatgen.core import Lattice, Structure
+from pymatgen.electronic_structure.core import Orbital, Spin
+from pymatgen.electronic_structure.dos import CompleteDos, Dos
+
+from dosmatgen_ase.dos import MODEL_GRID, TargetDOS
+from dosmatgen_ase.flows import (
+    CandidateDoc,
+    CompareDOSMaker,
+    DOSDoc,
+    DOSMaker,
+    GenerateMaker,
+    GenerationDoc,
+    InverseDesignDoc,
+    InverseDesignMaker,
+    PredictDOSMaker,
+    RelaxDoc,
+    RelaxMaker,
+    ScreeningDoc,
+    ScreenMaker,
+    TrainMaker,
+)
+from dosmatgen_ase.flows.jobs import targets_by_site, to_atoms, to_structure
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+TARGET = TargetDOS.from_peaks([(-1.0, 8.0, 0.5)], window=(-5.0, 2.0))
+COPPER = Structure(Lattice.cubic(3.6), ["Cu"] * 4, [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
+
+
+def encoded(thing: Any) -> str:
+    return json.dumps(thing, cls=MontyEncoder)
+
+
+def decoded(text: str) -> Any:
+    return MontyDecoder().decode(text)
+
+
+def new_store() -> JobStore:
+    return JobStore(MemoryStore(), additional_stores={"data": MemoryStore()})
+
+
+def run(flow: Any, folder: Path, *, ensure_success: bool = True) -> Any:
+    """The output of a flow or job run here."""
+    store = new_store()
+    settings = {"ensure_success": ensure_success, "raise_immediately": ensure_success, "log": False}
+    run_locally(flow, store=store, root_dir=folder, create_folders=True, **settings)
+    return store.get_output(flow.output.uuid, load=True)
+
+
+def small(weights: Path, **changes: Any) -> InverseDesignMaker:
+    """Four structures of an untrained network, relaxed for two steps, their DOS predicted."""
+    makers: dict[str, Any] = {
+        "generate_maker": GenerateMaker(
+            n=4, num_atoms=[2, 3], elements=["Ni", "Cu", "Au"], num_steps=4, weights=str(weights), seed=3
+        ),
+        "screen_maker": ScreenMaker(),
+        "relax_maker": RelaxMaker(max_steps=2),
+        "dos_maker": PredictDOSMaker(),
+    }
+    return InverseDesignMaker(**{**makers, **changes})
+
+
+# -- what travels ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "maker",
+    [
+        GenerateMaker(num_atoms=[4, 6], fixed_species={0: "Co"}, elements=["Co", "Au"]),
+        ScreenMaker(keep=2),
+        RelaxMaker(fmax=0.1),
+        DOSMaker(settings={"ecutwfc": 30.0}),
+        PredictDOSMaker(),
+        CompareDOSMaker(max_distance=0.5),
+        TrainMaker(config={"steps": 3}),
+        InverseDesignMaker(relax_maker=None, dos_maker=PredictDOSMaker()),
+    ],
+    ids=lambda maker: type(maker).__name__,
+)
+def test_a_maker_survives_json(maker: Maker) -> None:
+    copy = decoded(encoded(maker))
+    assert type(copy) is type(maker)
+    assert encoded(copy) == encoded(maker)
+
+
+def test_a_target_travels_inside_a_job() -> None:
+    for given in (TARGET, [TARGET, TARGET], {1: TARGET}):
+        kept = decoded(encoded(GenerateMaker().make(given))).function_args[0]
+        assert targets_by_site(kept) == targets_by_site(given)
+
+
+def test_documents_survive_json_and_turn_nan_into_none() -> None:
+    candidate = CandidateDoc(
+        index=0, formula="Cu", generated=COPPER, record={}, achieved={"0": TARGET}, distance=np.nan
+    )
+    assert candidate.distance is None
+    result = InverseDesignDoc(targets={"0": TARGET}, candidates=[candidate], generation={})
+    copy = InverseDesignDoc.model_validate_json(result.model_dump_json())
+    assert copy.targets == {"0": TARGET}
+    assert copy.candidates[0].achieved == {"0": TARGET}
+    assert copy.candidates[0].generated == COPPER
+    assert decoded(encoded(result)).candidates[0].generated == COPPER
+
+
+def test_structures_pass_between_ase_and_pymatgen_and_disorder_is_refused() -> None:
+    atoms = bulk("NaCl", "rocksalt", a=5.6)
+    back = to_atoms(to_structure(atoms))
+    np.testing.assert_allclose(back.positions, atoms.positions, atol=1e-12)
+    assert (back.numbers == atoms.numbers).all()
+    alloy = Structure(Lattice.cubic(3), [{"Cu": 0.5, "Au": 0.5}], [[0, 0, 0]])
+    with pytest.raises(ValueError, match="disordered sites: order them first"):
+        to_atoms(alloy)
+    with pytest.raises(ValueError, match="disordered"):
+        InverseDesignMaker().make(TARGET, template=alloy)
+    with pytest.raises(ValueError, match="needs a target DOS"):
+        InverseDesignMaker().make(None)
+
+
+def test_flows_are_made_and_submitted_without_torch() -> None:
+    pytest.importorskip("fireworks")
+    code = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "chgnet", "mace", "safetensors"):
+            raise ImportError(f"{name} is not on this machine")
+sys.meta_path.insert(0, Blocker())
+from dosmatgen_ase import TargetDOS
+from dosmatgen_ase.flows import InverseDesignMaker, TrainMaker
+from jobflow.managers.fireworks import flow_to_workflow
+target = TargetDOS.from_peaks([(-1.0, 8.0, 0.5)], window=(-5.0, 2.0))
+flow = InverseDesignMaker().make({0: target})
+print(len(flow_to_workflow(flow).to_dict()["fws"]))
+try:
+    import torch
+except ImportError:
+    print("blocked")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["3", "blocked"]
+
+
+def test_the_decoded_copy_of_a_flow_runs_in_another_process(tiny_weights: Path, tmp_path: Path) -> None:
+    flow = small(tiny_weights, screen_maker=ScreenMaker(keep=2)).make(TARGET)
+    (tmp_path / "flow.json").write_text(encoded(flow))
+    code = """
+import sys
+from monty.json import MontyDecoder
+from jobflow import JobStore, run_locally
+from maggma.stores import MemoryStore
+from dosmatgen_ase.flows import InverseDesignDoc
+flow = MontyDecoder().decode(open("flow.json").read())
+store = JobStore(MemoryStore(), additional_stores={"data": MemoryStore()})
+run_locally(flow, store=store, create_folders=True, ensure_success=True, log=False)
+result = InverseDesignDoc.model_validate(store.get_output(flow.output.uuid, load=True))
+open("result.json", "w").write(result.model_dump_json())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    result = InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes())
+    assert result.targets == {"0": TARGET}
+    assert len(result.candidates) == 4
+    ranked = [c for c in result.candidates if c.reason is None]
+    assert len(ranked) == 2
+    assert ranked == sorted(ranked, key=lambda c: c.distance)
+    assert max(c.predicted_distance for c in ranked) <= min(c.predicted_distance for c in result.candidates[2:])
+    for candidate in ranked:
+        assert candidate.structure != candidate.generated
+        assert candidate.energy_per_atom < 0
+        assert candidate.achieved["0"].provenance["source"] == "predictor"
+        assert candidate.relaxation == "not converged in 2 steps"
+    assert all("2 go on" in c.reason for c in result.candidates[2:])
+
+
+# -- single jobs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_generation_is_made_again_from_its_document(tiny_weights: Path, tmp_path: Path) -> None:
+    maker = small(tiny_weights).generate_maker
+    first = GenerationDoc.model_validate(run(maker.make(TARGET, sites=[1]), tmp_path))
+    assert first.targets == {"1": TARGET}
+    assert [record["index"] for record in first.records] == [0, 1, 2, 3]
+    again = GenerateMaker(**first.settings).make({int(i): target for i, target in first.targets.items()})
+    second = GenerationDoc.model_validate(run(again, tmp_path))
+    assert second.structures == first.structures
+    assert second.records == first.records
+
+
+def generation(*structures: Structure) -> GenerationDoc:
+    records = [{"index": i} for i in range(len(structures))]
+    return GenerationDoc(structures=list(structures), records=records, targets={"0": TARGET}, settings={})
+
+
+def test_the_screen_names_a_reason_for_each_rejection(tmp_path: Path) -> None:
+    close = COPPER.copy()
+    close.translate_sites([0], [0.0, 0.45, 0.45])
+    supercell = COPPER.get_primitive_structure()
+    screened = ScreeningDoc.model_validate(run(ScreenMaker().make(generation(COPPER, close, supercell)), tmp_path))
+    reasons = [candidate.reason for candidate in screened.candidates]
+    assert reasons[0] is None
+    assert "A apart, less than 0.5" in reasons[1]
+    assert reasons[2] == "the same crystal as candidate 0"
+    kept = run(ScreenMaker(drop_duplicates=False).make(generation(COPPER, supercell)), tmp_path)
+    assert len(ScreeningDoc.model_validate(kept).survivors) == 2
+
+
+def candidate_doc() -> CandidateDoc:
+    return CandidateDoc(index=7, formula="Cu", generated=COPPER, record={"seed": 1})
+
+
+def compare(dos: Any, relaxation: Any = None, **settings: Any) -> CandidateDoc:
+    make = CompareDOSMaker(**settings).make.original  # the method itself, without the job around it
+    relaxation = RelaxDoc(structure=COPPER, energy=-3.5, converged=True, steps=9) if relaxation is None else relaxation
+    return make(CompareDOSMaker(**settings), {"0": TARGET}, candidate_doc(), relaxation, dos, engine="VASP")
+
+
+def test_equal_dos_are_at_distance_zero_and_half_of_it_at_one_half() -> None:
+    on_grid = TARGET.on_grid()
+    same = compare(DOSDoc(engine="exact", site_dos=[on_grid], band_gap=0.0, directory="here"))
+    assert (same.distance, same.mae, same.near_gap_distance) == (0.0, 0.0, 0.0)
+    assert (same.reason, same.energy_per_atom, same.engine, same.directory) == (None, -3.5, "exact", "here")
+    assert same.relaxation == "converged in 9 steps"
+    half = DOSDoc(engine="half", site_dos=[replace(on_grid, values=on_grid.values / 2)])
+    assert compare(half).distance == pytest.approx(0.5)
+    assert compare(half, max_distance=0.4).reason == "distance 0.50, more than 0.4"
+    assert compare(half, max_distance=0.6).reason is None
+
+
+@pytest.mark.parametrize(
+    ("dos", "relaxation", "reason"),
+    [
+        (None, None, "no DOS: see the log of its job"),
+        (DOSDoc(engine="x", reason="SCF did not converge"), None, "no DOS: SCF did not converge"),
+        (None, RelaxDoc(structure=None, reason="broke down"), "relaxation failed: broke down"),
+        (None, {"structure": None, "energy": None}, "relaxation failed: see the log of its job"),
+        (DOSDoc(engine="x", site_dos=[]), None, "not comparable: x gave no DOS for 0"),
+        (DOSDoc(engine="x", site_dos=[TARGET.shift(30.0)]), None, "not comparable: no known energy"),
+    ],
+)
+def test_what_is_missing_is_told(dos: Any, relaxation: Any, reason: str) -> None:
+    done = compare(dos, relaxation)
+    assert done.reason.startswith(reason)
+    assert done.distance is None
+    assert done.record == {"seed": 1}
+
+
+def complete_dos(structure: Structure, marked: int) -> CompleteDos:
+    """A peak on one site, a flat DOS on the others."""
+    energies = MODEL_GRID.energies
+    peak, flat = np.exp(-((energies + 1) ** 2) / 0.5) * 4, np.full(energies.size, 0.05)
+    rows = [peak if i == marked else flat for i in range(len(structure))]
+    sites = {site: {Orbital.s: {Spin.up: row}} for site, row in zip(structure, rows, strict=True)}
+    return CompleteDos(structure, Dos(0.0, energies, {Spin.up: np.sum(rows, axis=0)}), sites)
+
+
+def test_a_site_is_found_again_in_a_structure_sorted_by_the_engine() -> None:
+    ours = Structure(
+        Lattice.cubic(4), ["Au", "Cu", "Au", "Cu"], [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+    )
+    sorted_by_engine = Structure.from_sites([ours[i] for i in (3, 1, 2, 0)])
+    dos = complete_dos(sorted_by_engine, marked=3)  # our site 0
+    done = compare(dos, RelaxDoc(structure=ours))
+    assert done.reason is None
+    assert done.engine == "VASP"
+    assert done.achieved["0"].values.max() > 3
+    assert compare(dos.as_dict(), RelaxDoc(structure=ours)).distance == pytest.approx(done.distance)
+    elsewhere = ours.copy()
+    elsewhere.replace(0, "Ni")
+    assert "site 0 (Ni) is not in the structure" in compare(dos, RelaxDoc(structure=elsewhere)).reason
+
+
+def test_training_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_training import CONFIG, bulk_dataset
+
+    import dosmatgen_ase.training
+    from dosmatgen_ase import data
+
+    dataset = bulk_dataset()
+    monkeypatch.setattr(data, "load_structures", lambda path, split: (path, split))
+    monkeypatch.setattr(data, "load_site_dos", lambda path: path)
+    monkeypatch.setattr(data.CrystalDataset, "join", lambda *parts: dataset)
+    monkeypatch.setattr(dosmatgen_ase.training.TrainingConfig, "from_dict", lambda values: replace(CONFIG, **values))
+    output = run(TrainMaker(config={"steps": 2}, data="somewhere", out=str(tmp_path / "run")).make(), tmp_path)
+    assert output["structures"] == 10
+    assert output["labelled"] == 4
+    generated = GenerateMaker(n=1, num_atoms=2, num_steps=2, weights=output["weights"]).make(None)
+    assert run(generated, tmp_path)["records"][0]["weights"] == output["sha256"]
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FailingMaker(Maker):
+    """Relaxes, or computes, in a job of another library that raises for cells of two atoms."""
+
+    name: str = "failing"
+    vasp_objects: bool = False
+
+    @job
+    def make(self, structure: Structure) -> Any:
+        if len(structure) == 2:
+            raise RuntimeError("something that nobody foresaw")
+        if self.vasp_objects:
+            return {"vasp_objects": {"dos": complete_dos(structure, 0)}}
+        return {"structure": structure, "output": {"energy_per_atom": -1.0}}
+
+
+@pytest.mark.parametrize("step", ["relax_maker", "dos_maker"])
+def test_a_failed_job_costs_its_candidate_alone(step: str, tiny_weights: Path, tmp_path: Path) -> None:
+    maker = FailingMaker(vasp_objects=step == "dos_maker")
+    flow = small(tiny_weights, **{"relax_maker": None, step: maker}).make(TARGET)
+    result = InverseDesignDoc.model_validate(run(flow, tmp_path, ensure_success=False))
+    failed = [c for c in result.candidates if len(c.generated) == 2]
+    good = [c for c in result.candidates if len(c.generated) == 3]
+    assert len(failed) == len(good) == 2
+    assert result.candidates == good + failed
+    assert all("see the log of its job" in c.reason for c in failed)
+    assert all(c.reason is None and c.distance is not None for c in good)
+    with pytest.raises(RuntimeError, match="nobody foresaw"):
+        run(small(tiny_weights, **{"relax_maker": None, step: maker}).make(TARGET), tmp_path)
+
+
+def test_a_run_without_survivors_still_has_a_result(tiny_weights: Path, tmp_path: Path) -> None:
+    flow = small(tiny_weights, screen_maker=ScreenMaker(max_volume_per_atom=2.5)).make(TARGET)
+    result = InverseDesignDoc.model_validate(run(flow, tmp_path))
+    assert len(result.candidates) == 4
+    assert all("A^3 per atom, more than 2.5" in c.reason for c in result.candidates)
+
+
+def test_structures_made_before_a_hopeless_one_are_kept(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dosmatgen_ase.generator import DOSGenerator
+
+    original = DOSGenerator.generate_iter
+
+    def two_then_none(self: Any, *arguments: Any, **settings: Any) -> Any:
+        made = original(self, *arguments, **settings)
+        yield next(made)
+        yield next(made)
+        raise RuntimeError("structure 2 was rejected 5 times")
+
+    monkeypatch.setattr(DOSGenerator, "generate_iter", two_then_none)
+    output = GenerationDoc.model_validate(run(small(tiny_weights).generate_maker.make(TARGET), tmp_path))
+    assert len(output.structures) == 2
+    assert output.reason == "2 of 4: structure 2 was rejected 5 times"
+
+
+def test_a_missing_program_fails_the_job_and_a_failed_calculation_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"pw.x is not on the PATH"):
+        run(DOSMaker().make(COPPER), tmp_path)
+    from dosmatgen_ase import electronic
+
+    def diverges(*arguments: Any, directory: str) -> None:
+        raise electronic.ElectronicStructureError("the SCF calculation did not converge", Path(directory) / "scf.out")
+
+    monkeypatch.setattr(electronic, "compute_dos", diverges)
+    output = DOSDoc.model_validate(run(DOSMaker().make(COPPER), tmp_path))
+    assert "did not converge" in output.reason
+    assert Path(output.directory).is_dir()
+    assert DOSDoc.model_validate(run(DOSMaker().make(None), tmp_path)).reason.startswith("there is no structure")
+
+    def interrupted(*arguments: Any, directory: str) -> None:
+        raise electronic.InterruptedCalculation("stopped by signal 15")
+
+    monkeypatch.setattr(electronic, "compute_dos", interrupted)
+    with pytest.raises(electronic.InterruptedCalculation, match="signal 15"):
+        run(DOSMaker().make(COPPER), tmp_path)
+
+
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mace_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MACE potential for nickel, copper and gold with random weights."""
+    pytest.importorskip("mace")
+    pytest.importorskip("atomate2")
+    import torch
+
+    from dosmatgen_ase.relaxation import _mace_environment
+
+    with _mace_environment(), torch.random.fork_rng():
+        from e3nn import o3
+        from mace import modules
+
+        torch.manual_seed(0)
+        model = modules.ScaleShiftMACE(
+            r_max=4.0, num_bessel=4, num_polynomial_cutoff=5, max_ell=1, num_interactions=2, num_elements=3,
+            interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
+            interaction_cls_first=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
+            hidden_irreps=o3.Irreps("4x0e"), MLP_irreps=o3.Irreps("4x0e"), gate=torch.nn.functional.silu,
+            atomic_energies=np.array([-3.0, -3.5, -3.2]), avg_num_neighbors=12.0, atomic_numbers=[28, 29, 79],
+            correlation=2, atomic_inter_scale=1.0, atomic_inter_shift=0.0,
+        )  # fmt: skip
+        path = tmp_path_factory.mktemp("mace") / "tiny.model"
+        torch.save(model.double(), path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:`task_document_kwargs` is now deprecated:DeprecationWarning:atomate2")
+def test_atomate2_relaxes_with_a_mace_file_inside_the_flow(
+    mace_model: Path, tiny_weights: Path, tmp_path: Path
+) -> None:
+    from atomate2.forcefields.jobs import ForceFieldRelaxMaker
+
+    relaxer = ForceFieldRelaxMaker(
+        force_field_name="MACE-MP-0",
+        steps=3,
+        relax_kwargs={"fmax": 1e-4},
+        calculator_kwargs={"model": str(mace_model), "default_dtype": "float64"},
+    )
+    flow = small(tiny_weights, relax_maker=relaxer, screen_maker=ScreenMaker(keep=1)).make(TARGET)
+    result = InverseDesignDoc.model_validate(run(flow, tmp_path))
+    best = result.candidates[0]
+    assert best.reason is None
+    assert best.structure != best.generated
+    assert -5.0 < best.energy_per_atom < -1.0
+
+
+@pytest.mark.dft
+def test_quantum_espresso_in_the_flow(tmp_path: Path) -> None:
+    settings = {"ecutwfc": 30.0, "dos_kpoint_density": 1.5}
+    output = DOSDoc.model_validate(run(DOSMaker(settings=settings).make(to_structure(bulk("Al"))), tmp_path))
+    assert output.reason is None
+    assert output.total_dos.total_states(hi=0.0) == pytest.approx(3.0, abs=0.15)
+    assert (Path(output.directory) / "scf.out").exists()
+    assert not list(Path(output.directory).rglob("wfc*.dat"))
+
+
+# -- FireWorks ---------------------------------------------------------------------------------------------------------
+
+SCRIPT = str(ROOT / "workflows" / "inverse_design_fireworks.py")
+
+
+def fireworks(action: str, out: Path, *options: str) -> str:
+    """Run the workflow script in a process of its own."""
+    command = [sys.executable, SCRIPT, action, "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def submit(out: Path, weights: Path) -> None:
+    options = ["--demo", "--predict", "--weights", str(weights), "-n", "3", "--keep", "1", "--num-atoms", "2"]
+    assert "'READY': 1" in fireworks("submit", out, *options, "--elements", "Ni", "Cu", "Au")
+
+
+def test_fireworks_runs_in_another_process_what_was_submitted_in_one(tiny_weights: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mongomock_persistence")
+    submit(tmp_path, tiny_weights)
+    assert "'READY': 0, 'WAITING': 0, 'COMPLETED': 8, 'FIZZLED': 0" in fireworks("launch", tmp_path)
+    fireworks("report", tmp_path)
+    result = InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes())
+    assert len(result.candidates) == 3
+    assert result.candidates[0].distance is not None
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_loses_and_doubles_nothing(tiny_weights: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mongomock_persistence")
+    submit(tmp_path, tiny_weights)
+    command = [sys.executable, SCRIPT, "launch", "--out", str(tmp_path)]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
+        outputs = tmp_path / "outputs.json"
+        while not (outputs.exists() and '"structures"' in outputs.read_text()):  # the generation is there
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        launcher.send_signal(signal.SIGKILL)
+    assert "'READY': 0, 'WAITING': 0, 'COMPLETED': 8, 'FIZZLED': 0" in fireworks("launch", tmp_path)
+    stored = json.loads(outputs.read_text())
+    assert len({(document["uuid"], document["index"]) for document in stored}) == len(stored)
+    fireworks("report", tmp_path)
+    assert len(InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes()).candidates) == 3
