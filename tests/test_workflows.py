@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ase.io
@@ -16,6 +18,7 @@ from ase.build import bulk
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
 from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.electronic import ElectronicStructureError, EspressoSettings
 from dosmatgen_ase.predictor import SitePrediction
 
 ROOT = Path(__file__).parents[1]
@@ -60,20 +63,51 @@ def test_the_nickel_experiment_runs_and_goes_on(
     assert again == report | {"masked_seconds": None}
 
 
-class _Fixed:
-    """A predictor that says what it was told, whatever the crystal."""
+def test_computed_curves_replace_predicted_ones_and_failures_are_told(
+    nickel: dict[str, Any],
+    tiny_weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: dict[str, Atoms] = {}
+    target = TargetDOS.from_file(ROOT / "data" / "ni_in_au3ni.npz", site=3)
+    doubled = replace(target, values=2 * target.values)
 
-    def __init__(self, values: list[np.ndarray | None]) -> None:
-        self.values = values
+    def engine(structures: dict[str, Atoms], folder: Path, settings: EspressoSettings, **_: Any) -> dict[str, Any]:
+        seen.update(structures)
+        assert (folder, settings.time_limit) == (tmp_path / "dft", 77.0)
+        results: dict[str, Any] = {name: SimpleNamespace(sites=[doubled] * len(a)) for name, a in structures.items()}
+        return results | {"masked_5": ElectronicStructureError("no pseudopotential for Pu")}
+
+    drawn: list[list[str]] = []
+    monkeypatch.setitem(nickel["main"].__globals__, "compute_many", engine)
+    monkeypatch.setitem(nickel["main"].__globals__, "plot_dos", lambda _, labels, ax: drawn.append(labels[1:]))
+    command = ["--out", str(tmp_path), "--weights", str(tiny_weights), "--candidates", "2", "--num-steps", "1"]
+    report = nickel["main"]([*command, "--dft", "--time-limit", "77"])
+    assert "masked, 5 atoms: no DFT, no pseudopotential for Pu" in capsys.readouterr().out
+    assert list(seen) == [task.name for task in nickel["TASKS"] if task.with_dos]
+    picked = {name: report["tasks"][name]["representative"] for name in seen}
+    assert {name: a.get_chemical_formula() for name, a in seen.items()} == {n: r["formula"] for n, r in picked.items()}
+    assert "dft_distance" not in picked.pop("masked_5")
+    assert [r["dft_distance"] for r in picked.values()] == pytest.approx([1.0] * 7)
+    assert drawn.count(["DFT"]) == 7
+
+
+class _Fixed:
+    """A predictor that says what it was told, whatever the crystal; it does not know all elements of some."""
+
+    def __init__(self, values: list[np.ndarray | None], strange: tuple[int, ...] = ()) -> None:
+        self.values, self.strange = values, strange
 
     def predict_arrays(self, structures: list[Atoms]) -> list[SitePrediction]:
-        known = np.ones((4, MODEL_GRID.size), dtype=bool)
-        nothing = np.full((4, MODEL_GRID.size), np.nan)
+        known, nothing = np.ones((4, MODEL_GRID.size), dtype=bool), np.full((4, MODEL_GRID.size), np.nan)
+        partly = known & (np.arange(4) > 0)[:, None]
         return [
             SitePrediction(nothing, nothing, known, "isolated atoms")
             if v is None
-            else SitePrediction(np.tile(v, (4, 1)), nothing, known)
-            for v in self.values[: len(structures)]
+            else SitePrediction(np.tile(v, (4, 1)), nothing, partly if i in self.strange else known)
+            for i, v in enumerate(self.values[: len(structures)])
         ]
 
 
@@ -91,7 +125,7 @@ def test_what_it_counts(nickel: dict[str, Any]) -> None:
     wanted = np.exp(-(MODEL_GRID.energies**2))
     target = TargetDOS.from_arrays(MODEL_GRID.energies, wanted, sigma=0.2)
     judge = _Fixed([1.1 * wanted, 1.2 * wanted, 1.3 * wanted, 1.4 * wanted, None])
-    ranker = _Fixed([None, 3 * wanted, 2 * wanted, 4 * wanted, 4 * wanted])
+    ranker = _Fixed([None, 3 * wanted, 2 * wanted, 4 * wanted, wanted], strange=(4,))
     known = nickel["Known"](_library([bulk("Cu"), bulk("Ag")]))
     task = nickel["Task"]("masked_4", "", 3, {})
     figures = nickel["evaluate"](task, structures, target, ranker, judge, known).figures
