@@ -35,6 +35,7 @@ from dosmatgen_ase.flows import (
     GenerationDoc,
     InverseDesignDoc,
     InverseDesignMaker,
+    LabelMaker,
     PredictDOSMaker,
     RelaxDoc,
     RelaxMaker,
@@ -96,6 +97,7 @@ def small(weights: Path, **changes: Any) -> InverseDesignMaker:
         PredictDOSMaker(),
         CompareDOSMaker(max_distance=0.5),
         TrainMaker(config={"steps": 3}),
+        LabelMaker(settings={"ecutwfc": 30.0}),
         InverseDesignMaker(relax_maker=None, dos_maker=PredictDOSMaker()),
     ],
     ids=lambda maker: type(maker).__name__,
@@ -291,6 +293,48 @@ def test_a_site_is_found_again_in_a_structure_sorted_by_the_engine() -> None:
     elsewhere = ours.copy()
     elsewhere.replace(0, "Ni")
     assert "site 0 (Ni) is not in the structure" in compare(dos, RelaxDoc(structure=elsewhere)).reason
+
+
+def computed(atoms: Any) -> Any:
+    """What Quantum ESPRESSO might say: one d level per atom, a metal."""
+    from dosmatgen_ase.electronic import GRID, ElectronicStructure
+
+    level = 10 * np.exp(-((GRID.energies + 1) ** 2) / 0.02) / np.sqrt(0.02 * np.pi)
+    orbital = np.zeros((len(atoms), 4, GRID.size))
+    orbital[:, 2] = level
+    known = GRID.energies < 4
+    sites = tuple(TargetDOS(GRID.energies, level, known, sigma=0.1) for _ in atoms)
+    total = TargetDOS(GRID.energies, len(atoms) * level, known, sigma=0.1, kind="total")
+    return ElectronicStructure(sites, total, orbital, GRID.energies, 0.0, 9.5, 4.0, -50.0, 10.0, 0.0, 8, False)
+
+
+def test_labels_are_read_by_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dosmatgen_ase import electronic
+    from dosmatgen_ase.data import load_site_dos
+
+    def compute(atoms: Any, settings: Any, directory: str) -> Any:
+        if "Au" in atoms.symbols:
+            raise electronic.ElectronicStructureError("the SCF calculation did not converge")
+        return computed(atoms)
+
+    monkeypatch.setattr(electronic, "compute_dos", compute)
+    gold = Structure(Lattice.cubic(3), ["Au"], [[0, 0, 0]])
+    given = {"a": COPPER, "gold": gold, "b": to_structure(bulk("Ni"))}
+    flow = LabelMaker().make(given, tmp_path / "shards" / "new.npz", split={"b": "val"})
+    output = run(flow, tmp_path)
+    assert output["labels"] == 2
+    assert output["failed"] == {"gold": "the SCF calculation did not converge"}
+    labels = load_site_dos(tmp_path / "shards")
+    assert labels.material_id.tolist() == ["a", "b"]
+    assert labels.split.tolist() == ["train", "val"]
+    assert to_structure(labels.atoms(0)).matches(COPPER)
+    expected = computed(labels.atoms(0)).sites[0].on_grid()
+    assert (labels.known[0] == expected.known).all()
+    np.testing.assert_allclose(labels.values[0, :4], [expected.values] * 4, atol=0.01)
+    with pytest.raises(ValueError, match="no label to write"):
+        run(LabelMaker().make({"gold": gold}, tmp_path / "none.npz"), tmp_path)
+    with pytest.raises(ValueError, match="at least one"):
+        LabelMaker().make({}, tmp_path / "none.npz")
 
 
 def test_training_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,10 @@ def _number(candidate: CandidateDoc) -> str:
 
 
 def _picture(axes: Axes, meaning: str) -> str:
+    from matplotlib import rc_context
+
     figure: Any = axes.get_figure(root=True)
     svg = io.BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})  # the same result gives the same file
+    with rc_context({"svg.hashsalt": "dosmatgen"}):  # the same result gives the same file
+        figure.savefig(svg, format="svg", metadata={"Date": None})
     return f'<img alt="{escape(meaning)}" src="data:image/svg+xml;base64,{b64encode(svg.getvalue()).decode()}">'

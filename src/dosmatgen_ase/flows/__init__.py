@@ -6,7 +6,7 @@ is imported and submitted without torch: a job imports the library that does its
 
 from __future__ import annotations
 
-from dosmatgen_ase.flows.flows import InverseDesignMaker
+from dosmatgen_ase.flows.flows import InverseDesignMaker, LabelMaker
 from dosmatgen_ase.flows.jobs import (
     CompareDOSMaker,
     DOSMaker,
@@ -19,18 +19,7 @@ from dosmatgen_ase.flows.jobs import (
 from dosmatgen_ase.flows.schemas import CandidateDoc, DOSDoc, GenerationDoc, InverseDesignDoc, RelaxDoc, ScreeningDoc
 
 __all__ = [
-    "CandidateDoc",
-    "CompareDOSMaker",
-    "DOSDoc",
-    "DOSMaker",
-    "GenerateMaker",
-    "GenerationDoc",
-    "InverseDesignDoc",
-    "InverseDesignMaker",
-    "PredictDOSMaker",
-    "RelaxDoc",
-    "RelaxMaker",
-    "ScreenMaker",
-    "ScreeningDoc",
+    "CandidateDoc", "CompareDOSMaker", "DOSDoc", "DOSMaker", "GenerateMaker", "GenerationDoc", "InverseDesignDoc",
+    "InverseDesignMaker", "LabelMaker", "PredictDOSMaker", "RelaxDoc", "RelaxMaker", "ScreenMaker", "ScreeningDoc",
     "TrainMaker",
-]
+]  # fmt: skip

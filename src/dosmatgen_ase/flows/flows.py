@@ -7,8 +7,9 @@ so in their document: a candidate that fails costs itself alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jobflow import Flow, Job, Maker, OnMissing, Response, job
@@ -23,6 +24,7 @@ from dosmatgen_ase.flows.jobs import (
     ScreenMaker,
     targets_by_site,
     to_atoms,
+    write_labels,
 )
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, InverseDesignDoc, RelaxDoc, ScreeningDoc
 
@@ -118,3 +120,45 @@ def rank(screening: ScreeningDoc, results: list[CandidateDoc | None]) -> Inverse
             candidate.reason = "the comparison failed: see the log of its job"
     candidates.sort(key=lambda c: (c.reason is not None, c.distance is None, c.distance or 0.0, c.index))
     return InverseDesignDoc(targets=screening.targets, candidates=candidates, generation=screening.generation)
+
+
+@dataclass
+class LabelMaker(Maker):
+    """Compute the DOS of many structures, one job each, and write them as one shard of training labels.
+
+    Attributes
+    ----------
+    settings
+        Fields of `electronic.EspressoSettings` that differ from its defaults. Labels of one data set share them.
+    """
+
+    name: str = "labels"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def make(
+        self, structures: Mapping[str, Structure], path: str | Path, split: Mapping[str, str] | None = None
+    ) -> Flow:
+        """Make the flow; its output tells the path, the number of labels and why structures failed.
+
+        Parameters
+        ----------
+        structures : mapping of id to Structure
+        path : path
+            The ``.npz`` to write, on a disk that the worker sees.
+        split : mapping of id to "train", "val" or "test", optional
+            All "train" by default. Structures of one formula must not be in two.
+
+        Raises
+        ------
+        ValueError
+            If there is no structure, or one is disordered.
+        """
+        if not structures:
+            raise ValueError("no structures to label: give at least one")
+        for structure in structures.values():
+            to_atoms(structure)
+        jobs = [DOSMaker(f"label {name}", self.settings).make(structure) for name, structure in structures.items()]
+        results = [step.output for step in jobs]
+        written = write_labels(dict(structures), dict(split or {}), results, str(Path(path).resolve()))
+        written.config.on_missing_references = OnMissing.NONE
+        return Flow([*jobs, written], output=written.output, name=self.name)

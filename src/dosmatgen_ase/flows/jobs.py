@@ -6,6 +6,7 @@ with the machine (a missing program, missing weights) fails the job.
 
 from __future__ import annotations
 
+import io
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -157,15 +158,14 @@ class ScreenMaker(Maker):
         from dosmatgen_ase.screening import screen
 
         generation = GenerationDoc.model_validate(generation)
-        limits = (self.min_distance, self.min_volume_per_atom, self.max_volume_per_atom)
-        names = ("min_distance", "min_volume_per_atom", "max_volume_per_atom")
+        limits = {key: getattr(self, key) for key in ("min_distance", "min_volume_per_atom", "max_volume_per_atom")}
         result = ScreeningDoc(
             candidates=[],
             targets=generation.targets,
             generation=generation.model_dump(include={"settings", "reason", "version"}),
         )
         for structure, record in zip(generation.structures, generation.records, strict=True):
-            reason = screen(to_atoms(structure), **dict(zip(names, limits, strict=True))).reason
+            reason = screen(to_atoms(structure), **limits).reason
             if reason is None and self.drop_duplicates:
                 twins = (c for c in result.survivors if StructureMatcher().fit(c.generated, structure))
                 reason = next((f"the same crystal as candidate {twin.index}" for twin in twins), None)
@@ -239,36 +239,26 @@ class DOSMaker(Maker):
     @job(output_schema=DOSDoc, data=LARGE)
     def make(self, structure: Structure | None) -> DOSDoc:
         """Compute one structure, in a folder of its own below the current one, which is kept."""
-        from dosmatgen_ase.electronic import (
-            ElectronicStructureError,
-            EspressoSettings,
-            InterruptedCalculation,
-            compute_dos,
-        )
+        from dosmatgen_ase import electronic
 
-        engine = "Quantum ESPRESSO"
+        done = DOSDoc(engine="Quantum ESPRESSO", settings=self.settings)
         if structure is None:
-            return DOSDoc(engine=engine, reason="there is no structure: its relaxation failed")
-        settings = EspressoSettings(**self.settings)
-        directory = tempfile.mkdtemp(prefix="espresso-", dir=Path.cwd())
+            done.reason = "there is no structure: its relaxation failed"
+            return done
+        atoms, settings = to_atoms(structure), electronic.EspressoSettings(**self.settings)
+        done.directory = tempfile.mkdtemp(prefix="espresso-", dir=Path.cwd())
         try:
-            result = compute_dos(to_atoms(structure), settings, directory=directory)
-        except InterruptedCalculation:
+            result = electronic.compute_dos(atoms, settings, directory=done.directory)
+        except electronic.InterruptedCalculation:
             raise  # says nothing about the structure: the job is to be run again
-        except ElectronicStructureError as error:
-            return DOSDoc(engine=engine, settings=self.settings, directory=directory, reason=str(error))
-        for file in Path(directory).rglob("wfc*.dat"):
+        except electronic.ElectronicStructureError as error:
+            done.reason = str(error)
+            return done
+        for file in Path(done.directory).rglob("wfc*.dat"):
             file.unlink()  # wave functions: most of the bytes, and made again by the inputs
-        return DOSDoc(
-            engine=engine,
-            site_dos=list(result.sites),
-            total_dos=result.total,
-            band_gap=result.band_gap,
-            fermi_level=result.fermi_level,
-            energy=result.energy,
-            settings=self.settings,
-            directory=directory,
-        )
+        done.site_dos, done.total_dos, done.electronic_structure = list(result.sites), result.total, result.to_dict()
+        done.band_gap, done.fermi_level, done.energy = result.band_gap, result.fermi_level, result.energy
+        return done
 
 
 @dataclass
@@ -398,7 +388,55 @@ def _distance(
     return mean if math.isfinite(mean) else None
 
 
-# -- train -------------------------------------------------------------------------------------------------------------
+# -- labels and training -----------------------------------------------------------------------------------------------
+
+
+@job
+def write_labels(
+    structures: dict[str, Structure], split: dict[str, str], results: list[DOSDoc | None], path: str
+) -> dict[str, Any]:
+    """Write a shard of the layout that `data.load_site_dos` reads (``data/README.md``).
+
+    Returns
+    -------
+    dict
+        Its path, the number of labels, and a reason for every structure that has none.
+    """
+    from dosmatgen_ase.checkpoint import write_atomic
+    from dosmatgen_ase.data import SHARD_UNIT
+    from dosmatgen_ase.electronic import ElectronicStructure
+
+    labels: dict[str, ElectronicStructure] = {}
+    failed: dict[str, str | None] = {}
+    for name, result in zip(structures, results, strict=True):
+        done = DOSDoc.model_validate(result or {"engine": "", "reason": "see the log of its job"})
+        if done.electronic_structure is None:
+            failed[name] = done.reason
+        else:
+            labels[name] = ElectronicStructure.from_dict(done.electronic_structure)
+    if not labels:
+        raise ValueError(f"no label to write to {path}: {failed}")
+
+    def integers(values: Any, kind: type) -> np.ndarray:
+        return np.round(np.asarray(values) / SHARD_UNIT).clip(0, np.iinfo(kind).max).astype(kind)
+
+    kept, made = [structures[name] for name in labels], list(labels.values())
+    arrays: dict[str, Any] = {
+        "material_id": list(labels), "failed_id": list(failed), "split": [split.get(name, "train") for name in labels],
+        "atom_offset": np.cumsum([0, *map(len, kept)]), "cell": [s.lattice.matrix.ravel() for s in kept],
+        "atomic_numbers": [site.specie.Z for s in kept for site in s],
+        "frac_coords": np.concatenate([s.frac_coords for s in kept]), "energies": made[0].energies,
+        "site_dos": integers(np.concatenate([label.orbital_dos for label in made]), np.uint16),
+        "total_dos": integers([label.total.values for label in made], np.uint32),
+    }  # fmt: skip
+    names = ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment", "spin_polarised")
+    for key, name in (*zip(names, names, strict=True), ("efermi", "fermi_level"), ("num_kpoints_ibz", "num_kpoints")):
+        arrays[key] = [getattr(label, name) for label in made]
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **{key: np.array(value) for key, value in arrays.items()})
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(path), content.getvalue())
+    return {"path": path, "labels": len(labels), "failed": failed}
 
 
 @dataclass

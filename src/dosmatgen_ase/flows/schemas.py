@@ -36,7 +36,7 @@ Figure = Annotated[float | None, BeforeValidator(_finite)]
 Targets = dict[str, DOS]
 """Targets by site, counted from "0" (JSON has text for keys), or one under "total"."""
 
-LARGE = ["targets", "site_dos", "total_dos", "achieved"]
+LARGE = ["targets", "site_dos", "total_dos", "achieved", "electronic_structure"]
 """Fields that hold arrays; jobs keep them in the job store's additional store "data"."""
 
 
@@ -103,6 +103,7 @@ class DOSDoc(BaseModel):
     engine: str
     site_dos: list[DOS] = []
     total_dos: DOS | None = None
+    electronic_structure: dict[str, Any] | None = Field(default=None, description="ElectronicStructure.to_dict()")
     band_gap: Figure = Field(default=None, description="eV")
     fermi_level: Figure = Field(default=None, description="eV, the engine's zero")
     energy: Figure = Field(default=None, description="eV per cell, of the engine")

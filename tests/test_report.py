@@ -1,0 +1,158 @@
+"""The report of a run: what it says, that it needs no other file, and that a browser sorts its table."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import ase.io
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("pydantic")
+
+from pymatgen.core import Lattice, Structure
+
+from dosmatgen_ase.cli import app
+from dosmatgen_ase.dos import TargetDOS
+from dosmatgen_ase.flows.schemas import CandidateDoc, InverseDesignDoc
+from dosmatgen_ase.report import read_result, write_report, write_result
+
+TARGET = TargetDOS.from_peaks([(-1.0, 8.0, 0.5)], window=(-5.0, 2.0)).on_grid()
+
+
+def candidate(
+    index: int, element: str, distance: float | None, energy: float | None, reason: str | None
+) -> CandidateDoc:
+    structure = Structure(Lattice.cubic(3.0), [element, "Au"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    return CandidateDoc(
+        index=index,
+        formula=f"{element}Au",
+        generated=structure,
+        record={"seed": 1},
+        structure=structure,
+        distance=distance,
+        energy_per_atom=energy,
+        achieved={} if distance is None else {"0": replace(TARGET, values=TARGET.values * (1 - distance))},
+        engine="<b>an engine</b>",
+        directory="/somewhere/else" if index == 0 else None,
+        reason=reason,
+    )
+
+
+@pytest.fixture
+def result() -> InverseDesignDoc:
+    return InverseDesignDoc(
+        targets={"0": TARGET},
+        candidates=[
+            candidate(0, "Ni", 0.1, -3.0, None),
+            candidate(2, "Co", 0.3, -5.0, None),
+            candidate(3, "Pd", 0.5, None, None),
+            candidate(1, "Fe", None, None, "SCF <did> not converge"),
+        ],
+        generation={"settings": {"seed": 1}},
+    )
+
+
+class Page(HTMLParser):
+    """Text, links and sources of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attributes if name in ("href", "src")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_the_report_tells_all_and_needs_no_other_file(result: InverseDesignDoc, tmp_path: Path) -> None:
+    text = write_report(result, tmp_path / "report.html").read_text()
+    page = Page(text)
+    said = " ".join(page.words)
+    assert "4 candidates, 3 with a computed DOS; the best is NiAu at a distance of 0.100" in said
+    assert "SCF <did> not converge" in said
+    assert "did" not in page.tags
+    assert "b" not in page.tags
+    assert page.tags.count("img") == 1 + 2 * 3
+    outside = [link for link in page.links if not link.startswith(("data:", "#"))]
+    assert len(outside) == 1
+    assert outside[0].endswith("somewhere/else")
+
+
+def test_a_run_in_which_nothing_went_well_has_a_report(result: InverseDesignDoc, tmp_path: Path) -> None:
+    failed = result.model_copy(update={"candidates": result.candidates[-1:]})
+    said = " ".join(Page(write_report(failed, tmp_path / "report.html").read_text()).words)
+    assert "1 candidates, 0 with a computed DOS." in said
+    assert "None has a computed DOS" in said
+
+
+def test_a_result_folder_is_read_again(result: InverseDesignDoc, tmp_path: Path) -> None:
+    write_result(result, tmp_path / "run")
+    again = read_result(tmp_path / "run" / "result.json")
+    assert again.model_dump_json() == result.model_dump_json()
+    frames = ase.io.read(tmp_path / "run" / "candidates.extxyz", ":")
+    assert [frame.info["index"] for frame in frames] == [0, 2, 3, 1]
+    assert frames[0].info["distance"] == pytest.approx(0.1)
+    assert frames[3].info["reason"] == "SCF <did> not converge"
+
+
+def test_the_command_line_makes_the_report(result: InverseDesignDoc, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.write_text(result.model_dump_json())
+    done = CliRunner().invoke(app, ["report", str(file)])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "report.html").read_text() == write_report(result, tmp_path / "b.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "out", "fragment"),
+    [
+        (None, "report.html", "no result"),
+        ("{", "report.html", "is not the result of an inverse-design run"),
+        ('{"a": 1}', "report.html", "is not the result of an inverse-design run"),
+        ("{}", "report.txt", "must end in .html"),
+        ("{}", "nowhere/report.html", "choose another place"),
+    ],
+)
+def test_wrong_files_give_one_line(content: str | None, out: str, fragment: str, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    if content is not None:
+        file.write_text(content)
+    done = CliRunner().invoke(app, ["report", str(file), "-o", str(tmp_path / out)])
+    assert done.exit_code == 1
+    assert fragment in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_sorts_the_table(result: InverseDesignDoc, tmp_path: Path) -> None:
+    path = write_report(result, tmp_path / "report.html")
+    clicks = ["distance", "energy", "energy", "formula"]
+    script = f"""
+    const rows = document.querySelector("tbody").rows
+    const order = () => [...rows].map(row => row.cells[0].textContent.slice(0, 2)).join()
+    const orders = [order()]
+    for (const name of {clicks}) {{
+      [...document.querySelectorAll("th button")].find(button => button.textContent === name).click()
+      orders.push(order())
+    }}
+    document.title = orders.join(" ")
+    """
+    path.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+    done = subprocess.run(["chromium", *options, path.as_uri()], capture_output=True, text=True, check=True)
+    title = re.search("<title>(.*)</title>", done.stdout)
+    # As written; distance down; energy up and down, what has none comes last; formula up.
+    assert title is not None
+    assert title[1].split() == ["Ni,Co,Pd", "Pd,Co,Ni", "Co,Ni,Pd", "Ni,Co,Pd", "Co,Ni,Pd"]
