@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from ase.build import bulk
 
 pytest.importorskip("jobflow")
 
-from jobflow import JobStore, Maker, job, run_locally
+from jobflow import JobStore, Maker, OnMissing, job, run_locally
 from maggma.stores import MemoryStore
 from monty.json import MontyDecoder, MontyEncoder
 from pymatgen.core import Lattice, Structure
@@ -47,6 +48,7 @@ from dosmatgen_ase.flows.jobs import targets_by_site, to_atoms, to_structure
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+SMALL = ["-n", "3", "--keep", "1", "--num-atoms", "2", "--elements", "Ni", "Cu", "Au"]  # of the inverse-design scripts
 TARGET = TargetDOS.from_peaks([(-1.0, 8.0, 0.5)], window=(-5.0, 2.0))
 COPPER = Structure(Lattice.cubic(3.6), ["Cu"] * 4, [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
 
@@ -490,6 +492,23 @@ def test_atomate2_relaxes_with_a_mace_file_inside_the_flow(
     assert -5.0 < best.energy_per_atom < -1.0
 
 
+def test_a_vasp_flow_of_atomate2_is_compared_by_the_dos_of_its_last_step() -> None:
+    pytest.importorskip("atomate2")
+    from atomate2.vasp.flows.core import UniformBandStructureMaker
+
+    from dosmatgen_ase.flows.flows import evaluate_candidates
+
+    screening = ScreeningDoc(candidates=[candidate_doc()], targets={"0": TARGET}, generation={})
+    response = evaluate_candidates.original(screening, None, UniformBandStructureMaker(), CompareDOSMaker())
+    vasp, compared, ranking = decoded(encoded(response.replace)).jobs
+    static, uniform = vasp.jobs
+    assert static.function_args[0] == COPPER
+    dos = compared.function_args[3]
+    assert dos.uuid == uniform.uuid
+    assert [value for _, value in dos.attributes] == ["vasp_objects", "dos"]
+    assert {j.config.on_missing_references for j in (static, uniform, compared, ranking)} == {OnMissing.NONE}
+
+
 @pytest.mark.dft
 def test_quantum_espresso_in_the_flow(tmp_path: Path) -> None:
     settings = {"ecutwfc": 30.0, "dos_kpoint_density": 1.5}
@@ -500,29 +519,69 @@ def test_quantum_espresso_in_the_flow(tmp_path: Path) -> None:
     assert not list(Path(output.directory).rglob("wfc*.dat"))
 
 
-# -- FireWorks ---------------------------------------------------------------------------------------------------------
+def test_the_python_of_the_workflows_readme_runs() -> None:
+    pytest.importorskip("atomate2")
+    text = (ROOT / "workflows" / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    local = [block for block in blocks if "jobflow_remote" not in block]  # that one needs a configured cluster
+    assert len(local) == len(blocks) - 1 > 0
+    for block in local:
+        namespace: dict[str, Any] = {}
+        exec(block, namespace)
+        assert encoded(decoded(encoded(namespace["maker"]))) == encoded(namespace["maker"])
 
-SCRIPT = str(ROOT / "workflows" / "inverse_design_fireworks.py")
 
-
-def fireworks(action: str, out: Path, *options: str) -> str:
-    """Run the workflow script in a process of its own."""
-    command = [sys.executable, SCRIPT, action, "--out", str(out), *options]
+def script(name: str, *options: str) -> str:
+    """Run a workflow script in a process of its own."""
+    command = [sys.executable, str(ROOT / "workflows" / name), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def test_the_local_script_leaves_a_result_and_a_report(tiny_weights: Path, tmp_path: Path) -> None:
+    options = ["--demo", "--predict", "--weights", str(tiny_weights), *SMALL, "--out", str(tmp_path)]
+    assert "report.html" in script("inverse_design_local.py", *options)
+    assert (tmp_path / "report.html").exists()
+    result = InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes())
+    assert [c.reason is None for c in result.candidates] == [True, False, False]
+
+
+def test_the_vasp_script_writes_inputs(tmp_path: Path) -> None:
+    pytest.importorskip("atomate2")
+    script("validate_with_vasp.py", "--demo", "--out", str(tmp_path))
+    assert "LORBIT = 11" in (tmp_path / "INCAR").read_text()  # projections on sites
+    assert "GGA = Pe" in (tmp_path / "INCAR").read_text()
+    assert Structure.from_file(tmp_path / "POSCAR").composition.reduced_formula == "NiAu3"
+
+
+@pytest.mark.dft
+def test_the_label_script_makes_labels(tmp_path: Path) -> None:
+    from dosmatgen_ase.data import load_site_dos
+
+    assert '"labels": 2' in script("label_structures.py", "--demo", "--out", str(tmp_path))
+    labels = load_site_dos(tmp_path)
+    assert labels.material_id.tolist() == ["Al", "Si"]
+    assert labels.band_gap[0] == 0 < labels.band_gap[1] < 1
+
+
+# -- FireWorks ---------------------------------------------------------------------------------------------------------
+
+FIREWORKS = "inverse_design_fireworks.py"
+
+
 def submit(out: Path, weights: Path) -> None:
-    options = ["--demo", "--predict", "--weights", str(weights), "-n", "3", "--keep", "1", "--num-atoms", "2"]
-    assert "'READY': 1" in fireworks("submit", out, *options, "--elements", "Ni", "Cu", "Au")
+    options = ["--demo", "--predict", "--weights", str(weights), *SMALL, "--out", str(out)]
+    assert "'READY': 1" in script(FIREWORKS, "submit", *options)
 
 
 def test_fireworks_runs_in_another_process_what_was_submitted_in_one(tiny_weights: Path, tmp_path: Path) -> None:
     pytest.importorskip("mongomock_persistence")
     submit(tmp_path, tiny_weights)
-    assert "'READY': 0, 'WAITING': 0, 'COMPLETED': 8, 'FIZZLED': 0" in fireworks("launch", tmp_path)
-    fireworks("report", tmp_path)
+    assert "'READY': 0, 'WAITING': 0, 'COMPLETED': 8, 'FIZZLED': 0" in script(
+        FIREWORKS, "launch", "--out", str(tmp_path)
+    )
+    script(FIREWORKS, "report", "--out", str(tmp_path))
     result = InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes())
     assert len(result.candidates) == 3
     assert result.candidates[0].distance is not None
@@ -533,15 +592,17 @@ def test_fireworks_runs_in_another_process_what_was_submitted_in_one(tiny_weight
 def test_a_killed_launcher_loses_and_doubles_nothing(tiny_weights: Path, tmp_path: Path) -> None:
     pytest.importorskip("mongomock_persistence")
     submit(tmp_path, tiny_weights)
-    command = [sys.executable, SCRIPT, "launch", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "workflows" / FIREWORKS), "launch", "--out", str(tmp_path)]
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
         outputs = tmp_path / "outputs.json"
         while not (outputs.exists() and '"structures"' in outputs.read_text()):  # the generation is there
             assert launcher.poll() is None
             time.sleep(0.05)
         launcher.send_signal(signal.SIGKILL)
-    assert "'READY': 0, 'WAITING': 0, 'COMPLETED': 8, 'FIZZLED': 0" in fireworks("launch", tmp_path)
+    assert "'READY': 0, 'WAITING': 0, 'COMPLETED': 8, 'FIZZLED': 0" in script(
+        FIREWORKS, "launch", "--out", str(tmp_path)
+    )
     stored = json.loads(outputs.read_text())
     assert len({(document["uuid"], document["index"]) for document in stored}) == len(stored)
-    fireworks("report", tmp_path)
+    script(FIREWORKS, "report", "--out", str(tmp_path))
     assert len(InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes()).candidates) == 3
