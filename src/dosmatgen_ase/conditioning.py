@@ -16,6 +16,8 @@ from .crystal import MAX_ATOMS
 from .denoiser import Denoiser, mlp
 from .diffusion.process import NoisyCrystals, Prediction
 
+ELECTRONS = 50.0  # unit of the running sum: five electrons on bins of 0.1 eV
+
 
 @dataclass(frozen=True)
 class DOSCondition:
@@ -52,8 +54,8 @@ class DOSEncoder(nn.Module):
 
     def __init__(self, num_bins: int, width: int) -> None:
         super().__init__()
-        self.site = mlp(2 * num_bins, 2 * width, width)
-        self.total = mlp(2 * num_bins, 2 * width, width)
+        self.site = mlp(3 * num_bins, 2 * width, width)
+        self.total = mlp(3 * num_bins, 2 * width, width)
         self.null_site = nn.Parameter(torch.zeros(width))
         self.null_total = nn.Parameter(torch.zeros(width))
         self.num_atoms = mlp(2 * width, width, MAX_ATOMS + 1)
@@ -77,7 +79,9 @@ class DOSEncoder(nn.Module):
 
     @staticmethod
     def _embed(network: nn.Module, null: Tensor, values: Tensor, known: Tensor) -> Tensor:
-        features = torch.cat([torch.log1p(values) * known, known.to(values.dtype)], -1)
+        # The running sum counts electrons: the element shows in how many there are below the Fermi level.
+        shown = values * known
+        features = torch.cat([torch.log1p(shown), shown.cumsum(-1) / ELECTRONS, known.to(values.dtype)], -1)
         return torch.where(known.any(-1, keepdim=True), network(features), null)
 
 
@@ -118,7 +122,8 @@ class ConditionDropout:
         The total of the cell is shown as well; half of the time it replaces the sites.
     shift_bins, scale : float
         Standard deviations of a rigid shift of the energies (in bins) and of the logarithm of the values: codes,
-        pseudopotentials and Fermi levels differ by as much, and the network must not learn targets by heart.
+        pseudopotentials and Fermi levels differ by as much, and the network must not learn targets by heart. The scale
+        stays small, for it blurs the number of electrons.
     """
 
     structure: float = 0.15
@@ -126,8 +131,8 @@ class ConditionDropout:
     some_sites: float = 0.2
     window: float = 0.2
     total: float = 0.15
-    shift_bins: float = 0.7
-    scale: float = 0.08
+    shift_bins: float = 0.5
+    scale: float = 0.02
 
     def __call__(self, condition: DOSCondition, mask: Tensor, generator: torch.Generator) -> DOSCondition:
         """Drop parts of ``condition``; ``mask``, shape (B, N), marks real sites."""
