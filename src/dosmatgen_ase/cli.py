@@ -274,11 +274,13 @@ def _report(
         ranked.append((_distance(predicted, target), frame, atoms, predicted))
     ranked.sort(key=lambda candidate: (math.isnan(candidate[0]), candidate[0], candidate[1]))
     table = Table(title=f"{len(ranked)} structures in {out}, best first")
-    for name in ("frame", "formula", "atoms", "Å³/atom", "predicted distance"):
-        table.add_column(name, justify="left" if name == "formula" else "right")
+    for name in ("frame", "formula", "with the DOS", "atoms", "Å³/atom", "predicted distance"):
+        table.add_column(name, justify="left" if name in ("formula", "with the DOS") else "right")
     for distance, frame, atoms, _ in ranked:
         size, volume = len(atoms), atoms.get_volume() / len(atoms)
-        table.add_row(str(frame), atoms.get_chemical_formula(), str(size), f"{volume:.1f}", _figure(distance))
+        given = "cell" if target.kind == "total" else ", ".join(f"{atoms[i].symbol} (site {i})" for i in sites)
+        figures = str(size), f"{volume:.1f}", _figure(distance)
+        table.add_row(str(frame), atoms.get_chemical_formula(), given, *figures)
     Console().print(table)
     typer.echo("frame: place in the file, as in ase.io.read(file, frame)")
     typer.echo("predicted distance: normalised L1 of the DOS that a forward model predicts, to the target")
