@@ -35,7 +35,7 @@ def test_it_runs_resumes_and_finds_every_pin_respected(
     assert [row["share"] for row in report["cobalt"]["rows"].values()] == [1.0, 1.0]
     assert set(report["ratios"]) == set(report["bar"])
     json.loads((tmp_path / "constraints.json").read_text(), parse_constant=pytest.fail)
-    assert (tmp_path / "constraints.md").read_text().count("\n| ") == 4 + len(PINS) + 2 + 4 + 3
+    assert (tmp_path / "constraints.md").read_text().count("\n| ") == 4 + len(PINS) + 2 + 5 + 3
     assert (tmp_path / "constraints_strength.png").stat().st_size > 0
     monkeypatch.setattr(constraints, "judge_candidates", None)  # everything judged is read back
     again = constraints.main(command)
