@@ -97,14 +97,15 @@ def test_generates_ranks_and_draws(weights: Path, tmp_path: Path) -> None:
     assert plot.read_bytes()[:4] == b"\x89PNG"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.extxyz", "out.png"]
 
-    rows = re.findall(r"│\s*(\d+) │ (\w+)\s*│\s*(\d+) │\s*([\d.]+) │\s*([\d.]+) │", result.output)
+    rows = re.findall(r"│\s*(\d+) │ (\w+)\s*│ (\w+) \(site 0\)\s*│\s*(\d+) │\s*([\d.]+) │\s*([\d.]+) │", result.output)
     assert sorted(int(row[0]) for row in rows) == [0, 1, 2]
-    distances = [float(row[4]) for row in rows]
+    distances = [float(row[-1]) for row in rows]
     assert distances == sorted(distances)
     predictor = DOSPredictor.load(weights / "predictor.safetensors")
     target = TargetDOS.from_file(NICKEL, site=3)
-    for frame, formula, size, volume, distance in rows:
+    for frame, formula, symbol, size, volume, distance in rows:
         atoms = frames[int(frame)]
+        assert atoms[0].symbol == symbol
         assert (atoms.get_chemical_formula(), len(atoms)) == (formula, int(size))
         assert float(volume) == pytest.approx(atoms.get_volume() / len(atoms), abs=0.05)
         mean = predictor.predict_arrays([atoms])[0].mean[0]
