@@ -339,6 +339,20 @@ def test_labels_are_read_by_the_data_set(tmp_path: Path, monkeypatch: pytest.Mon
         LabelMaker().make({}, tmp_path / "none.npz")
 
 
+def test_a_target_for_the_cell_is_compared_with_the_total() -> None:
+    total = replace(TARGET.on_grid(), kind="total")
+    relaxed = RelaxDoc(structure=COPPER)
+    arguments = ({"total": total}, candidate_doc(), relaxed)
+    make = CompareDOSMaker().make.original
+    same = make(CompareDOSMaker(), *arguments, DOSDoc(engine="exact", total_dos=total))
+    assert same.distance == 0.0
+    assert same.achieved == {"total": total}
+    vasp = make(CompareDOSMaker(), *arguments, complete_dos(COPPER, 0))
+    assert vasp.achieved["total"].kind == "total"
+    assert vasp.distance > 0
+    assert targets_by_site(total) == {"total": total}
+
+
 def test_training_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_training import CONFIG, bulk_dataset
 
@@ -586,6 +600,34 @@ def test_fireworks_runs_in_another_process_what_was_submitted_in_one(tiny_weight
     assert len(result.candidates) == 3
     assert result.candidates[0].distance is not None
     assert (tmp_path / "report.html").exists()
+
+
+SERVER = """
+import sys, time, briskdb
+database = briskdb.Database(sys.argv[1], shards=2, documents=True)
+server = database.serve(mongo="127.0.0.1:0")
+print(server.mongo_address, flush=True)
+time.sleep(3600)
+"""
+
+
+@pytest.mark.slow
+def test_a_database_server_keeps_workflow_and_outputs(tiny_weights: Path, tmp_path: Path) -> None:
+    pytest.importorskip("briskdb", reason="needs a server that speaks MongoDB's protocol: pip install briskdb")
+    command = [sys.executable, "-c", SERVER, str(tmp_path / "database")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            address = ["--uri", f"mongodb://{server.stdout.readline().strip()}/dosmatgen", "--out", str(tmp_path)]
+            options = ["--demo", "--predict", "--weights", str(tiny_weights), *SMALL]
+            script(FIREWORKS, "submit", *options, *address)
+            assert "'COMPLETED': 8, 'FIZZLED': 0" in script(FIREWORKS, "launch", *address)
+            script(FIREWORKS, "report", *address)
+        finally:
+            server.kill()
+    assert not (tmp_path / "outputs.json").exists()
+    result = InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes())
+    assert result.candidates[0].distance is not None
 
 
 @pytest.mark.slow

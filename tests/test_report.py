@@ -97,6 +97,17 @@ def test_a_run_in_which_nothing_went_well_has_a_report(result: InverseDesignDoc,
     assert "None has a computed DOS" in said
 
 
+def test_a_target_of_the_cell_has_a_report(result: InverseDesignDoc, tmp_path: Path) -> None:
+    total = replace(TARGET, kind="total")
+    best = result.candidates[0].model_copy(update={"achieved": {"total": total}})
+    page = Page(
+        write_report(
+            InverseDesignDoc(targets={"total": total}, candidates=[best], generation={}), tmp_path / "r.html"
+        ).read_text()
+    )
+    assert page.tags.count("img") == 3
+
+
 def test_a_result_folder_is_read_again(result: InverseDesignDoc, tmp_path: Path) -> None:
     write_result(result, tmp_path / "run")
     again = read_result(tmp_path / "run" / "result.json")

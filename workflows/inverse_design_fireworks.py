@@ -12,6 +12,7 @@ Quantum ESPRESSO (or submit --predict).
 import argparse
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # cells of a few atoms: more threads are slower
 
@@ -32,11 +33,12 @@ arguments = parser.parse_args()
 out = arguments.out.resolve()
 out.mkdir(parents=True, exist_ok=True)
 
-from maggma.stores import JSONStore, MongoURIStore
+from maggma.stores import JSONStore, MongoStore
 
 if arguments.uri:
-    outputs, data = (MongoURIStore(arguments.uri, collection_name=name) for name in ("outputs", "outputs_data"))
-    where = {"host": arguments.uri, "uri_mode": True}
+    database = urlsplit(arguments.uri).path.strip("/")
+    outputs, data = (MongoStore(database, name, uri=arguments.uri) for name in ("outputs", "outputs_data"))
+    where = {"host": arguments.uri, "name": database, "uri_mode": True}
 else:
     file = out / "launchpad.json"
     if not file.exists():
@@ -82,6 +84,8 @@ else:
 
     store.connect()
     last = launchpad.workflows.find_one({"metadata.result": {"$exists": True}}, sort=[("_id", -1)])
+    if last is None or not store.count({"uuid": last["metadata"]["result"], "index": 2}):  # 1 replaced itself
+        parser.error("there is no result yet: submit, launch, and look for failed jobs with lpad get_fws -s FIZZLED")
     result = InverseDesignDoc.model_validate(store.get_output(last["metadata"]["result"], load=True))
     print(write_result(result, out))
 print({state: len(launchpad.get_fw_ids({"state": state})) for state in ("READY", "WAITING", "COMPLETED", "FIZZLED")})
