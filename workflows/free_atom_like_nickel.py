@@ -60,8 +60,8 @@ HOSTS = {  # crystal and the site that is to have the DOS
     "SrTiO3": (SRTIO3, 1),
 }
 STRENGTH = 0.6
-# Denser meshes than those of the labels: a peak this sharp shows every tenth of an eV that the Fermi level is off. Au3Ni
-# itself then lies at a distance of 0.02 from the target; with the labels' settings at 0.50, shifted by 0.2 eV.
+# Denser meshes than those of the labels: a peak this sharp shows every tenth of an eV that the Fermi level is off.
+# Au3Ni itself then lies at a distance of 0.02 from the target; with the labels' settings at 0.50, shifted by 0.2 eV.
 DFT = EspressoSettings(ecutwfc=60.0, scf_kpoint_density=2.5, dos_kpoint_density=4.0)
 
 
