@@ -254,6 +254,15 @@ def test_equal_dos_are_at_distance_zero_and_half_of_it_at_one_half() -> None:
     assert compare(half, max_distance=0.6).reason is None
 
 
+def test_a_target_far_from_the_gap_has_no_near_gap_figure() -> None:
+    deep = TargetDOS.from_peaks([(-6.0, 8.0, 0.5)], window=(-8.0, -4.0)).on_grid()
+    make = CompareDOSMaker().make.original
+    done = make(
+        CompareDOSMaker(), {"0": deep}, candidate_doc(), RelaxDoc(structure=COPPER), DOSDoc(engine="x", site_dos=[deep])
+    )
+    assert (done.distance, done.near_gap_distance, done.reason) == (0.0, None, None)
+
+
 @pytest.mark.parametrize(
     ("dos", "relaxation", "reason"),
     [
@@ -600,6 +609,14 @@ def test_fireworks_runs_in_another_process_what_was_submitted_in_one(tiny_weight
     assert len(result.candidates) == 3
     assert result.candidates[0].distance is not None
     assert (tmp_path / "report.html").exists()
+
+
+def test_an_unreachable_database_gives_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "workflows" / FIREWORKS), "launch", "--uri", "mongodb://127.0.0.1:9/none"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 2
+    assert "error: cannot reach the database of --uri: 127.0.0.1:9: [Errno 111] Connection refused" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 SERVER = """

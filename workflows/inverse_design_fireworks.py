@@ -34,8 +34,14 @@ out = arguments.out.resolve()
 out.mkdir(parents=True, exist_ok=True)
 
 from maggma.stores import JSONStore, MongoStore
+from pymongo import MongoClient
+from pymongo.errors import PyMongoError
 
 if arguments.uri:
+    try:
+        MongoClient(arguments.uri, serverSelectionTimeoutMS=5000).admin.command("ping")
+    except PyMongoError as error:
+        parser.error(f"cannot reach the database of --uri: {error}"[:300])
     database = urlsplit(arguments.uri).path.strip("/")
     outputs, data = (MongoStore(database, name, uri=arguments.uri) for name in ("outputs", "outputs_data"))
     where = {"host": arguments.uri, "name": database, "uri_mode": True}

@@ -6,6 +6,7 @@ with the machine (a missing program, missing weights) fails the job.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import tempfile
@@ -346,10 +347,11 @@ class CompareDOSMaker(Maker):
         try:
             done.achieved = _achieved(targets, dos, relaxed.structure)
             done.distance = _distance(done.achieved, targets)
-            done.near_gap_distance = _distance(done.achieved, targets, window=NEAR_GAP)
             done.mae = sum(mae(done.achieved[key], target) for key, target in targets.items()) / len(targets)
         except ValueError as error:
             done.reason = f"not comparable: {error}"
+        with contextlib.suppress(ValueError):  # a target may end outside this window
+            done.near_gap_distance = _distance(done.achieved, targets, window=NEAR_GAP) if done.achieved else None
         if self.max_distance is not None and (done.distance or 0.0) > self.max_distance:
             done.reason = f"distance {done.distance:.2f}, more than {self.max_distance:g}"
         return done
