@@ -588,6 +588,20 @@ def test_the_label_script_makes_labels(tmp_path: Path) -> None:
     assert labels.band_gap[0] == 0 < labels.band_gap[1] < 1
 
 
+@pytest.mark.dft
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (ROOT / "src" / "dosmatgen_ase" / "weights" / "default.safetensors").exists(), reason="no weights yet"
+)
+def test_the_demo_computes_four_candidates(tmp_path: Path) -> None:
+    script("inverse_design_local.py", "--demo", "--out", str(tmp_path))
+    result = InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes())
+    computed = [c for c in result.candidates if c.engine == "Quantum ESPRESSO"]
+    assert len(computed) == 4
+    assert result.candidates[0].distance < 2  # that of a DOS that has nothing in common with the target
+    assert all(c.distance is not None or c.reason for c in computed)
+
+
 # -- FireWorks ---------------------------------------------------------------------------------------------------------
 
 FIREWORKS = "inverse_design_fireworks.py"
