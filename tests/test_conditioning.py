@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dosmatgen_ase.conditioning import ConditionalDenoiser, ConditionDropout, DOSCondition, Guidance
 from dosmatgen_ase.diffusion.process import NoisyCrystals, Prediction
+from dosmatgen_ase.dos import MODEL_GRID
 
 BINS = 151
 SIZE = 4
@@ -169,15 +170,16 @@ def test_outside_the_interval_the_scale_is_one(tiny_model: ConditionalDenoiser) 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------
 
-NOTHING = ConditionDropout(0.0, 0.0, 0.0, 0.0, 0.0, shift_bins=0.0, scale=0.0)
+NOTHING = ConditionDropout(0.0, 0.0, 0.0, 0.0, 0.0, shift=0.0, scale=0.0, stretched=0.0)
+BINS = MODEL_GRID.size
 
 
 def dropped(dropout: ConditionDropout, batch: int = 4000) -> tuple[DOSCondition, DOSCondition, Tensor]:
     """A fully known condition, what is shown of it, and the mask of real sites (three of four)."""
-    site = torch.rand(batch, SIZE, 20, generator=torch.Generator().manual_seed(0))
+    site = torch.rand(batch, SIZE, BINS, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([True, True, True, False]).expand(batch, SIZE)
     full = DOSCondition(
-        site, mask[..., None].expand_as(site).clone(), site.sum(1), torch.ones(batch, 20, dtype=torch.bool)
+        site, mask[..., None].expand_as(site).clone(), site.sum(1), torch.ones(batch, BINS, dtype=torch.bool)
     )
     return full, dropout(full, mask, torch.Generator().manual_seed(1)), mask
 
@@ -229,7 +231,7 @@ def test_windows_are_contiguous_and_shared_by_the_sites() -> None:
     assert set(edges.tolist()) <= {0.0, 2.0}  # at most one window
     assert rate(known[:, 0].all(1)) == pytest.approx(0.5, abs=TOLERANCE)
     width = known[:, 0].sum(1)[~known[:, 0].all(1)].float()
-    assert float(width.mean()) == pytest.approx(21 / 3, abs=0.5)  # the distance of two uniform ends
+    assert float(width.mean()) == pytest.approx(BINS / 3, abs=4)  # the distance of two uniform ends
 
 
 def test_the_total_is_added_or_replaces_the_sites() -> None:
@@ -243,7 +245,7 @@ def test_the_total_is_added_or_replaces_the_sites() -> None:
 def test_nothing_unknown_becomes_known() -> None:
     condition = random_condition(batch=200)
     mask = torch.ones(200, SIZE, dtype=torch.bool)
-    dropout = ConditionDropout(shift_bins=0.0, scale=0.0)
+    dropout = ConditionDropout(shift=0.0, scale=0.0, stretched=0.0)
     shown = dropout(condition, mask, torch.Generator().manual_seed(0))
     assert not (shown.site_known & ~condition.site_known).any()
     assert not (shown.total_known & ~condition.total_known).any()
@@ -251,27 +253,45 @@ def test_nothing_unknown_becomes_known() -> None:
 
 def test_shift_moves_values_and_known_bins_together() -> None:
     full, _, mask = dropped(NOTHING)
-    first = torch.arange(20).expand(4000, 20)
+    energies = torch.tensor(MODEL_GRID.energies).float()  # a linear function comes back exactly
     marked = DOSCondition(
-        first[:, None].expand(4000, SIZE, 20).float(), full.site_known, first.float(), full.total_known
+        energies.expand(4000, SIZE, BINS), full.site_known, energies.expand(4000, BINS), full.total_known
     )
-    shown = replace(NOTHING, shift_bins=2.0, total=1.0)(marked, mask, torch.Generator().manual_seed(1))
-    shift = torch.arange(20) - shown.total  # constant over the known bins: energies moved rigidly
+    shown = replace(NOTHING, shift=1.0, total=1.0)(marked, mask, torch.Generator().manual_seed(1))
     known = shown.total_known
-    assert (known.sum(1) >= 10).all()
-    per_structure = torch.where(known, shift, torch.nan).nanmean(1)
-    assert torch.equal(torch.where(known, shift, 0.0), torch.where(known, per_structure[:, None], 0.0))
-    assert float(per_structure.std()) == pytest.approx(2.0, abs=0.15)
-    assert torch.equal(20 - known.sum(1), per_structure.abs().long())  # what leaves the grid becomes unknown
+    shift = torch.where(known, energies - shown.total, torch.nan)
+    mean = shift.nanmean(1)
+    assert float((shift - mean[:, None]).nan_to_num().abs().max()) < 1e-3  # rigid
+    assert float(mean.std()) == pytest.approx(1.0, abs=0.05)
+    lost = BINS - known.sum(1)
+    gone = mean.abs() / MODEL_GRID.step  # what leaves the grid becomes unknown, rounded up to whole bins
+    assert ((lost >= gone - 0.01) & (lost <= gone + 1.01)).all()
     both = shown.site_known[:, 0] & known
     assert torch.equal(shown.site[:, 0][both], shown.total[both])
+
+
+def test_stretching_keeps_the_electrons() -> None:
+    """A band between -3 and 0 eV: narrower and higher, or wider and lower, with as many states below zero."""
+    energies = torch.tensor(MODEL_GRID.energies).float()
+    band = torch.exp(-(((energies + 1.5) / 0.5) ** 2))
+    full, _, mask = dropped(NOTHING)
+    marked = replace(full, site=band.expand(4000, SIZE, BINS), total=band.expand(4000, BINS))
+    shown = replace(NOTHING, stretched=0.5, stretch=0.3)(marked, mask, torch.Generator().manual_seed(1))
+    site = (shown.site * shown.site_known)[:, 0]
+    peak = site.amax(1)
+    torch.testing.assert_close(site.sum(1), band.sum().expand(4000), rtol=0.02, atol=0)
+    moved = (peak - 1).abs() > 1e-3
+    assert rate(moved) == pytest.approx(0.5, abs=2 * TOLERANCE)
+    assert float(peak[moved].log().std()) == pytest.approx(0.3, abs=0.03)
+    centre = (site * energies).sum(1) / site.sum(1)
+    torch.testing.assert_close(centre[moved] * peak[moved], torch.full_like(peak[moved], -1.5), rtol=0.08, atol=0)
 
 
 def test_scale_is_common_to_a_structure() -> None:
     full, shown, _ = dropped(replace(NOTHING, scale=0.1, total=1.0))
     ratio = (shown.site / full.site).flatten(1)
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
-    torch.testing.assert_close((shown.total / full.total), ratio[:, :20])
+    torch.testing.assert_close((shown.total / full.total), ratio[:, :BINS])
     assert float(ratio[:, 0].log().std()) == pytest.approx(0.1, abs=0.01)
     assert float(ratio[:, 0].log().mean()) == pytest.approx(0.0, abs=0.01)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .crystal import MAX_ATOMS
 from .denoiser import Denoiser, mlp
 from .diffusion.process import NoisyCrystals, Prediction
+from .dos import MODEL_GRID
 
 ELECTRONS = 50.0  # unit of the running sum: five electrons on bins of 0.1 eV
 
@@ -120,10 +121,13 @@ class ConditionDropout:
         Only a random energy window.
     total : float
         The total of the cell is shown as well; half of the time it replaces the sites.
-    shift_bins, scale : float
-        Standard deviations of a rigid shift of the energies (in bins) and of the logarithm of the values: codes,
+    shift, scale : float
+        Standard deviations of a rigid shift of the energies (eV) and of the logarithm of the values: codes,
         pseudopotentials and Fermi levels differ by as much, and the network must not learn targets by heart. The scale
         stays small, for it blurs the number of electrons.
+    stretched, stretch : float
+        Share of structures whose energies are stretched about zero, and standard deviation of the logarithm of the
+        factor; the number of electrons stays. Bands narrower or wider than any label are thus no surprise.
     """
 
     structure: float = 0.15
@@ -131,8 +135,10 @@ class ConditionDropout:
     some_sites: float = 0.2
     window: float = 0.2
     total: float = 0.15
-    shift_bins: float = 0.5
+    shift: float = 0.05
     scale: float = 0.02
+    stretched: float = 0.3
+    stretch: float = 0.35
 
     def __call__(self, condition: DOSCondition, mask: Tensor, generator: torch.Generator) -> DOSCondition:
         """Drop parts of ``condition``; ``mask``, shape (B, N), marks real sites."""
@@ -158,18 +164,37 @@ class ConditionDropout:
         without_sites = with_total & (uniform(batch) < 0.5)
         site_known = condition.site_known & (keep & (shown & ~without_sites)[:, None])[..., None] & window[:, None]
         total_known = condition.total_known & with_total[:, None] & window
-        normal = torch.randn(batch, 2, generator=generator, device=device)
-        source = index - (self.shift_bins * normal[:, :1]).round().long()
-        inside, source = (source >= 0) & (source < bins), source.clamp(0, bins - 1)
-        factor = (self.scale * normal[:, 1:]).exp()
+        return self._moved(DOSCondition(condition.site, site_known, condition.total, total_known), generator)
 
-        def moved(values: Tensor) -> Tensor:
-            return values.gather(-1, source.view(batch, *[1] * (values.ndim - 2), bins).expand_as(values))
+    def _moved(self, condition: DOSCondition, generator: torch.Generator) -> DOSCondition:
+        """Shift, stretch and scale the energies and values of each structure, by linear interpolation."""
+        batch, bins = condition.total.shape
+        device = condition.site.device
+        normal = torch.randn(batch, 3, generator=generator, device=device)
+        chosen = torch.rand(batch, generator=generator, device=device) < self.stretched
+        factor = torch.where(chosen, (self.stretch * normal[:, 0]).exp(), torch.ones_like(normal[:, 0]))
+        energies = torch.tensor(MODEL_GRID.energies, dtype=torch.float32, device=device)
+        source = factor[:, None] * (energies - self.shift * normal[:, 1:2])
+        position = (source - MODEL_GRID.minimum) / MODEL_GRID.step
+        position = (position.clamp(-1, bins) * 1000).round() / 1000  # rounding errors must not cost a bin
+        left = position.floor().clamp(0, bins - 1).long()
+        right = (left + 1).clamp(max=bins - 1)
+        share = (position - left).clamp(0, 1)
+        inside = (position >= 0) & (position <= bins - 1)
+        gain = (factor * (self.scale * normal[:, 2]).exp())[:, None]
 
-        site_known = moved(site_known) & inside[:, None]
-        total_known = moved(total_known) & inside
-        site, total = moved(condition.site) * factor[:, None], moved(condition.total) * factor
-        return DOSCondition(site, site_known, total, total_known)
+        def moved(values: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+            def spread(x: Tensor) -> Tensor:
+                return x.view(batch, *[1] * (values.ndim - 2), -1).expand(*values.shape[:-1], x.shape[-1])
+
+            below, above, weight = spread(left), spread(right), spread(share)
+            mixed = values.gather(-1, below) * (1 - weight) + values.gather(-1, above) * weight
+            both = known.gather(-1, below) & (known.gather(-1, above) | (weight == 0))
+            return mixed * spread(gain), both & spread(inside)
+
+        return DOSCondition(
+            *moved(condition.site, condition.site_known), *moved(condition.total, condition.total_known)
+        )
 
 
 @dataclass(frozen=True)
