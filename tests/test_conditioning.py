@@ -170,7 +170,7 @@ def test_outside_the_interval_the_scale_is_one(tiny_model: ConditionalDenoiser) 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------
 
-NOTHING = ConditionDropout(0.0, 0.0, 0.0, 0.0, 0.0, shift=0.0, scale=0.0, stretched=0.0)
+NOTHING = ConditionDropout(0.0, 0.0, 0.0, 0.0, 0.0, shift=0.0, scale=0.0)
 BINS = MODEL_GRID.size
 
 
@@ -245,7 +245,7 @@ def test_the_total_is_added_or_replaces_the_sites() -> None:
 def test_nothing_unknown_becomes_known() -> None:
     condition = random_condition(batch=200)
     mask = torch.ones(200, SIZE, dtype=torch.bool)
-    dropout = ConditionDropout(shift=0.0, scale=0.0, stretched=0.0)
+    dropout = ConditionDropout(shift=0.0, scale=0.0)
     shown = dropout(condition, mask, torch.Generator().manual_seed(0))
     assert not (shown.site_known & ~condition.site_known).any()
     assert not (shown.total_known & ~condition.total_known).any()
@@ -268,23 +268,6 @@ def test_shift_moves_values_and_known_bins_together() -> None:
     assert ((lost >= gone - 0.01) & (lost <= gone + 1.01)).all()
     both = shown.site_known[:, 0] & known
     assert torch.equal(shown.site[:, 0][both], shown.total[both])
-
-
-def test_stretching_keeps_the_electrons() -> None:
-    """A band between -3 and 0 eV: narrower and higher, or wider and lower, with as many states below zero."""
-    energies = torch.tensor(MODEL_GRID.energies).float()
-    band = torch.exp(-(((energies + 1.5) / 0.5) ** 2))
-    full, _, mask = dropped(NOTHING)
-    marked = replace(full, site=band.expand(4000, SIZE, BINS), total=band.expand(4000, BINS))
-    shown = replace(NOTHING, stretched=0.5, stretch=0.3)(marked, mask, torch.Generator().manual_seed(1))
-    site = (shown.site * shown.site_known)[:, 0]
-    peak = site.amax(1)
-    torch.testing.assert_close(site.sum(1), band.sum().expand(4000), rtol=0.02, atol=0)
-    moved = (peak - 1).abs() > 1e-3
-    assert rate(moved) == pytest.approx(0.5, abs=2 * TOLERANCE)
-    assert float(peak[moved].log().std()) == pytest.approx(0.3, abs=0.03)
-    centre = (site * energies).sum(1) / site.sum(1)
-    torch.testing.assert_close(centre[moved] * peak[moved], torch.full_like(peak[moved], -1.5), rtol=0.08, atol=0)
 
 
 def test_scale_is_common_to_a_structure() -> None:

@@ -125,9 +125,6 @@ class ConditionDropout:
         Standard deviations of a rigid shift of the energies (eV) and of the logarithm of the values: codes,
         pseudopotentials and Fermi levels differ by as much, and the network must not learn targets by heart. The scale
         stays small, for it blurs the number of electrons.
-    stretched, stretch : float
-        Share of structures whose energies are stretched about zero, and standard deviation of the logarithm of the
-        factor; the number of electrons stays. Bands narrower or wider than any label are thus no surprise.
     """
 
     structure: float = 0.15
@@ -137,8 +134,6 @@ class ConditionDropout:
     total: float = 0.15
     shift: float = 0.05
     scale: float = 0.02
-    stretched: float = 0.3
-    stretch: float = 0.35
 
     def __call__(self, condition: DOSCondition, mask: Tensor, generator: torch.Generator) -> DOSCondition:
         """Drop parts of ``condition``; ``mask``, shape (B, N), marks real sites."""
@@ -167,21 +162,17 @@ class ConditionDropout:
         return self._moved(DOSCondition(condition.site, site_known, condition.total, total_known), generator)
 
     def _moved(self, condition: DOSCondition, generator: torch.Generator) -> DOSCondition:
-        """Shift, stretch and scale the energies and values of each structure, by linear interpolation."""
+        """Shift the energies and scale the values of each structure; linear interpolation between bins."""
         batch, bins = condition.total.shape
         device = condition.site.device
-        normal = torch.randn(batch, 3, generator=generator, device=device)
-        chosen = torch.rand(batch, generator=generator, device=device) < self.stretched
-        factor = torch.where(chosen, (self.stretch * normal[:, 0]).exp(), torch.ones_like(normal[:, 0]))
-        energies = torch.tensor(MODEL_GRID.energies, dtype=torch.float32, device=device)
-        source = factor[:, None] * (energies - self.shift * normal[:, 1:2])
-        position = (source - MODEL_GRID.minimum) / MODEL_GRID.step
+        normal = torch.randn(batch, 2, generator=generator, device=device)
+        position = torch.arange(bins, device=device) - self.shift / MODEL_GRID.step * normal[:, :1]
         position = (position.clamp(-1, bins) * 1000).round() / 1000  # rounding errors must not cost a bin
         left = position.floor().clamp(0, bins - 1).long()
         right = (left + 1).clamp(max=bins - 1)
         share = (position - left).clamp(0, 1)
         inside = (position >= 0) & (position <= bins - 1)
-        gain = (factor * (self.scale * normal[:, 2]).exp())[:, None]
+        gain = (self.scale * normal[:, 1:]).exp()
 
         def moved(values: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
             def spread(x: Tensor) -> Tensor:
