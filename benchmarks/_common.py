@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from dosmatgen_ase.checkpoint import DEFAULT_WEIGHTS, write_atomic
+from dosmatgen_ase.checkpoint import DEFAULT_WEIGHTS
 from dosmatgen_ase.conditioning import ConditionalDenoiser, DOSCondition, Guidance
 from dosmatgen_ase.constraints import Constraints
+from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.predictor import _chgnet, _graph
 from dosmatgen_ase.sampler import Randomness, SamplerConfig, sample
 

@@ -38,6 +38,7 @@ from dosmatgen_ase.conditioning import ConditionalDenoiser, DOSCondition
 from dosmatgen_ase.constraints import Constraints
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
+from dosmatgen_ase.files import write_npz
 from dosmatgen_ase.generator import BATCH_PAIRS
 from dosmatgen_ase.metrics import bootstrap_interval, nearest_sites, site_distances
 from dosmatgen_ase.plotting import plot_dos
@@ -46,7 +47,6 @@ from dosmatgen_ase.predictor import (
     DOSPredictor,
     SitePrediction,
     _element_tables,
-    _save_npz,
     site_features,
 )
 from dosmatgen_ase.sampler import SamplerConfig
@@ -182,7 +182,7 @@ def cached(path: Path, make: Callable[[], Candidates]) -> Candidates:
     """Candidates from a file, made and kept there the first time."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _save_npz(path, **make().__dict__)
+        write_npz(path, **make().__dict__)
     with np.load(path, allow_pickle=False) as file:
         return Candidates(**{name: file[name] for name in file.files})
 

@@ -26,11 +26,12 @@ from _common import RESULTS, ROOT, add_options, chgnet_energies, draw, rng_for, 
 from ase import Atoms
 from tqdm import tqdm
 
-from dosmatgen_ase.checkpoint import load_model, write_atomic
+from dosmatgen_ase.checkpoint import load_model
 from dosmatgen_ase.conditioning import ConditionalDenoiser
 from dosmatgen_ase.constraints import Constraints
 from dosmatgen_ase.crystal import CrystalBatch
 from dosmatgen_ase.data import Structures, load_structures
+from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.generator import BATCH_PAIRS
 from dosmatgen_ase.metrics import QUARTILES, bootstrap_interval, match_rms, median, quantile
 from dosmatgen_ase.sampler import SamplerConfig

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load, save, save_file
 
-from dosmatgen_ase import checkpoint
-from dosmatgen_ase.checkpoint import content_hash, load_model, load_tensors, save_model, save_tensors, write_atomic
+from dosmatgen_ase import files
+from dosmatgen_ase.checkpoint import content_hash, load_model, load_tensors, save_model, save_tensors
 from dosmatgen_ase.conditioning import ConditionalDenoiser
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2]), "empty": torch.zeros(0, 3)}
@@ -128,35 +128,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(
     path = tmp_path / "weights"
     save_model(path, tiny_model, {})
     before = path.read_bytes()
-    monkeypatch.setattr(checkpoint.os, function, full_disk)
+    monkeypatch.setattr(files.os, function, full_disk)
     with pytest.raises(OSError, match=r"cannot write .*No space left.*has space"):
         save_model(path, tiny_model, {"note": "second"})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
-
-
-def test_a_kill_before_the_replacement_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Killed(BaseException):
-        pass
-
-    def kill(*_: object) -> None:
-        raise Killed
-
-    path = tmp_path / "x"
-    write_atomic(path, b"old")
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.os, "replace", kill)
-        with pytest.raises(Killed):
-            write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
-    write_atomic(path, b"newer")  # what the kill left behind does not stand in the way
-    assert path.read_bytes() == b"newer"
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
-def test_an_absent_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="choose a folder that exists"):
-        write_atomic(tmp_path / "absent" / "x", b"")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="choose a folder that exists"):
-        write_atomic(tmp_path / "file" / "x", b"")

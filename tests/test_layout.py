@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # Low to high; a file imports lower ones only. A folder is one layer, within which process.py joins the others.
 ORDER = [
-    "dos", "crystal", "data", "diffusion", "denoiser", "conditioning", "constraints", "checkpoint", "sampler",
+    "files", "dos", "crystal", "data", "diffusion", "denoiser", "conditioning", "constraints", "checkpoint", "sampler",
     "training", "predictor", "screening", "relaxation", "electronic", "metrics", "plotting", "generator", "flows",
     "report", "cli",
 ]

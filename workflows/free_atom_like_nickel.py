@@ -38,10 +38,10 @@ from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Structure
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
-from dosmatgen_ase.checkpoint import write_atomic
 from dosmatgen_ase.data import Structures, load_structures
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, normalised_l1, normalised_l1_arrays
 from dosmatgen_ase.electronic import ElectronicStructureError, EspressoSettings, compute_many
+from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.plotting import draw_crystal, plot_dos
 from dosmatgen_ase.predictor import DEFAULT_PREDICTOR, DOSPredictor, SitePrediction
 from dosmatgen_ase.sampler import SamplerConfig

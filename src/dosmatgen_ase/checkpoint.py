@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,10 @@ from torch import Tensor
 from .conditioning import ConditionalDenoiser
 from .denoiser import Denoiser, DenoiserConfig
 from .diffusion.lattice import LatticeProcess
+from .files import write_atomic
 
 FORMAT_VERSION = 1
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "default.safetensors"
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write beside ``path``, flush to disk, then replace: an interruption leaves the old file whole."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that exists and has space") from error
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -42,6 +42,7 @@ from scipy.optimize import brentq
 from tqdm import tqdm
 
 from .dos import MODEL_SIGMA, Array, EnergyGrid, TargetDOS, scale_sites_to_total
+from .files import write_atomic
 from .screening import screen
 
 GRID = EnergyGrid(-12.0, 8.0, 0.05)
@@ -817,9 +818,9 @@ def _compute_or_read(
     except InterruptedCalculation as error:
         return error
     except ElectronicStructureError as error:
-        _write_json(file, {**record, "failed": str(error)})
+        write_atomic(file, json.dumps({**record, "failed": str(error)}).encode())
         return error
-    _write_json(file, {**record, "result": result.to_dict()})
+    write_atomic(file, json.dumps({**record, "result": result.to_dict()}).encode())
     shutil.rmtree(out / name, ignore_errors=True)
     return result
 
@@ -838,16 +839,6 @@ def _read_record(file: Path) -> dict[str, Any] | None:
     except (ValueError, TypeError):
         pass
     raise ValueError(f"{file} was not written by this command: choose another folder, or remove it")
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write beside, flush to disk, then replace."""
-    part = file.with_name(file.name + ".part")
-    with part.open("w") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, file)
 
 
 def _sha256(path: Path) -> str:

@@ -27,12 +27,13 @@ from ase.formula import Formula
 from tqdm import tqdm
 
 from . import __version__
-from .checkpoint import DEFAULT_WEIGHTS, load_model, write_atomic
+from .checkpoint import DEFAULT_WEIGHTS, load_model
 from .conditioning import DOSCondition, Guidance
 from .constraints import Constraints
 from .crystal import MAX_ATOMIC_NUMBER, MAX_ATOMS, CrystalBatch, check_atoms
 from .diffusion.lattice import symmetric_exp, symmetric_log
 from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
+from .files import write_atomic
 from .sampler import Randomness, SamplerConfig, sample
 from .screening import screen
 

@@ -6,7 +6,7 @@ user is touched.
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dosmatgen_ase.dos import MODEL_GRID, TargetDOS
+from dosmatgen_ase.files import write_atomic
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -121,15 +122,9 @@ def _unknown_spans(dos: TargetDOS, lo: float, hi: float) -> list[tuple[float, fl
 def _save(figure: Figure | None, path: Path) -> None:
     if figure is None:
         raise ValueError("these axes belong to no figure: add them to one before saving")
-    beside = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        with beside.open("wb") as file:
-            figure.savefig(file, format=path.suffix.lstrip(".") or "png", dpi=150)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.lstrip(".") or "png", dpi=150)
+    write_atomic(path, picture.getvalue())
 
 
 # -- crystals ----------------------------------------------------------------------------------------------------------

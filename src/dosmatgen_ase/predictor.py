@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm, trange
 
-from .checkpoint import load_tensors, save_tensors, write_atomic
+from .checkpoint import load_tensors, save_tensors
 from .data import MAX_ATOMS, SiteDOSLabels, Structures, formula_fold, load_site_dos
 from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
+from .files import write_npz
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -129,14 +130,6 @@ def site_features(atoms_list: Sequence[Atoms], batch_size: int = 32, progress: b
     return found
 
 
-def _save_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Write a compressed npz atomically, making its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    np.savez_compressed(content, allow_pickle=False, **arrays)
-    write_atomic(path, content.getvalue())
-
-
 def cached_site_features(
     structures: Structures, directory: str | Path, piece: int = 512, progress: bool = False
 ) -> list[np.ndarray | str]:
@@ -157,7 +150,7 @@ def cached_site_features(
         fresh = site_features([structures.atoms(i) for i in rows])
         arrays = [f if isinstance(f, np.ndarray) else np.zeros((0, NUM_FEATURES), np.float32) for f in fresh]
         ids = structures.material_id[rows]
-        _save_npz(
+        write_npz(
             directory / f"{ids[0]}.npz",
             material_id=ids,
             counts=np.array([len(a) for a in arrays]),
@@ -606,7 +599,7 @@ def write_pseudo_labels(
 ) -> None:
     """Write `pseudo_labels` as an npz (material_id, values, known) that `data.load_pseudo_labels` reads, atomically."""
     values, known = pseudo_labels(structures, predictor, cache, progress)
-    _save_npz(Path(path), material_id=structures.material_id, values=values, known=known)
+    write_npz(Path(path), material_id=structures.material_id, values=values, known=known)
 
 
 def train_ranker_and_judge(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dosmatgen_ase.dos import TargetDOS
+from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.flows.jobs import to_atoms
 from dosmatgen_ase.flows.schemas import CandidateDoc, InverseDesignDoc
 from dosmatgen_ase.plotting import draw_crystal, plot_dos
@@ -86,8 +87,6 @@ def write_result(result: InverseDesignDoc, folder: str | os.PathLike[str]) -> Pa
     """
     import ase.io
 
-    from dosmatgen_ase.checkpoint import write_atomic
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "result.json", result.model_dump_json().encode())
@@ -117,8 +116,6 @@ def write_report(result: InverseDesignDoc, path: str | os.PathLike[str]) -> Path
     OSError
         If the file cannot be written.
     """
-    from dosmatgen_ase.checkpoint import write_atomic
-
     path = Path(path)
     good = [candidate for candidate in result.candidates if candidate.distance is not None]
     lost = [candidate for candidate in result.candidates if candidate.reason is not None]

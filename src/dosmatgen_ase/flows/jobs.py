@@ -7,7 +7,6 @@ with the machine (a missing program, missing weights) fails the job.
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -404,9 +403,9 @@ def write_labels(
     dict
         Its path, the number of labels, and a reason for every structure that has none.
     """
-    from dosmatgen_ase.checkpoint import write_atomic
     from dosmatgen_ase.data import SHARD_UNIT
     from dosmatgen_ase.electronic import ElectronicStructure
+    from dosmatgen_ase.files import write_npz
 
     labels: dict[str, ElectronicStructure] = {}
     failed: dict[str, str | None] = {}
@@ -434,10 +433,7 @@ def write_labels(
     names = ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment", "spin_polarised")
     for key, name in (*zip(names, names, strict=True), ("efermi", "fermi_level"), ("num_kpoints_ibz", "num_kpoints")):
         arrays[key] = [getattr(label, name) for label in made]
-    content = io.BytesIO()
-    np.savez_compressed(content, allow_pickle=False, **{key: np.array(value) for key, value in arrays.items()})
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(path), content.getvalue())
+    write_npz(Path(path), **{key: np.array(value) for key, value in arrays.items()})
     return {"path": path, "labels": len(labels), "failed": failed}
 
 

@@ -1,0 +1,49 @@
+"""Files are there whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dosmatgen_ase import files
+from dosmatgen_ase.files import write_atomic, write_npz
+
+
+def test_a_kill_before_the_replacement_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    path = tmp_path / "x"
+    write_atomic(path, b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "replace", kill)
+        with pytest.raises(Killed):
+            write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    write_atomic(path, b"newer")  # what the kill left behind does not stand in the way
+    assert path.read_bytes() == b"newer"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_absent_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="choose a folder that exists"):
+        write_atomic(tmp_path / "absent" / "x", b"")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="choose a folder that exists"):
+        write_atomic(tmp_path / "file" / "x", b"")
+
+
+def test_arrays_come_back_and_objects_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "on" / "the" / "way.npz"
+    write_npz(path, a=np.arange(3), b=np.array(["x"]))
+    with np.load(path, allow_pickle=False) as stored:
+        assert stored["a"].tolist() == [0, 1, 2]
+        assert stored["b"].tolist() == ["x"]
+    with pytest.raises(ValueError, match="allow_pickle"):
+        write_npz(path, a=np.array([None]))
+    assert [p.name for p in path.parent.iterdir()] == ["way.npz"]
