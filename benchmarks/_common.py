@@ -18,7 +18,7 @@ from dosmatgen_ase.checkpoint import DEFAULT_WEIGHTS
 from dosmatgen_ase.conditioning import ConditionalDenoiser, DOSCondition, Guidance
 from dosmatgen_ase.constraints import Constraints
 from dosmatgen_ase.files import write_atomic
-from dosmatgen_ase.predictor import _chgnet, _graph
+from dosmatgen_ase.predictor import chgnet_graph, load_chgnet
 from dosmatgen_ase.sampler import Randomness, SamplerConfig, sample
 
 ROOT = Path(__file__).parents[1]
@@ -72,13 +72,13 @@ def chgnet_energies(structures: Sequence[Atoms], batch_size: int = 16) -> np.nda
         graphs, rows = [], []
         for i in range(start, min(start + batch_size, len(structures))):
             try:
-                graphs.append(_graph(structures[i]))
+                graphs.append(chgnet_graph(structures[i]))
                 rows.append(i)
             except ValueError:
                 continue
         if graphs:
             with torch.no_grad():
-                energies[rows] = _chgnet()(graphs, task="e")["e"].numpy()
+                energies[rows] = load_chgnet()(graphs, task="e")["e"].numpy()
     return np.where(np.isfinite(energies), energies, np.inf)
 
 

@@ -46,7 +46,7 @@ from dosmatgen_ase.predictor import (
     DEFAULT_PREDICTOR,
     DOSPredictor,
     SitePrediction,
-    _element_tables,
+    element_tables,
     site_features,
 )
 from dosmatgen_ase.sampler import SamplerConfig
@@ -224,7 +224,7 @@ class Library:
         self.values = train.values[site].astype(float)
         self.known = np.repeat(train.known, train.num_atoms, axis=0)
         self.numbers = train.atomic_numbers[site]
-        self.element_mean = _element_tables(train, np.arange(len(train)))[0].numpy().astype(float)
+        self.element_mean = element_tables(train, np.arange(len(train)))[0].numpy().astype(float)
 
     def nearest(self, target: Target, power: float) -> np.ndarray:
         """Row of the training site nearest to each site of the target."""

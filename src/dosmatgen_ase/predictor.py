@@ -42,8 +42,8 @@ MIN_LABELS = 3  # labelled structures that an element needs, at an energy, for i
 
 
 @lru_cache(maxsize=1)
-def _chgnet() -> Any:
-    """Load CHGNet 0.3.0 once per process, quietly: its weights come with the chgnet wheel."""
+def load_chgnet() -> Any:
+    """Return CHGNet 0.3.0 on the CPU, frozen, loaded quietly once per process: its weights come with its wheel."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         from chgnet.model import CHGNet
@@ -52,8 +52,14 @@ def _chgnet() -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _graph(atoms: Atoms) -> object:
-    """Return the CHGNet graph of a structure, or raise ValueError with the reason why it has none."""
+def chgnet_graph(atoms: Atoms) -> object:
+    """Return the graph on which CHGNet works.
+
+    Raises
+    ------
+    ValueError
+        With the reason why the structure has none: not a finite crystal, unknown elements, collapsed, atoms alone.
+    """
     from pymatgen.core import Structure
 
     cell, numbers = atoms.cell.array, atoms.numbers
@@ -69,7 +75,7 @@ def _graph(atoms: Atoms) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _chgnet().graph_converter(structure)
+            return load_chgnet().graph_converter(structure)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"CHGNet cannot build its graph: {error}") from error
 
@@ -110,14 +116,14 @@ def site_features(atoms_list: Sequence[Atoms], batch_size: int = 32, progress: b
         Per structure an (n, 385) float32 array, or a line of text that says why it has none (collapsed, isolated
         atoms, ...).
     """
-    model = _chgnet()
+    model = load_chgnet()
     found: list[np.ndarray | str] = [""] * len(atoms_list)
     starts = range(0, len(atoms_list), batch_size)
     for start in tqdm(starts, disable=not progress, unit="batch", desc="CHGNet features"):
         graphs, rows = [], []
         for i in range(start, min(start + batch_size, len(atoms_list))):
             try:
-                graphs.append(_graph(atoms_list[i]))
+                graphs.append(chgnet_graph(atoms_list[i]))
                 rows.append(i)
             except ValueError as error:
                 found[i] = str(error)
@@ -377,11 +383,16 @@ def _label_sites(labels: SiteDOSLabels) -> tuple[np.ndarray, np.ndarray]:
     return owner, site
 
 
-def _element_tables(labels: SiteDOSLabels, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+def element_tables(labels: SiteDOSLabels, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return each element's mean DOS and the number of labelled structures behind it, both (95, 151).
 
     A structure counts once per element, however many sites it has; half a structure's weight of the mean over all
     elements is mixed in, so that elements with few labels, or none, fall back to that.
+
+    Parameters
+    ----------
+    labels : all labels
+    rows : those to use, a boolean mask or an index array
     """
     labels = labels.select(rows)
     owner, site = _label_sites(labels)
@@ -439,7 +450,7 @@ def train_predictor(
     train_rows, val_rows = np.flatnonzero(in_fold), np.flatnonzero((labels.split == "val") & usable)
     if not len(train_rows) or not len(val_rows):
         raise ValueError(f"{len(train_rows)} training and {len(val_rows)} validation labels: both are needed")
-    baseline, support = _element_tables(labels, train_rows)
+    baseline, support = element_tables(labels, train_rows)
     raw = _label_inputs(baseline, labels, features, train_rows)
     tables = {"baseline": baseline, "support": support, "input_mean": raw.mean(0), "input_std": raw.std(0) + 1e-3}
     info = {"fold": fold, "seed": seed, "train_structures": len(train_rows), "descriptor": "CHGNet 0.3.0"}

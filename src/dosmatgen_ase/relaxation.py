@@ -170,13 +170,13 @@ def load_calculator(calculator: Any) -> Any:
             raise TypeError(f'calculator must be an ASE calculator, "chgnet" or a MACE model, not {calculator!r}')
         return calculator
     if calculator == "chgnet":
-        from .predictor import _chgnet
+        from .predictor import load_chgnet
 
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             from chgnet.model.dynamics import CHGNetCalculator
 
-            return CHGNetCalculator(_chgnet(), use_device="cpu", on_isolated_atoms="error")
+            return CHGNetCalculator(load_chgnet(), use_device="cpu", on_isolated_atoms="error")
     return _mace(calculator)
 
 
