@@ -447,9 +447,9 @@ def train(
     if threads is not None:
         settings = replace(settings, threads=threads)
     from .data import CrystalDataset, load_pseudo_labels, load_site_dos, load_structures
-    from .generator import _device
+    from .generator import select_device
 
-    chosen = str(_device(device))
+    chosen = str(select_device(device))
     structures = load_structures(data / "structures.parquet", split="train")
     labels = load_site_dos(data / "site_dos")
     out.mkdir(parents=True, exist_ok=True)

@@ -255,7 +255,7 @@ class DOSGenerator:
     """
 
     def __init__(self, weights: str | Path = "default", *, device: str | None = None) -> None:
-        self.device = _device(device)
+        self.device = select_device(device)
         model, self.header = load_model(DEFAULT_WEIGHTS if weights == "default" else weights)
         self.model = model.to(self.device)
 
@@ -647,7 +647,14 @@ def _sizes(num_atoms: int | Sequence[int] | None) -> tuple[int, ...] | None:
     return tuple(int(s) for s in sizes)
 
 
-def _device(name: str | None) -> torch.device:
+def select_device(name: str | None) -> torch.device:
+    """Return the device of that name, or CUDA where there is one and else the CPU.
+
+    Raises
+    ------
+    ValueError
+        If nothing can be computed on it here.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
