@@ -388,6 +388,17 @@ def test_a_file_grows_with_a_larger_n_and_is_not_drawn_again(
     assert len(make(generator, n=2, out=out)) == 2
 
 
+def test_a_file_is_continued_without_a_seed(generator: DOSGenerator, tmp_path: Path) -> None:
+    out = tmp_path / "made.extxyz"
+    first = make(generator, n=2, seed=None, out=out)
+    out.write_text(cut_inside_the_last_frame(out.read_text()))
+    more = make(generator, n=4, seed=None, out=out)
+    for a, b in zip(first, more, strict=False):
+        assert_same(a, b)
+    assert len({record(a)["seed"] for a in [*first, *more]}) == 1
+    assert sorted(record(a)["index"] for a in ase.io.read(out, ":")) == [0, 1, 2, 3]
+
+
 FOREIGN = {
     "text": "the only copy of my notes\n",
     "xyz": "1\ncopper\nCu 0 0 0",
@@ -402,14 +413,23 @@ def test_a_file_that_is_not_ours_is_left_as_it_is(name: str, generator: DOSGener
     out = tmp_path / "notes"
     content = FOREIGN[name].encode() if isinstance(FOREIGN[name], str) else FOREIGN[name]
     out.write_bytes(content)
-    with pytest.raises(ValueError, match="structures of another request: choose another file"):
-        make(generator, out=out)
+    for seed in (0, None):
+        with pytest.raises(ValueError, match="structures of another request: choose another file"):
+            make(generator, out=out, seed=seed)
     assert out.read_bytes() == content
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"num_steps": 5}, {"dos": OTHER}, {"elements": ["Cu"]}, {"num_atoms": 4}, {"num_atoms": None}],
+    [
+        {"seed": 1},
+        {"num_steps": 5},
+        {"dos": OTHER},
+        {"elements": ["Cu"]},
+        {"num_atoms": 4},
+        {"num_atoms": None},
+        {"dos": OTHER, "seed": None},
+    ],
     ids=str,
 )
 def test_a_file_of_another_request_is_refused(
@@ -441,7 +461,7 @@ HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dos": TOTAL, "sites": [0]}, ValueError, r"sites contradicts a target of kind 'total'"),
     ({"dos": [TARGET] * 3, "sites": [0]}, ValueError, r"sites goes with one target"),
     ({"dos": None, "sites": [0]}, ValueError, r"sites goes with one target"),
-    ({"dos": TARGET.shift(100.0)}, ValueError, r"shift"),
+    ({"dos": TARGET.shift(100.0)}, ValueError, r"falls on the grid \[-10, 5\] eV: shift the energies"),
     ({"sites": []}, ValueError, r"sites is empty"),
     ({"sites": [5]}, ValueError, r"names site 5"),
     ({"sites": [0.5]}, TypeError, r"sites must name sites by whole numbers"),
@@ -517,9 +537,13 @@ def test_hostile_input(
     assert "\n" not in str(caught.value)
 
 
-def test_errors_come_before_the_first_structure_is_asked_for(generator: DOSGenerator) -> None:
+def test_errors_come_before_the_first_structure_is_asked_for(generator: DOSGenerator, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="n=0"):
         generator.generate_iter(TARGET, 0)  # not only at next()
+    out = tmp_path / "made.extxyz"
+    with pytest.raises(ValueError, match="no known energy"):
+        generator.generate_iter(TARGET.shift(100.0), out=out)
+    assert not out.exists()
 
 
 def test_a_template_with_another_constraint_is_refused(generator: DOSGenerator) -> None:

@@ -322,7 +322,8 @@ class DOSGenerator:
         progress : bool
             Show a bar.
         out : path, optional
-            Append each structure to this extxyz file as it is made; a file of the same request is continued.
+            Append each structure to this extxyz file as it is made; a file of the same request is continued, with the
+            seed of that file if none is given.
 
         Returns
         -------
@@ -375,12 +376,16 @@ class DOSGenerator:
             raise ValueError(f"n={n!r} must be a whole number of at least 1")
         if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or not 1 <= num_steps <= 10000:
             raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1 to 10000")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
+            raise ValueError(f"seed={seed!r} must be a whole number of at least 0")
         if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
             raise ValueError(f"guidance_scale={guidance_scale} must be a finite number, 0 or larger")
+        request.condition([request.smallest])  # a target outside of the model's grid is told now, before any file
+        writer = None if out is None else _Stream(Path(out))
+        if seed is None and writer is not None:
+            seed = writer.seed()
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
-        elif isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-            raise ValueError(f"seed={seed!r} must be a whole number of at least 0")
         config = SamplerConfig(num_steps=int(num_steps))
         record = {
             "version": __version__,
@@ -391,7 +396,6 @@ class DOSGenerator:
             "num_atoms": None if request.sizes is None else list(request.sizes),
             **request.record(),
         }
-        writer = None if out is None else _Stream(Path(out), record)
         return self._run(request, int(n), config, record, progress, writer)
 
     def regenerate(self, atoms: Atoms, dos: DOSInput, *, template: Atoms | None = None) -> Atoms:
@@ -430,7 +434,7 @@ class DOSGenerator:
         out: _Stream | None,
     ) -> Iterator[Atoms]:
         seed = record["seed"]
-        ready = {} if out is None else {a.info["dosmatgen"]["index"]: a for a in out.resume()}
+        ready = {} if out is None else {a.info["dosmatgen"]["index"]: a for a in out.resume(record)}
         yield from (a for i, a in ready.items() if i < n)
         sizes = self._sizes(request, n, seed)
         waiting = [(i, 0) for i in range(n) if i not in ready]  # (index, attempt)
@@ -496,8 +500,8 @@ class DOSGenerator:
 class _Stream:
     """An extxyz file that grows structure by structure and survives a kill."""
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
-        self.path, self.record = path, record
+    def __init__(self, path: Path) -> None:
+        self.path = path
         if not path.parent.is_dir():
             raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist, create it")
         try:
@@ -506,7 +510,12 @@ class _Stream:
         except OSError as error:
             raise OSError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
-    def resume(self) -> list[Atoms]:
+    def seed(self) -> int | None:
+        """Seed of the structures already there, None if there are none; ``ValueError`` as :meth:`resume`."""
+        frames, _, _ = self._read()
+        return int(frames[0].info["dosmatgen"]["seed"]) if frames else None
+
+    def resume(self, record: dict[str, Any]) -> list[Atoms]:
         """Structures already there; a frame cut short by a kill is dropped from the file.
 
         Raises
@@ -514,11 +523,20 @@ class _Stream:
         ValueError
             If the file holds structures of another request.
         """
-        another = ValueError(f"{self.path} holds structures of another request: choose another file or delete it")
+        frames, whole, rest = self._read()
+        wanted = json.loads(json.dumps(record))
+        if any(atoms.info["dosmatgen"].get(k) != v for atoms in frames for k, v in wanted.items()):
+            raise self._another()
+        if rest:
+            write_atomic(self.path, whole.encode())
+        return frames
+
+    def _read(self) -> tuple[list[Atoms], str, str]:
+        """Whole frames, their text, and what follows; ``ValueError`` if any of it was not written here."""
         try:
             lines = self.path.read_text().splitlines(keepends=True)
         except UnicodeDecodeError:
-            raise another from None
+            raise self._another() from None
         end = 0
         while end < len(lines) and lines[end].strip().isdigit():
             after = end + 2 + int(lines[end])
@@ -528,17 +546,16 @@ class _Stream:
         try:
             frames = ase.io.read(io.StringIO("".join(lines[:end])), index=":", format="extxyz") if end else []
         except (OSError, ValueError):
-            raise another from None
-        for atoms in frames:
-            info = atoms.info.get("dosmatgen")
-            if info is None or any(info.get(k) != v for k, v in json.loads(json.dumps(self.record)).items()):
-                raise another
+            raise self._another() from None
+        if any("dosmatgen" not in atoms.info for atoms in frames):
+            raise self._another()
         rest = lines[end:]
         if rest and not (rest[0].strip().isdigit() and (len(rest) < 3 or "dosmatgen" in rest[1])):
-            raise another  # no frame of ours that was cut short: it is not ours to drop
-        if rest:
-            write_atomic(self.path, "".join(lines[:end]).encode())
-        return frames
+            raise self._another()  # no frame of ours that was cut short: it is not ours to drop
+        return frames, "".join(lines[:end]), "".join(rest)
+
+    def _another(self) -> ValueError:
+        return ValueError(f"{self.path} holds structures of another request: choose another file or delete it")
 
     def append(self, atoms: Atoms) -> None:
         """Add one structure and flush it."""
@@ -577,11 +594,6 @@ def _targets(dos: DOSInput, sites: Sequence[int] | None) -> tuple[TargetDOS | No
 def _on_model_grid(target: TargetDOS) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and known mask, shape (G,), on the model's grid."""
     resampled = target.on_grid(MODEL_GRID, MODEL_SIGMA)
-    if not resampled.known.any():
-        low, high = MODEL_GRID.minimum, MODEL_GRID.maximum
-        raise ValueError(
-            f"the target knows nothing between {low} and {high} eV: shift its zero to the Fermi level or VBM"
-        )
     return torch.tensor(resampled.values * resampled.known, dtype=torch.float32), torch.tensor(resampled.known)
 
 
