@@ -23,7 +23,9 @@ from dosmatgen_ase.diffusion.lattice import LatticeProcess
 from dosmatgen_ase.diffusion.process import NoisyCrystals, Prediction
 from dosmatgen_ase.sampler import Randomness, Sample, SamplerConfig, sample
 
-EULER = SamplerConfig(coords_annealing=0.0, lattice_annealing=0.0)
+EULER = SamplerConfig(
+    num_steps=30, coords_annealing=0.0, lattice_annealing=0.0, species_end=0.0, species_temperature=1.0
+)  # what alone keeps an exact density
 LATTICE = LatticeProcess((0.0, 0.0, 0.0, 0.0, 0.0, 1.5), (0.1,) * 6)
 Field = Callable[[NoisyCrystals], Tensor]
 

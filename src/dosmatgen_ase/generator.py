@@ -301,7 +301,7 @@ class DOSGenerator:
         template : Atoms, optional
             Start from this crystal; sets the number and order of the sites and the orientation.
         strength : float
-            How far the template is noised: 0 returns it, 1 forgets it.
+            How far the template is noised: 0 returns it, 1 forgets it; its species stay up to 0.4.
         fixed_species : mapping {site: symbol or atomic number}, optional
         fixed_sites : sequence of int, optional
             Sites of the template that keep their fractional coordinates, and their species unless ``fixed_species``

@@ -35,12 +35,12 @@ class SamplerConfig:
         Divides the logits at the reveal; below 1 favours the likely elements.
     """
 
-    num_steps: int = 30
+    num_steps: int = 20
     coords_annealing: float = 10.0
     lattice_annealing: float = 0.0
     lattice_exponent: float = 1.0
-    species_end: float = 0.0
-    species_temperature: float = 1.0
+    species_end: float = 0.4
+    species_temperature: float = 0.7
 
 
 @dataclass(frozen=True)
