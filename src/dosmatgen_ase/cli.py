@@ -1,4 +1,4 @@
-"""The command line: ``dosmatgen generate``, ``train``, ``train-predictor``, ``dos`` and ``report``.
+"""The command line: ``dosmatgen generate``, ``dos``, ``report``, ``train``, ``train-predictor``, ``relax`` and ``dft``.
 
 Thin: every command reads its arguments, calls the library and prints. Heavy libraries are imported inside the commands,
 so that ``dosmatgen --help`` needs none of them. Errors become one line on stderr and an exit code (1; 2 for a wrong
