@@ -193,9 +193,11 @@ def generate(
     template: Annotated[
         Path | None, typer.Option(help="Start from this crystal (any file that ASE reads) instead of noise.")
     ] = None,
-    strength: Annotated[float, typer.Option(help="How far the template is noised: 0 returns it, 1 forgets it; species
-    stay up to 0.4.")] = 0.6, fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="Keep the template's
-    cell.")] = False, fixed_sites: Annotated[
+    strength: Annotated[
+        float, typer.Option(help="How far the template is noised: 0 returns it, 1 forgets it; species stay up to 0.4.")
+    ] = 0.6,
+    fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="Keep the template's cell.")] = False,
+    fixed_sites: Annotated[
         str | None, typer.Option(help="Sites of the template that keep element and position: 0,2.")
     ] = None,
     guidance_scale: Annotated[
