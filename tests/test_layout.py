@@ -146,5 +146,6 @@ def test_unknown_names_are_refused_by_name() -> None:
     import dosmatgen_ase
 
     assert set(dir(dosmatgen_ase)) == set(dosmatgen_ase.__all__)
+    assert all(getattr(dosmatgen_ase, name).__doc__ for name in dosmatgen_ase.__all__)
     with pytest.raises(AttributeError, match=r"DOSGenerater.*it has DOSGenerator"):
         _ = dosmatgen_ase.DOSGenerater

@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dosmatgen_ase.dos import EnergyGrid, TargetDOS
+    from dosmatgen_ase.electronic import compute_dos
     from dosmatgen_ase.generator import DOSGenerator
     from dosmatgen_ase.predictor import predict_dos
+    from dosmatgen_ase.relaxation import relax
 
 __version__ = "0.1.0"
 
-__all__ = ["DOSGenerator", "EnergyGrid", "TargetDOS", "__version__", "predict_dos"]
+__all__ = ["DOSGenerator", "EnergyGrid", "TargetDOS", "__version__", "compute_dos", "predict_dos", "relax"]
 
 _HOME = {
     "DOSGenerator": "generator",
     "EnergyGrid": "dos",
     "TargetDOS": "dos",
+    "compute_dos": "electronic",
     "predict_dos": "predictor",
+    "relax": "relaxation",
 }
 
 
