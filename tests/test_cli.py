@@ -24,6 +24,7 @@ from ase.build import bulk
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
+from dosmatgen_ase import cli
 from dosmatgen_ase.checkpoint import load_model, save_model
 from dosmatgen_ase.cli import _whole_numbers, app
 from dosmatgen_ase.conditioning import ConditionalDenoiser
@@ -394,7 +395,8 @@ def test_the_ready_config_is_valid() -> None:
 
 
 def test_help_is_complete_and_needs_no_heavy_library() -> None:
-    for command in ("generate", "train", "train-predictor", "dos"):
+    for command in get_command(app).commands:
+        assert re.search(rf"``(dosmatgen )?{command}``", str(cli.__doc__))
         result = run(command, "--help")
         assert result.exit_code == 0
         assert "--" in result.output

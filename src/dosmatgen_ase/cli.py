@@ -11,6 +11,7 @@ import json
 import math
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -576,6 +577,7 @@ def relax(
     _writable(out, (".extxyz", ".xyz"))
     named = _read_structures(files)
     limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit}
+    warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
     relaxed = run(list(named.values()), calculator, **limits, progress=True)
     table = Table("structure", "formula", "steps", "eV/atom", "moved, A", "outcome")
     for name, atoms in zip(named, relaxed, strict=True):
