@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -558,6 +560,30 @@ def test_an_output_that_cannot_be_written_is_told_at_once(generator: DOSGenerato
         make(generator, out=tmp_path / "absent" / "x.extxyz")
     with pytest.raises(OSError, match="choose another place"):
         make(generator, out=tmp_path)
+
+
+def test_a_disk_that_fills_up_loses_nothing(
+    generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "made.extxyz"
+    write, written = ase.io.write, []
+
+    def fills_up(path: Path, atoms: Atoms, **settings: Any) -> None:
+        if len(written) == 2:
+            with out.open("a") as file:
+                file.write("3\nLattice=")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, atoms, **settings)
+        written.append(atoms)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dosmatgen_ase.generator.ase.io.write", fills_up)
+        with pytest.raises(OSError, match=r"cannot go on writing .*No space left.*; make room"):
+            make(generator, n=4, out=out)
+    whole = make(generator, n=4, out=out)
+    for kept, atoms in zip(written, ase.io.read(out, ":"), strict=False):
+        assert_same(kept, atoms)
+    assert len(whole) == len(ase.io.read(out, ":")) == 4
 
 
 def test_absent_and_damaged_weights(tiny_weights: Path, tmp_path: Path) -> None:

@@ -559,7 +559,11 @@ class _Stream:
 
     def append(self, atoms: Atoms) -> None:
         """Add one structure and flush it."""
-        ase.io.write(self.path, atoms, format="extxyz", append=True)
+        try:
+            ase.io.write(self.path, atoms, format="extxyz", append=True)
+        except OSError as error:
+            fix = "make room, then ask for the same again: what it holds is kept"
+            raise OSError(f"cannot go on writing {self.path}: {error.strerror}; {fix}") from error
 
 
 def _targets(dos: DOSInput, sites: Sequence[int] | None) -> tuple[TargetDOS | None, dict[int, TargetDOS]]:
