@@ -152,4 +152,7 @@ def _library(crystals: list[Atoms]) -> Any:
     for i, atoms in enumerate(crystals):
         numbers[i, : len(atoms)], frac[i, : len(atoms)] = atoms.numbers, atoms.get_scaled_positions()
     names = np.array([str(a.symbols) for a in crystals])
-    return Structures(names, names, names, size, size, np.array([a.cell.array for a in crystals]), frac, numbers)
+    return Structures(
+        material_id=names, split=names, reduced_formula=names, spacegroup=size, num_atoms=size,
+        cell=np.array([a.cell.array for a in crystals]), frac_coords=frac, atomic_numbers=numbers,
+    )  # fmt: skip

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from ase import Atoms
@@ -38,8 +39,38 @@ SHARD_KEYS = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Structures:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Crystals:
+    """What `Structures` and `SiteDOSLabels` share: the crystals themselves."""
+
+    material_id: np.ndarray
+    split: np.ndarray
+    num_atoms: np.ndarray
+    cell: np.ndarray
+    frac_coords: np.ndarray
+    atomic_numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.material_id)
+
+    def atoms(self, i: int) -> Atoms:
+        """Return crystal `i` as `ase.Atoms`, with its `material_id` in `info`."""
+        n = int(self.num_atoms[i])
+        return Atoms(
+            numbers=self.atomic_numbers[i, :n],
+            scaled_positions=self.frac_coords[i, :n],
+            cell=self.cell[i],
+            pbc=True,
+            info={"material_id": str(self.material_id[i])},
+        )
+
+    def select(self, rows: np.ndarray) -> Self:
+        """Return the rows picked by a boolean mask or an index array, in that order."""
+        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Structures(_Crystals):
     """Periodic crystals of 1 to 20 atoms, padded to 20 sites.
 
     Attributes
@@ -54,32 +85,8 @@ class Structures:
         Zero on padding.
     """
 
-    material_id: np.ndarray
-    split: np.ndarray
     reduced_formula: np.ndarray
     spacegroup: np.ndarray
-    num_atoms: np.ndarray
-    cell: np.ndarray
-    frac_coords: np.ndarray
-    atomic_numbers: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.material_id)
-
-    def atoms(self, i: int) -> Atoms:
-        """Return structure `i` as `ase.Atoms`, with its `material_id` in `info`."""
-        n = int(self.num_atoms[i])
-        return Atoms(
-            numbers=self.atomic_numbers[i, :n],
-            scaled_positions=self.frac_coords[i, :n],
-            cell=self.cell[i],
-            pbc=True,
-            info={"material_id": str(self.material_id[i])},
-        )
-
-    def select(self, rows: np.ndarray) -> Structures:
-        """Return the rows picked by a boolean mask or an index array, in that order."""
-        return Structures(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 def right_handed(cell: np.ndarray, frac_coords: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -162,8 +169,8 @@ def load_structures(path: str | Path, split: str | None = None, max_atoms: int =
     )
 
 
-@dataclass(frozen=True, eq=False)
-class SiteDOSLabels:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SiteDOSLabels(_Crystals):
     """Computed site DOS on the model's grid.
 
     Attributes
@@ -179,33 +186,9 @@ class SiteDOSLabels:
         Zero energy is the valence-band maximum where positive, else the Fermi level.
     """
 
-    material_id: np.ndarray
-    split: np.ndarray
-    num_atoms: np.ndarray
-    cell: np.ndarray
-    frac_coords: np.ndarray
-    atomic_numbers: np.ndarray
     values: np.ndarray
     known: np.ndarray
     band_gap: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.material_id)
-
-    def atoms(self, i: int) -> Atoms:
-        """Return the labelled crystal `i` as `ase.Atoms`."""
-        n = int(self.num_atoms[i])
-        return Atoms(
-            numbers=self.atomic_numbers[i, :n],
-            scaled_positions=self.frac_coords[i, :n],
-            cell=self.cell[i],
-            pbc=True,
-            info={"material_id": str(self.material_id[i])},
-        )
-
-    def select(self, rows: np.ndarray) -> SiteDOSLabels:
-        """Return the rows picked by a boolean mask or an index array, in that order."""
-        return SiteDOSLabels(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 def load_site_dos(directory: str | Path) -> SiteDOSLabels:
