@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
 
@@ -595,6 +596,7 @@ def _targets(dos: DOSInput, sites: Sequence[int] | None) -> tuple[TargetDOS | No
     return None, dict(zip(_indices([i for i, _ in pairs], "dos"), (t for _, t in pairs), strict=True))
 
 
+@lru_cache(maxsize=64)
 def _on_model_grid(target: TargetDOS) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and known mask, shape (G,), on the model's grid."""
     resampled = target.on_grid(MODEL_GRID, MODEL_SIGMA)
