@@ -35,7 +35,7 @@ class SamplerConfig:
         Divides the logits at the reveal; below 1 favours the likely elements.
     """
 
-    num_steps: int = 20
+    num_steps: int = 10
     coords_annealing: float = 10.0
     lattice_annealing: float = 0.0
     lattice_exponent: float = 1.0
@@ -88,7 +88,7 @@ class Sample:
     network_calls: int
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     denoise: Denoise,
     lattice: LatticeProcess,
