@@ -146,7 +146,7 @@ class ConditionDropout:
         mode = uniform(batch)
         single = mode < self.single_site
         some = (mode >= self.single_site) & (mode < self.single_site + self.some_sites)
-        score = torch.where(mask, uniform(batch, size), torch.full_like(uniform(batch, size), -1.0))
+        score = uniform(batch, size).masked_fill(~mask, -1.0)
         keep_one = score == score.amax(1, keepdim=True)
         keep_some = uniform(batch, size) < uniform(batch, 1)
         keep = torch.where(single[:, None], keep_one, torch.where(some[:, None], keep_some, mask)) & mask

@@ -81,10 +81,9 @@ class Randomness:
 
 @dataclass(frozen=True)
 class Sample:
-    """Result of a run: crystals, the denoiser's last view of their site DOS (B, N, G) or None, and its cost."""
+    """Result of a run: the crystals, and how many network passes they took."""
 
     crystals: CrystalBatch
-    site_dos: Tensor | None
     network_calls: int
 
 
@@ -131,13 +130,12 @@ def sample(
     species_level = _species_level(strength, config)
     numbers = species.noised(start.atomic_numbers, tau, species_level * hidden)
     numbers = constraints.admit(numbers) if steps else numbers
-    calls, site_dos = 0, None
+    calls = 0
     for t, s in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
         t_lattice, s_lattice = t**config.lattice_exponent, s**config.lattice_exponent
         state = NoisyCrystals(x, frac, numbers, start.num_atoms, level(t_lattice, free_cell), level(t, free_sites))
         prediction, passes = denoise(state, t)
         calls += passes
-        site_dos = prediction.site_dos
         move = coordinates.step_factor(t, s, config.coords_annealing) * t
         frac = wrap(frac - move * coordinates.remove_mean(prediction.coords, free_sites, mask))
         move = coordinates.step_factor(t_lattice, s_lattice, config.lattice_annealing) * t_lattice
@@ -153,7 +151,7 @@ def sample(
     held = constraints.fixed_cell | (steps == 0)
     frac = torch.where((constraints.fixed_coords | (steps == 0))[..., None], start.frac_coords, crystals.frac_coords)
     cell = torch.where(held[:, None, None], start.cell, crystals.cell)
-    return Sample(replace(crystals, cell=cell, frac_coords=frac), site_dos, calls)
+    return Sample(replace(crystals, cell=cell, frac_coords=frac), calls)
 
 
 def _species_level(t: float, config: SamplerConfig) -> float:
