@@ -67,20 +67,27 @@ def in_shape(dos: TargetDOS, other: TargetDOS, window: np.ndarray) -> float:
     return float(normalised_l1_arrays(a.values * scale, b.values, known))
 
 
-def against_vasp(path: Path) -> list[dict[str, Any]]:
-    """Distance in shape of the first site to VASP's, as it is and after the best rigid shift."""
+def vasp_elements(path: Path) -> dict[str, tuple[Atoms, TargetDOS]]:
+    """Structure of every entry of the file, and the DOS of its first site."""
     with np.load(path, allow_pickle=False) as data:
         vasp = {key: data[key] for key in data.files}
-    structures, theirs = {}, {}
-    for name in ELEMENTS:
-        i = vasp["material_id"].tolist().index(name)
+    entries = {}
+    for i, name in enumerate(vasp["material_id"].tolist()):
         part = slice(*vasp["offset"][i : i + 2])
-        structures[name] = Atoms(
-            vasp["symbols"][part].tolist(), scaled_positions=vasp["frac"][part], cell=vasp["cell"][i], pbc=True
-        )
+        symbols, places = vasp["symbols"][part].tolist(), vasp["frac"][part]
         # The tetrahedron method does not broaden; tiny negative values are rounding.
         values = np.maximum(vasp["spd_dos"][part][0].sum(0), 0.0)
-        theirs[name] = TargetDOS.from_arrays(vasp["energies"][i], values, sigma=0.0)
+        entries[name] = (
+            Atoms(symbols, scaled_positions=places, cell=vasp["cell"][i], pbc=True),
+            TargetDOS.from_arrays(vasp["energies"][i], values, sigma=0.0),
+        )
+    return entries
+
+
+def against_vasp(path: Path) -> list[dict[str, Any]]:
+    """Distance in shape of the first site to VASP's, as it is and after the best rigid shift."""
+    entries = vasp_elements(path)
+    structures, theirs = ({name: entries[name][part] for name in ELEMENTS} for part in (0, 1))
     everywhere = np.ones_like(OCCUPIED)
     table = []
     for name, result in computed(structures).items():

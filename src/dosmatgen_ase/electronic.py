@@ -425,6 +425,20 @@ def _mesh_size(atoms: Atoms, density: float) -> np.ndarray:
     return np.maximum(1, np.ceil(lengths * density).astype(int))
 
 
+def _symmetry(atoms: Atoms) -> dict[str, np.ndarray]:
+    cell = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
+    symmetry: dict[str, np.ndarray] | None = spglib.get_symmetry(cell, symprec=_SYMPREC)
+    if symmetry is None:
+        raise ElectronicStructureError("spglib finds no symmetry in this structure: are two atoms on one place?")
+    return symmetry
+
+
+def dos_kpoint_density(atoms: Atoms) -> float:
+    """Density of the DOS mesh where `EspressoSettings` names none: more symmetry, more points for the same price."""
+    operations = len(_symmetry(atoms)["rotations"])
+    return 3.0 if operations >= 24 else 2.5 if operations >= 8 else 2.0
+
+
 @dataclass(frozen=True, eq=False)
 class _IrreducibleMesh:
     """Gamma-centred mesh and its irreducible points; time reversal is always a symmetry."""
@@ -438,11 +452,8 @@ class _IrreducibleMesh:
     @classmethod
     def of(cls, atoms: Atoms, density: float | None) -> _IrreducibleMesh:
         cell = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
-        symmetry = spglib.get_symmetry(cell, symprec=_SYMPREC)
-        if symmetry is None:
-            raise ElectronicStructureError("spglib finds no symmetry in this structure: are two atoms on one place?")
-        operations = len(symmetry["rotations"])
-        size = _mesh_size(atoms, density or (3.0 if operations >= 24 else 2.5 if operations >= 8 else 2.0))
+        symmetry = _symmetry(atoms)
+        size = _mesh_size(atoms, density or dos_kpoint_density(atoms))
         mapping, address = spglib.get_ir_reciprocal_mesh(size, cell, is_shift=[0, 0, 0], symprec=_SYMPREC)
         irreducible, lookup = np.unique(mapping, return_inverse=True)
         c_order = np.argsort(np.ravel_multi_index(tuple((address % size).T), tuple(size)))

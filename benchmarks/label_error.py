@@ -1,0 +1,285 @@
+"""The known error of the labels: a random draw of them recomputed at 60 Ry on meshes twice as dense.
+
+python benchmarks/label_error.py                                   # about an hour on one core; goes on where it was
+python benchmarks/label_error.py --vasp PATH/dos_mp_elements.npz   # and the labels that are elements against VASP
+
+**The draw.** 40 labels, shared out over the three densities of the DOS mesh (3.0, 2.5 and 2.0 points per A^-1, by
+symmetry) as all labels are, at least 2 each. Within each the order is that of a random number made from the seed and
+the id, so that new labels hardly change the draw. Labels whose dense calculation is estimated above `--max-cost`
+seconds are passed over and counted: large cells of low symmetry with heavy elements are missing.
+
+Results of single structures are kept in runs/label_error. After Ctrl-C the report is made of those that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import RESULTS, ROOT, rng_for, write_results
+from ase import Atoms
+from electronic import OCCUPIED, SHIFTS, in_shape, vasp_elements
+from tqdm import tqdm
+
+from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
+from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
+from dosmatgen_ase.electronic import (
+    MAGNETIC,
+    ElectronicStructure,
+    EspressoSettings,
+    _IrreducibleMesh,
+    compute_many,
+    dos_kpoint_density,
+)
+
+DENSE = {"ecutwfc": 60.0, "scf_kpoint_density": 2.6, "time_limit": 1800.0}  # and twice the density of the DOS mesh
+SECONDS = 2.4e-4  # per k-point, spin, band and A^3 at 60 Ry, on a core that made labels; an SCF costs 4 such sweeps
+
+
+def cost(atoms: Atoms, num_electrons: float) -> float:
+    """Estimated seconds of the dense calculation."""
+    bands = num_electrons / 2 + 2 + 3 * len(atoms)
+    spins = 2 if set(atoms.symbols) & set(MAGNETIC) else 1
+    densities = {2 * dos_kpoint_density(atoms): 1, DENSE["scf_kpoint_density"]: 4}
+    sweeps = sum(n * len(_IrreducibleMesh.of(atoms, density).points) for density, n in densities.items())
+    return SECONDS * sweeps * spins * bands * atoms.get_volume()
+
+
+def electron_counts(directory: Path) -> dict[str, float]:
+    """Valence electrons of every label."""
+    counts: dict[str, float] = {}
+    for path in sorted(directory.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as shard:
+            counts |= dict(zip(shard["material_id"].tolist(), shard["num_electrons"].tolist(), strict=True))
+    return counts
+
+
+def draw(
+    labels: SiteDOSLabels, electrons: dict[str, float], n: int, seed: int, max_cost: float
+) -> tuple[list[int], dict[str, Any]]:
+    """Rows of `n` labels, and how they were drawn."""
+    density = np.array([dos_kpoint_density(labels.atoms(i)) for i in range(len(labels))])
+    order = np.argsort([rng_for(seed, name).random() for name in labels.material_id.tolist()])
+    rows, strata = [], {}
+    for level in (3.0, 2.5, 2.0):
+        inside = order[density[order] == level]
+        wanted, passed = min(len(inside), max(2, round(n * len(inside) / len(labels)))), 0
+        taken: list[int] = []
+        for i in inside.tolist():
+            if len(taken) == wanted:
+                break
+            if cost(labels.atoms(i), electrons[str(labels.material_id[i])]) <= max_cost:
+                taken.append(i)
+            else:
+                passed += 1
+        rows += taken
+        strata[f"{level:g}"] = {"labels": len(inside), "drawn": len(taken), "passed_over": passed}
+    rows.sort(key=order.tolist().index)  # a part of them is a random draw too
+    return rows, {"seed": seed, "max_cost": max_cost, "strata": strata}
+
+
+def dense(atoms: Atoms, name: str, folder: Path) -> ElectronicStructure | str:
+    """Compute one structure, or read it back; the reason where it failed."""
+    settings = EspressoSettings(**DENSE, dos_kpoint_density=2 * dos_kpoint_density(atoms))
+    result = compute_many({name: atoms}, folder, settings)[name]
+    return result if isinstance(result, ElectronicStructure) else str(result)
+
+
+def label_targets(labels: SiteDOSLabels, i: int) -> list[TargetDOS]:
+    """The sites of a label as the model sees them."""
+    zero = "vbm" if labels.band_gap[i] > 0 else "fermi"
+    return [
+        TargetDOS(MODEL_GRID.energies, values, labels.known[i], zero, MODEL_SIGMA, "site", {})
+        for values in labels.values[i, : labels.num_atoms[i]].astype(float)
+    ]
+
+
+def compare(labels: SiteDOSLabels, i: int, result: ElectronicStructure) -> dict[str, Any]:
+    """Normalised L1 of each site of a label to the dense result, and where it comes from.
+
+    The shift is the rigid one that fits best: what it removes is an error of the zero of energy, not of the shape.
+    """
+    atoms, sites = labels.atoms(i), [site.on_grid() for site in result.sites]
+    theirs, values = np.array([site.values for site in sites]), labels.values[i, : labels.num_atoms[i]].astype(float)
+    known = np.array([site.known for site in sites]) & labels.known[i]
+    error = normalised_l1_arrays(values, theirs, known)
+
+    def shifted(shift: float) -> float:
+        moved = [dos.shift(shift).on_grid() for dos in label_targets(labels, i)]
+        both = known & np.array([dos.known for dos in moved])
+        return float(np.nanmean(normalised_l1_arrays(np.array([dos.values for dos in moved]), theirs, both)))
+
+    tried = [shifted(float(s)) for s in SHIFTS]
+    difference = np.where(known, np.abs(values - theirs), 0.0).sum(0)
+    return {
+        "id": str(labels.material_id[i]),
+        "formula": atoms.get_chemical_formula(),
+        "num_atoms": len(atoms),
+        "density": dos_kpoint_density(atoms),
+        "l1_sites": [float(x) for x in error],
+        "l1": float(np.nanmean(error)),
+        "l1_occupied": float(np.nanmean(normalised_l1_arrays(values, theirs, known & OCCUPIED))),
+        "l1_shifted": min(tried),
+        "shift": float(SHIFTS[int(np.argmin(tried))]),
+        "worst_energy": float(MODEL_GRID.energies[int(difference.argmax())]),
+        "gap": result.band_gap,
+        "label_gap": float(labels.band_gap[i]),
+        "magnetic_moment": result.magnetic_moment,
+    }
+
+
+def against_vasp(labels: SiteDOSLabels, path: Path) -> list[dict[str, Any]]:
+    """Distance in shape of the first site of every label that VASP computed too."""
+    table = []
+    for name, (_, theirs) in vasp_elements(path).items():
+        found = np.flatnonzero(labels.material_id == name)
+        if not found.size:
+            continue
+        ours = label_targets(labels, int(found[0]))[0]
+        everywhere = np.ones_like(OCCUPIED)
+        tried = [in_shape(ours.shift(float(s)), theirs, everywhere) for s in SHIFTS]
+        shift = float(SHIFTS[int(np.argmin(tried))])
+        table.append(
+            {
+                "id": name,
+                "formula": labels.atoms(int(found[0])).get_chemical_formula(),
+                "l1": in_shape(ours, theirs, everywhere),
+                "l1_shifted": min(tried),
+                "shift": shift,
+                "l1_occupied_shifted": in_shape(ours.shift(shift), theirs, OCCUPIED),
+            }
+        )
+    return table
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """Median and quartiles over the sites."""
+    figures: dict[str, Any] = {}
+    for level in ("all", *report["draw"]["strata"]):
+        rows = [r for r in report["labels"] if level in ("all", f"{r['density']:g}")]
+        sites = np.array([x for r in rows for x in r["l1_sites"]])
+        if not rows:
+            continue
+        figures[level] = {
+            "structures": len(rows),
+            "sites": len(sites),
+            "quartiles": np.nanquantile(sites, [0.25, 0.5, 0.75]).tolist(),
+            "p90": float(np.nanquantile(sites, 0.9)),
+            "max": float(np.nanmax(sites)),
+            "structure_median": float(np.median([r["l1"] for r in rows])),
+            "structure_median_occupied": float(np.median([r["l1_occupied"] for r in rows])),
+            "structure_median_shifted": float(np.median([r["l1_shifted"] for r in rows])),
+        }
+    return figures
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The tables and how to read them."""
+    figures, rows = report["summary"], report["labels"]
+    lines = [
+        "| DOS mesh, points per A^-1 | structures | sites | median | quartiles | 90 % | worst | occupied | shifted |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for level, f in figures.items():
+        low, median, high = f["quartiles"]
+        lines.append(
+            f"| {level} | {f['structures']} | {f['sites']} | **{median:.3f}** | {low:.3f} to {high:.3f} | "
+            f"{f['p90']:.3f} | {f['max']:.3f} | {f['structure_median_occupied']:.3f} | {f['structure_median_shifted']:.3f} |"
+        )
+    passed = sum(s["passed_over"] for s in report["draw"]["strata"].values())
+    lines += [
+        "",
+        "Normalised L1 of the sites to a calculation at 60 Ry with the meshes twice as dense (SCF and DOS), at sigma "
+        "0.2 eV. Occupied (below the zero of energy) and shifted (after the best rigid shift): medians over structures. "
+        f"{len(rows)} of {report['draw']['drawn']} drawn labels computed; {passed} were passed over as too costly.",
+        "",
+        "| worst | | atoms | normalised L1 | occupied | shifted (by, eV) | largest at, eV | gap, eV (label) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(rows, key=lambda r: -r["l1"])[:8]:
+        lines.append(
+            f"| {r['id']} | {r['formula']} | {r['num_atoms']} | {r['l1']:.3f} | {r['l1_occupied']:.3f} | "
+            f"{r['l1_shifted']:.3f} ({r['shift']:+.2f}) | {r['worst_energy']:+.1f} | "
+            f"{r['gap']:.2f} ({r['label_gap']:.2f}) |"
+        )
+    if report["failed"]:
+        lines += ["", "Failed: " + "; ".join(f"{name}: {reason}" for name, reason in report["failed"].items())]
+    if report["vasp"]:
+        lines += ["", "| element | | shape against VASP | shifted (by, eV) | occupied, shifted |"]
+        lines.append("|---|---|---|---|---|")
+        lines += [
+            f"| {r['id']} | {r['formula']} | {r['l1']:.3f} | {r['l1_shifted']:.3f} ({r['shift']:+.2f}) | "
+            f"{r['l1_occupied_shifted']:.3f} |"
+            for r in report["vasp"]
+        ]
+        medians = [np.median([r[key] for r in report["vasp"]]) for key in ("l1", "l1_shifted", "l1_occupied_shifted")]
+        lines += [
+            "",
+            "Labels that are elements against VASP's projections (Materials Project), both with as many states in the "
+            f"energies compared. Median {medians[0]:.3f}, {medians[1]:.3f} after the best rigid shift, {medians[2]:.3f} in "
+            "the occupied states of it: spheres that miss charge unevenly and another Fermi level, on top of the error "
+            "above.",
+        ]
+    return "\n".join([*lines, ""])
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Distribution over the sites, and each structure's error with and without the shift."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    levels = list(report["draw"]["strata"])
+    groups = [[x for r in report["labels"] if f"{r['density']:g}" == lv for x in r["l1_sites"]] for lv in levels]
+    top = max((x for group in groups for x in group if math.isfinite(x)), default=0.1)
+    names = [f"{lv} per Å⁻¹" for lv in levels]
+    left.hist(groups, bins=np.linspace(0, top * 1.001, 21), stacked=True, label=names)
+    left.axvline(report["summary"]["all"]["quartiles"][1], color="0.2", linestyle="--", label="median")
+    left.set(xlabel="normalised L1 to the dense mesh", ylabel="sites")
+    left.legend(frameon=False, title="DOS mesh of the label")
+    rows = sorted(report["labels"], key=lambda r: r["l1"])
+    right.plot([r["l1"] for r in rows], range(len(rows)), "o", markersize=3, label="as it is")
+    right.plot([r["l1_shifted"] for r in rows], range(len(rows)), "o", markersize=3, label="best rigid shift")
+    right.set_yticks(range(len(rows)), [r["formula"] for r in rows], fontsize=4)
+    right.set(xlabel="normalised L1, mean over sites", xlim=(0, None))
+    right.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Draw, compute, compare and write the results."""
+    parser = argparse.ArgumentParser(description="Error of the labels against denser meshes, and against VASP.")
+    parser.add_argument("--vasp", type=Path, help="dos_mp_elements.npz")
+    parser.add_argument("-n", type=int, default=40, help="labels to recompute")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-cost", type=float, default=150.0, help="estimated seconds for one structure")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "label_error", help="where results are kept")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    directory = ROOT / "data" / "site_dos"
+    labels = load_site_dos(directory)
+    rows, how = draw(labels, electron_counts(directory), options.n, options.seed, options.max_cost)
+    report: dict[str, Any] = {"draw": {**how, "drawn": len(rows)}, "labels": [], "failed": {}}
+    try:
+        for i in tqdm(rows, unit="structure"):
+            name = str(labels.material_id[i])
+            result = dense(labels.atoms(i), name, options.folder)
+            if isinstance(result, str):
+                report["failed"][name] = result
+            else:
+                report["labels"].append(compare(labels, i, result))
+    except KeyboardInterrupt:
+        print(f"stopped: the report is of {len(report['labels'])} structures")
+    report["vasp"] = against_vasp(labels, options.vasp) if options.vasp else []
+    report["summary"] = summary(report)
+    table = markdown(report)
+    print(table)
+    write_results(options.out, "label_error", report, table)
+    plot(report, options.out / "label_error.png")
+
+
+if __name__ == "__main__":
+    main()
