@@ -187,14 +187,16 @@ def markdown(report: dict[str, Any]) -> str:
         low, median, high = f["quartiles"]
         lines.append(
             f"| {level} | {f['structures']} | {f['sites']} | **{median:.3f}** | {low:.3f} to {high:.3f} | "
-            f"{f['p90']:.3f} | {f['max']:.3f} | {f['structure_median_occupied']:.3f} | {f['structure_median_shifted']:.3f} |"
+            f"{f['p90']:.3f} | {f['max']:.3f} | {f['structure_median_occupied']:.3f} | "
+            f"{f['structure_median_shifted']:.3f} |"
         )
     passed = sum(s["passed_over"] for s in report["draw"]["strata"].values())
     lines += [
         "",
         "Normalised L1 of the sites to a calculation at 60 Ry with the meshes twice as dense (SCF and DOS), at sigma "
-        "0.2 eV. Occupied (below the zero of energy) and shifted (after the best rigid shift): medians over structures. "
-        f"{len(rows)} of {report['draw']['drawn']} drawn labels computed; {passed} were passed over as too costly.",
+        "0.2 eV. Occupied (below the zero of energy) and shifted (after the best rigid shift): medians over "
+        f"structures. {len(rows)} of {report['draw']['drawn']} drawn labels computed; {passed} were passed over as too "
+        "costly.",
         "",
         "| worst | | atoms | normalised L1 | occupied | shifted (by, eV) | largest at, eV | gap, eV (label) |",
         "|---|---|---|---|---|---|---|---|",
@@ -219,9 +221,9 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [
             "",
             "Labels that are elements against VASP's projections (Materials Project), both with as many states in the "
-            f"energies compared. Median {medians[0]:.3f}, {medians[1]:.3f} after the best rigid shift, {medians[2]:.3f} in "
-            "the occupied states of it: spheres that miss charge unevenly and another Fermi level, on top of the error "
-            "above.",
+            f"energies compared. Median {medians[0]:.3f}, {medians[1]:.3f} after the best rigid shift, "
+            f"{medians[2]:.3f} in the occupied states of it: spheres that miss charge unevenly and another Fermi level, on "
+            "top of the error above.",
         ]
     return "\n".join([*lines, ""])
 

@@ -12,6 +12,7 @@ in `EspressoSettings` or by ESPRESSO_PSEUDO, or the PseudoDojo set inside the wh
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -26,7 +27,7 @@ import tempfile
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -79,6 +80,8 @@ class EspressoSettings:
         Seconds for one structure.
     launcher : str
         Put before each program, such as ``"mpirun -np 4"``.
+    nice : int
+        How far the programs stand back for others, 0 to 19.
 
     Raises
     ------
@@ -93,6 +96,7 @@ class EspressoSettings:
     pseudo_dir: str | os.PathLike[str] | None = None
     time_limit: float = 300.0
     launcher: str = ""
+    nice: int = 0
 
     def __post_init__(self) -> None:
         numbers = {
@@ -105,6 +109,8 @@ class EspressoSettings:
                 raise ValueError(f"{name} must be a finite number above 0, not {value}")
         if not (math.isfinite(self.sigma) and self.sigma >= GRID.step):
             raise ValueError(f"sigma must be at least {GRID.step} eV, the step of the energy grid, not {self.sigma}")
+        if not 0 <= self.nice <= 19:
+            raise ValueError(f"nice must lie between 0 and 19, not {self.nice}")
         if self.pseudo_dir is not None:
             object.__setattr__(self, "pseudo_dir", os.fspath(self.pseudo_dir))
 
@@ -391,6 +397,7 @@ class _Run:
                 stdout=out, stderr=err, start_new_session=True,
             )  # fmt: skip
             try:
+                self._stand_back(process.pid)
                 while process.poll() is None and not self.stop.is_set() and time.monotonic() < deadline:
                     self.stop.wait(0.02)
             finally:
@@ -408,6 +415,13 @@ class _Run:
             told = re.findall(r"Error in routine.*\n.*", text) or [f"exit code {process.returncode}"]
             raise ElectronicStructureError(f"{program} ({name}) failed: {' '.join(told[0].split())}", log)
         return text
+
+    def _stand_back(self, pid: int) -> None:
+        with contextlib.suppress(OSError):  # it may have ended, or there are no groups
+            if self.settings.nice:
+                os.setpriority(os.PRIO_PROCESS, pid, self.settings.nice)
+                # A session of its own is a scheduling group of its own on Linux, which counts instead.
+                Path(f"/proc/{pid}/autogroup").write_text(str(self.settings.nice))
 
 
 def _found(pattern: str, text: str) -> list[str]:
@@ -786,28 +800,51 @@ def compute_many(
     OSError
         If a result cannot be written; what was written before is kept.
     """
+    named = structures if isinstance(structures, Mapping) else {f"{i:04d}": a for i, a in enumerate(structures)}
+    results = dict(compute_each(named, out_dir, settings, workers=workers, progress=progress))
+    return {name: results[name] for name in named}
+
+
+def compute_each(
+    structures: Mapping[str, Atoms],
+    out_dir: str | os.PathLike[str],
+    settings: EspressoSettings | None = None,
+    *,
+    workers: int = 1,
+    progress: bool = False,
+) -> Iterator[tuple[str, ElectronicStructure | ElectronicStructureError]]:
+    """Do what `compute_many` does, begun in the order given, and yield each name and result when it is there.
+
+    Close the iterator (`contextlib.closing`) to end the programs that run.
+    """
     settings = settings or EspressoSettings()
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
-    named = structures if isinstance(structures, Mapping) else {f"{i:04d}": a for i, a in enumerate(structures)}
-    for name in named:
+    for name in structures:
         if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
             raise ValueError(f"{name!r} cannot name a file: use letters, digits and . _ + -")
     _programs(settings)
     _pseudo_directory(settings)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {}
     stop = threading.Event()
     pool = ThreadPoolExecutor(workers)  # the work is done by other programs, so threads are enough
+    failures = 0
     try:
-        jobs = {pool.submit(_compute_or_read, name, atoms, out, settings, stop): name for name, atoms in named.items()}
-        for job in tqdm(as_completed(jobs), total=len(jobs), disable=not progress, unit="structure", desc="DFT"):
-            results[jobs[job]] = job.result()
+        jobs = {
+            pool.submit(_compute_or_read, name, atoms, out, settings, stop): name for name, atoms in structures.items()
+        }
+        # as_completed lets go of what it has yielded; a set of labels would not fit into memory.
+        with tqdm(total=len(jobs), disable=not progress, unit="structure", desc="DFT") as bar:
+            for job in as_completed(jobs):
+                result = job.result()
+                failures += isinstance(result, ElectronicStructureError)
+                bar.set_postfix(failed=failures, refresh=False)
+                bar.update()
+                yield jobs.pop(job), result
     finally:
         stop.set()  # after an error or Ctrl-C, running programs are ended
         pool.shutdown(cancel_futures=True)
-    return {name: results[name] for name in named}
 
 
 def _compute_or_read(
