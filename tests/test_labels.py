@@ -1,0 +1,370 @@
+"""Making labels: what is tried and when, kill -9 at any moment, the layout of shards; one real structure (dft)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from typer.testing import CliRunner
+
+from dosmatgen_ase import electronic, labels
+from dosmatgen_ase.cli import app
+from dosmatgen_ase.data import load_site_dos, load_structures
+from dosmatgen_ase.dos import TargetDOS
+from dosmatgen_ase.electronic import (
+    GRID,
+    ElectronicStructure,
+    ElectronicStructureError,
+    EspressoSettings,
+    InterruptedCalculation,
+)
+from dosmatgen_ase.labels import LabelReport, label, unsound
+
+ROOT = Path(__file__).parents[1]
+
+
+def computed(atoms: Atoms) -> ElectronicStructure:
+    """What Quantum ESPRESSO might say: one d level per atom, a metal."""
+    level = 10 * np.exp(-((GRID.energies + 1) ** 2) / 0.02) / np.sqrt(0.02 * np.pi)
+    orbital = np.zeros((len(atoms), 4, GRID.size))
+    orbital[:, 2] = level
+    known = GRID.energies < 4
+    sites = tuple(TargetDOS(GRID.energies, level, known, sigma=0.1) for _ in atoms)
+    total = TargetDOS(GRID.energies, len(atoms) * level, known, sigma=0.1, kind="total")
+    electrons = 10.0 * len(atoms)
+    return ElectronicStructure(sites, total, orbital, GRID.energies, 0.0, 9.5, 4.0, -50.0, electrons, 0.0, 8, False)
+
+
+def stand_in_engine(log: Path, seconds: float = 0.0) -> None:
+    """Replace the calculation: gold fails, everything else is computed; `log` gets a line for every try."""
+
+    def compute(atoms: Atoms, settings: Any, directory: Path, stop: Any) -> ElectronicStructure:
+        with log.open("a") as file:
+            file.write(f"{directory.name}\n")
+        directory.mkdir()
+        (directory / "scf.in").touch()
+        time.sleep(seconds)
+        if "Au" in atoms.symbols:
+            raise ElectronicStructureError("the SCF calculation did not converge")
+        return computed(atoms)
+
+    electronic._compute = compute
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that do nothing and empty pseudopotentials, where they will be found."""
+    binaries, upf = tmp_path / "bin", tmp_path / "upf"
+    for path in (
+        binaries / "pw.x",
+        binaries / "projwfc.x",
+        *(upf / f"{s}.upf" for s in ("Cu", "Ni", "Au", "Al", "Ce")),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{binaries}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("ESPRESSO_PSEUDO", str(upf))
+    monkeypatch.setattr(electronic, "_compute", electronic._compute)  # put back afterwards
+
+
+def tries(tmp_path: Path) -> Counter[str]:
+    log = tmp_path / "log"
+    return Counter(log.read_text().split() if log.exists() else [])
+
+
+def crystals(n: int) -> dict[str, Atoms]:
+    """Copper, nickel and aluminium of many lattice constants; every seventh is gold."""
+    kinds = ("Cu", "Ni", "Al", "Cu", "Ni", "Al", "Au")
+    return {f"x-{i}": bulk(kinds[i % 7], "fcc", a=3.6 + 0.001 * i) for i in range(n)}
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_packed_with_what_failed_and_nothing_is_done_twice(tmp_path: Path) -> None:
+    stand_in_engine(tmp_path / "log")
+    given = {**crystals(8), "he": bulk("Au", a=4.1), "ce": bulk("Ce"), "zn": bulk("Zn"), "thin": bulk("Cu", a=8.0)}
+    given["he"].symbols[:] = "He"
+    report = label(given, tmp_path / "shards", workers=2)
+    assert report.skipped == {
+        "he": "He is a noble gas",
+        "ce": "Ce is a lanthanide",
+        "zn": f"no pseudopotential for Zn in {tmp_path}/upf: it must hold one UPF file per element",
+        "thin": "more than 60 A^3 per atom",
+    }
+    assert report.failed == {"x-6": "the SCF calculation did not converge"}
+    assert (report.labels, report.done_before, len(report.shards)) == (7, 0, 1)
+    with (
+        np.load(report.shards[0], allow_pickle=False) as shard,
+        np.load(ROOT / "data" / "site_dos" / "20261121T233052.npz") as other,
+    ):
+        assert set(shard.files) - set(other.files) == {"failed_reason"}
+        for key in other.files:
+            assert shard[key].dtype.kind == other[key].dtype.kind
+            assert shard[key].dtype == other[key].dtype or shard[key].dtype.kind == "U"
+            assert shard[key].shape[1:] == other[key].shape[1:]
+        assert shard["failed_id"].tolist() == ["x-6"]
+        assert shard["failed_reason"].tolist() == ["the SCF calculation did not converge"]
+    read = load_site_dos(tmp_path / "shards")
+    i = read.material_id.tolist().index("x-1")
+    assert read.atoms(i).symbols == given["x-1"].symbols
+    np.testing.assert_allclose(read.atoms(i).cell, given["x-1"].cell, atol=1e-6)
+    expected = computed(given["x-1"]).sites[0].on_grid()
+    np.testing.assert_allclose(read.values[i, 0], np.where(expected.known, expected.values, 0), atol=0.01)
+    assert sorted(p.name for p in (tmp_path / "shards" / "unpacked").iterdir()) == ["lock"]
+
+    again = label(given, tmp_path / "shards")
+    assert again == LabelReport([], 0, {}, report.skipped, 8)
+    more = label({**given, **crystals(9)}, tmp_path / "shards", EspressoSettings(time_limit=5.0))
+    assert (more.labels, more.done_before) == (1, 8)
+    assert set(tries(tmp_path).values()) == {1}
+
+
+def test_failures_alone_make_no_shard_and_are_remembered(tmp_path: Path) -> None:
+    stand_in_engine(tmp_path / "log")
+    gold = {"gold": bulk("Au")}
+    for _ in range(2):
+        report = label(gold, tmp_path / "shards", EspressoSettings(time_limit=float(3 + _)))
+        assert report.shards == []
+        assert report.failed == {"gold": "the SCF calculation did not converge"}
+    assert tries(tmp_path) == {"gold": 1}
+    assert not (tmp_path / "shards" / "unpacked" / "gold").exists()
+    report = label({**gold, "cu": bulk("Cu")}, tmp_path / "shards")
+    with np.load(report.shards[0]) as shard:
+        assert shard["failed_id"].tolist() == ["gold"]
+
+
+def test_what_was_interrupted_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> ElectronicStructure:
+        raise InterruptedCalculation("pw.x (scf) was stopped by signal 9")
+
+    monkeypatch.setattr(electronic, "_compute", stopped)
+    report = label({"cu": bulk("Cu")}, tmp_path / "shards")
+    assert report == LabelReport([], 0, {}, {}, 0)
+    stand_in_engine(tmp_path / "log")
+    assert label({"cu": bulk("Cu")}, tmp_path / "shards").labels == 1
+
+
+DRIVER = """
+import sys
+sys.path[:0] = [{tests!r}, {source!r}]
+from pathlib import Path
+from dosmatgen_ase import labels
+from test_labels import crystals, label, stand_in_engine
+labels.SHARD_SIZE = 5
+stand_in_engine(Path({log!r}), 0.02)
+label(crystals(40), {shards!r}, workers=2)
+print("done")
+"""
+
+
+def test_kill_9_loses_no_more_than_what_was_being_computed(tmp_path: Path) -> None:
+    paths = {"tests": ROOT / "tests", "source": ROOT / "src", "log": tmp_path / "log", "shards": tmp_path / "shards"}
+    code = DRIVER.format(**{key: str(path) for key, path in paths.items()})
+    kills = 0
+    for goal in (3, 11, 23, 34):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+            while process.poll() is None and tries(tmp_path).total() < goal:
+                time.sleep(0.005)
+            assert process.poll() is None
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
+    read = load_site_dos(tmp_path / "shards")
+    good = [name for name, atoms in crystals(40).items() if "Au" not in atoms.symbols]
+    assert sorted(read.material_id.tolist()) == sorted(good)
+    failed, names = [], []
+    for path in (tmp_path / "shards").glob("*.npz"):
+        with np.load(path) as shard:
+            failed += shard["failed_id"].tolist()
+            names += shard["material_id"].tolist()
+    left = [p.stem for p in (tmp_path / "shards" / "unpacked").glob("*.json")]  # failures since the last label
+    assert sorted(failed + left) == sorted(set(crystals(40)) - set(good))
+    assert len(names) == len(set(names))
+    assert tries(tmp_path).total() <= 40 + 2 * kills  # two workers
+    assert max(tries(tmp_path).values()) <= 1 + kills
+
+
+def test_a_run_killed_between_packing_and_clearing_makes_no_doubles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in_engine(tmp_path / "log")
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            label(crystals(3), tmp_path / "shards")
+    assert len(list((tmp_path / "shards" / "unpacked").glob("*.json"))) == 3
+    assert label(crystals(3), tmp_path / "shards") == LabelReport([], 0, {}, {}, 3)
+    assert not list((tmp_path / "shards" / "unpacked").glob("*.json"))
+
+
+# -- which and when ----------------------------------------------------------------------------------------------------
+
+
+def queue(tmp_path: Path, structures: Any, **options: Any) -> list[str]:
+    """Ids in the order in which a run begins them."""
+    log = tmp_path / "log"
+    log.unlink(missing_ok=True)
+    stand_in_engine(log)
+    folder = tmp_path / f"shards-{len(list(tmp_path.iterdir()))}"
+    label(structures, folder, **options)
+    return log.read_text().split()
+
+
+def test_cheap_structures_come_first_more_often_in_one_order(tmp_path: Path) -> None:
+    small = {f"s-{i}": bulk("Cu", a=3.6) for i in range(30)}
+    large = {f"l-{i}": bulk("Cu", a=3.6) * (2, 2, 2) for i in range(30)}
+    order = queue(tmp_path, {**small, **large})
+    assert sum(name.startswith("s") for name in order[:30]) > 25
+    half = dict(list(reversed({**small, **large}.items()))[::2])
+    assert queue(tmp_path, half) == [name for name in order if name in half], "whatever else is in the file"
+
+
+def test_ids_that_come_first_and_the_limit(tmp_path: Path) -> None:
+    given = crystals(6)
+    default = queue(tmp_path, given)
+    wanted = [default[4], default[2], default[4]]
+    assert queue(tmp_path, given, order=wanted) == [default[4], default[2], *(default[i] for i in (0, 1, 3, 5))]
+    assert queue(tmp_path, given, order=wanted, limit=1) == [default[4]]
+
+
+def test_coverage_prefers_elements_with_few_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels, "ENOUGH", 2)
+    copper = {f"cu-{i}": bulk("Cu") for i in range(20)}
+    nickel = {f"ni-{i}": bulk("Ni") * (2, 2, 2) for i in range(4)}
+    order = queue(tmp_path, {**copper, **nickel}, order="coverage")
+    assert sorted(name[:2] for name in order[:4]) == ["cu", "cu", "ni", "ni"]
+    assert {name[:2] for name in order[4:15]} == {"cu"}
+
+
+def test_a_formula_stays_in_its_split(tmp_path: Path) -> None:
+    stand_in_engine(tmp_path / "log")
+    shards = tmp_path / "shards"
+    label({"a": bulk("Cu")}, shards, split={"a": "test"})
+    label({"b": bulk("Cu", cubic=True), "c": bulk("Ni")}, shards)
+    read = load_site_dos(shards)
+    assert dict(zip(read.material_id.tolist(), read.split.tolist(), strict=True)) == {
+        "a": "test",
+        "b": "test",
+        "c": "train",
+    }
+    with pytest.raises(ValueError, match=r"d cannot be in the split 'train': .* which are in test"):
+        label({"d": bulk("Cu")}, shards, split={"d": "train"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"energies": 0}, None),
+        ({"e_max": 1.0}, "too few bands"),
+        ({"num_electrons": 5.0}, "states below zero, where 5 electrons are"),
+        ({"orbital_dos": np.full((1, 4, 401), 70.0)}, "peak is too high"),
+        ({"orbital_dos": np.full((1, 4, 401), np.nan)}, "not finite"),
+    ],
+)
+def test_results_that_no_label_can_be_made_of(changes: dict[str, Any], fragment: str | None) -> None:
+    result = computed(bulk("Cu"))
+    changes = {key: value for key, value in changes.items() if key != "energies"}
+    reason = unsound(replace(result, **changes))
+    assert reason is None if fragment is None else fragment in str(reason)
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        ({"limit": 0}, "limit=0 must be at least 1"),
+        ({"order": "random"}, "order='random' must be"),
+        ({"order": ["x-1", "nowhere"]}, "1 ids that are not among the structures, such as nowhere"),
+        ({"split": {"x-0": "dev"}}, "choose among train, val and test"),
+        ({"workers": 0}, "workers must be at least 1"),
+    ],
+)
+def test_hostile_inputs(tmp_path: Path, options: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(ValueError, match=fragment):
+        label(crystals(2), tmp_path / "shards", **options)
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    work = tmp_path / "shards" / "unpacked"
+    work.mkdir(parents=True)
+    with labels._alone_in(work), pytest.raises(ValueError, match="another run works in"):
+        label(crystals(2), tmp_path / "shards")
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_command_takes_files_and_an_order(tmp_path: Path) -> None:
+    stand_in_engine(tmp_path / "log")
+    for name in ("Cu", "Ni", "Au"):
+        ase.io.write(tmp_path / f"{name}.cif", bulk(name))
+    (tmp_path / "ids.csv").write_text("material_id,spread\nNi,0.3\n\nCu,0.2\n")
+    files = [tmp_path / f"{name}.cif" for name in ("Cu", "Ni", "Au")]
+    command = ["label", *files, "--shards", tmp_path / "shards", "--order", tmp_path / "ids.csv"]
+    result = run(*command, "--limit", 2)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "log").read_text().split() == ["Ni", "Cu"]
+    assert len(load_site_dos(tmp_path / "shards")) == 2
+    result = run(*command)
+    assert "failed: Au: the SCF calculation did not converge" in " ".join(result.output.split())
+    result = run("label", files[0], "--shards", tmp_path / "shards", "--order", "nowhere.txt")
+    assert result.exit_code == 1
+    assert "no file nowhere.txt" in result.output
+
+
+def test_the_command_takes_the_table_with_its_splits(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    table = pq.read_table(ROOT / "data" / "structures.parquet")
+    metals = [
+        i
+        for i, f in enumerate(table["reduced_formula"].to_pylist())
+        if f in ("CuNi", "AlCu3", "AlNi", "AlNi3", "Al2Cu")
+    ]
+    assert len(metals) > 2
+    pq.write_table(table.take(metals), tmp_path / "few.parquet")
+    stand_in_engine(tmp_path / "log")
+    result = run("label", tmp_path / "few.parquet", "--shards", tmp_path / "shards", "--workers", 2)
+    assert result.exit_code == 0, result.output
+    given, made = load_structures(tmp_path / "few.parquet"), load_site_dos(tmp_path / "shards")
+    split = dict(zip(given.material_id.tolist(), given.split.tolist(), strict=True))
+    assert split == dict(zip(made.material_id.tolist(), made.split.tolist(), strict=True))
+    assert run("label", tmp_path / "few.parquet", tmp_path / "x.cif").exit_code == 1
+
+
+# -- real runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.dft
+def test_a_label_made_again_agrees_with_its_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real programs and pseudopotentials
+    stored = load_site_dos(ROOT / "data" / "site_dos")
+    row = stored.material_id.tolist().index("mp-1550")
+    report = label({"mp-1550": stored.atoms(row)}, tmp_path, EspressoSettings(time_limit=600.0))
+    assert (report.labels, report.failed, report.skipped) == (1, {}, {})
+    made = load_site_dos(tmp_path)
+    known = made.known[0] & stored.known[row]
+    assert known.sum() > 100
+    difference = np.abs(made.values[0] - stored.values[row])[:, known].sum()
+    assert difference / stored.values[row][:, known].sum() < 0.01
