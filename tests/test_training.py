@@ -292,7 +292,8 @@ def test_statistics_of_the_noise_levels() -> None:
         assert not ((level > 0) & (level < 1e-3)).any()
     c, tolerance = CONFIG, 4 * 0.5 / n**0.5
     clean = c.independent * c.clean
-    assert float((lattice == 0).float().mean()) == pytest.approx(clean, abs=tolerance)
+    held_cell = clean + (1 - clean) * c.fixed_sites / 2
+    assert float((lattice == 0).float().mean()) == pytest.approx(held_cell, abs=tolerance)
     # A site is also clean where it was picked as fixed, at a rate that is itself uniform: half of fixed_sites.
     fixed = clean + (1 - clean) * c.fixed_sites / 2
     assert float((coords[:, 0] == 0).float().mean()) == pytest.approx(fixed, abs=tolerance)
@@ -302,6 +303,10 @@ def test_statistics_of_the_noise_levels() -> None:
     both_clean = c.independent * c.clean**2
     expected = both_clean + (1 - c.independent) * (1 - c.fixed_sites / 2)
     assert float(shared.float().mean()) == pytest.approx(expected, abs=0.02)
+    # The same of the species, at every level of the others.
+    differ = float(((species[:, 0] == 0) != (species[:, 1] == 0)).float().mean())
+    masked = float((species[:, 0] > 0).float().mean()) / (1 - c.fixed_species / 2)
+    assert differ == pytest.approx(masked * c.fixed_species / 3, abs=tolerance)
     # Species are masked at a level that is never above that of the geometry, but where they have their own.
     masked_more = (species[:, 0] > coords[:, 0]) & (coords[:, 0] > 0)
     assert 0.03 < float(masked_more.float().mean()) < c.species_independent

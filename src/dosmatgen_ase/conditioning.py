@@ -128,9 +128,9 @@ class ConditionDropout:
     """
 
     structure: float = 0.15
-    single_site: float = 0.25
+    single_site: float = 0.3
     some_sites: float = 0.2
-    window: float = 0.2
+    window: float = 0.3
     total: float = 0.15
     shift: float = 0.05
     scale: float = 0.02

@@ -64,7 +64,9 @@ class TrainingConfig:
     species_end : float
         At most this, see :class:`dosmatgen_ase.sampler.SamplerConfig`.
     fixed_sites : float
-        Share of examples in which a random subset of the sites is clean.
+        Share of examples in which a random subset of the sites is clean; half of the time with the cell.
+    fixed_species : float
+        Share of examples in which the species of a random subset of the sites is known at every level.
     lattice_weight, coords_weight, species_weight, dos_weight, size_weight : float
         Of the loss terms.
     bf16 : bool
@@ -93,6 +95,7 @@ class TrainingConfig:
     species_independent: float = 0.15
     species_end: float = 0.7
     fixed_sites: float = 0.1
+    fixed_species: float = 0.25
     lattice_weight: float = 1.0
     coords_weight: float = 3.0
     species_weight: float = 0.5
@@ -189,9 +192,12 @@ def draw_levels(mask: Tensor, config: TrainingConfig, generator: torch.Generator
     kind, alone = uniform(batch), uniform(batch)
     species = torch.where(kind < config.species_clean + config.species_independent, alone, species)
     species = torch.where(kind < config.species_clean, torch.zeros_like(species), species)
-    fixed = (uniform(batch, 1) < config.fixed_sites) & (uniform(*mask.shape) < uniform(batch, 1))
+    with_fixed = uniform(batch, 1) < config.fixed_sites
+    fixed = with_fixed & (uniform(*mask.shape) < uniform(batch, 1))
+    t_lattice = levels[:, 0] * ~(with_fixed[:, 0] & (uniform(batch) < 0.5))
     t_coords = torch.where(fixed, torch.zeros_like(levels[:, 1:2]), levels[:, 1:2]) * mask
-    return levels[:, 0], t_coords, species[:, None].expand(mask.shape)
+    known = (uniform(batch, 1) < config.fixed_species) & (uniform(*mask.shape) < uniform(batch, 1))
+    return t_lattice, t_coords, torch.where(known, torch.zeros_like(t_coords), species[:, None])
 
 
 def losses(
