@@ -1,0 +1,190 @@
+"""What must hold for every label in data/site_dos: sums, electron counts, symmetry, splits, size of the files."""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import spglib
+
+from dosmatgen_ase.data import SHARD_KEYS, SHARD_UNIT, load_structures
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "data"
+SHARDS = sorted((DATA / "site_dos").glob("*.npz"))
+MEGABYTES = 25
+SLACK = 0.01
+SIGMA = 0.1  # eV, broadening of the labels
+
+pytestmark = pytest.mark.skipif(not SHARDS, reason="no data/: the labels are in clones of the repository only")
+
+
+@pytest.fixture(scope="module")
+def shards() -> dict[str, dict[str, np.ndarray]]:
+    """Arrays of every shard, by file name."""
+    read = {}
+    for path in SHARDS:
+        with np.load(path, allow_pickle=False) as shard:
+            read[path.name] = {key: shard[key] for key in shard.files}
+    return read
+
+
+def labels(shards: dict[str, dict[str, np.ndarray]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every label: its id and its part of each array, DOS in states/eV."""
+    for shard in shards.values():
+        for i, name in enumerate(shard["material_id"].tolist()):
+            sites = slice(*shard["atom_offset"][i : i + 2])
+            one = {key: shard[key][i] for key in ("cell", "split", "band_gap", "num_electrons", "e_max")}
+            one |= {key: shard[key][sites] for key in ("atomic_numbers", "frac_coords", "site_dos")}
+            yield name, {**one, "energies": shard["energies"], "total": shard["total_dos"][i] * SHARD_UNIT}
+
+
+def zero_bin(energies: np.ndarray) -> int:
+    zero = int(np.argmin(np.abs(energies)))
+    assert abs(energies[zero]) < 1e-4
+    return zero
+
+
+def surplus(label: dict[str, Any]) -> float:
+    """States/eV by which the sites exceed the total where they do most, below zero, less the slack of the invariant."""
+    sites = label["site_dos"].sum((0, 1), dtype=np.int64) * SHARD_UNIT
+    rounding = 0.5 * SHARD_UNIT * (label["site_dos"][:, :, 0].size + 1)
+    below = label["energies"] <= 0
+    return float((sites - (1 + SLACK) * label["total"])[below].max() - rounding)
+
+
+def semicore(label: dict[str, Any]) -> tuple[float, bool]:
+    """Electrons that are not inside the window, and whether a gap at its lower end makes them a whole number.
+
+    A band holds two, in a magnet one of each spin. The Fermi level is of the bands before they are broadened by a
+    Gaussian, which moves sigma^2 / 2 times the slope of the DOS across it.
+    """
+    total, energies = label["total"], label["energies"]
+    step = float(energies[1] - energies[0])
+    end = zero_bin(energies) + int(min(label["band_gap"] / 2, 2.0) / step)
+    slope = (total[end + 1] - total[end - 1]) / (2 * step)
+    inside = (total[: end + 1].sum() - total[end] / 2) * step - SIGMA**2 / 2 * slope
+    return float(label["num_electrons"] - inside), bool(total[:8].max() < 0.003)
+
+
+def odd(label: dict[str, Any]) -> float:
+    """How far the electrons below the window are from an even number."""
+    left, _ = semicore(label)
+    return abs(left - 2 * round(left / 2))
+
+
+def unequal_sites(label: dict[str, Any]) -> bool:
+    """Whether sites that a symmetry operation joins differ."""
+    numbers, dos = label["atomic_numbers"], label["site_dos"]
+    first = {z: int(np.argmax(numbers == z)) for z in set(numbers.tolist())}
+    if all(np.array_equal(dos[i], dos[first[z]]) for i, z in enumerate(numbers.tolist())):
+        return False  # all sites of an element are equal: no need to look for the symmetry
+    cell = (label["cell"].reshape(3, 3).astype(float), label["frac_coords"].astype(float), numbers)
+    orbits = spglib.get_symmetry(cell, symprec=1e-3)["equivalent_atoms"]
+    return any(not np.array_equal(dos[i], dos[j]) for i, j in enumerate(orbits))
+
+
+def test_every_shard_has_every_array_of_its_length(shards: dict[str, dict[str, np.ndarray]]) -> None:
+    for name, shard in shards.items():
+        n, sites = len(shard["material_id"]), int(shard["atom_offset"][-1])
+        assert set(SHARD_KEYS) <= set(shard), name
+        for key in ("split", "cell", "total_dos", "e_max", "band_gap", "num_electrons", "energy", "efermi"):
+            assert len(shard[key]) == n, (name, key)
+        for key in ("site_dos", "atomic_numbers", "frac_coords"):
+            assert len(shard[key]) == sites, (name, key)
+        assert shard["atom_offset"][0] == 0
+        assert (np.diff(shard["atom_offset"]) > 0).all()
+        np.testing.assert_allclose(shard["energies"], np.linspace(-12, 8, 401), atol=1e-4)
+
+
+def test_numbers_are_finite_and_not_negative(shards: dict[str, dict[str, np.ndarray]]) -> None:
+    for name, shard in shards.items():
+        for key, values in shard.items():
+            assert values.dtype.kind != "f" or np.isfinite(values).all(), (name, key)
+        for key in ("site_dos", "total_dos", "band_gap", "num_electrons", "num_kpoints_ibz"):
+            assert (shard[key] >= 0).all(), (name, key)
+        assert shard["site_dos"].max() < np.iinfo(np.uint16).max, f"{name}: a peak is cut off"
+        assert (shard["e_max"] > 1.5).all(), name
+        assert (np.linalg.det(shard["cell"].reshape(-1, 3, 3)) != 0).all(), name
+
+
+def test_no_structure_comes_twice_and_none_both_failed_and_has_a_label(shards: dict[str, Any]) -> None:
+    made = [name for shard in shards.values() for name in shard["material_id"].tolist()]
+    failed = [name for shard in shards.values() for name in shard["failed_id"].tolist()]
+    assert len(made) == len(set(made))
+    assert len(failed) == len(set(failed))
+    assert not set(made) & set(failed)
+
+
+def test_sites_sum_to_at_most_the_total_below_zero(shards: dict[str, Any]) -> None:
+    assert {name: x for name, label in labels(shards) if (x := surplus(label)) > 0} == {}
+
+
+def test_the_total_holds_the_electrons_but_for_the_semicore(shards: dict[str, Any]) -> None:
+    left = {name: (*semicore(label), odd(label)) for name, label in labels(shards)}
+    assert {name: electrons for name, (electrons, _, _) in left.items() if electrons < -0.1} == {}
+    whole = {name: off for name, (_, gap, off) in left.items() if gap}
+    assert len(whole) > 0.6 * len(left)
+    assert np.median(list(whole.values())) < 0.005
+    # Left out: bands narrower than the broadening at the Fermi level (TcF6 molecules), where the slope says nothing.
+    assert sum(off > 0.15 for off in whole.values()) < 0.005 * len(whole)
+
+
+def test_equivalent_sites_are_equal(shards: dict[str, Any]) -> None:
+    assert [name for name, label in labels(shards) if unequal_sites(label)] == []
+
+
+def formula(numbers: np.ndarray) -> tuple[tuple[int, int], ...]:
+    kinds, counts = np.unique(numbers, return_counts=True)
+    return tuple(zip(kinds.tolist(), (counts // np.gcd.reduce(counts)).tolist(), strict=True))
+
+
+def test_labels_are_of_the_structures_and_formulas_keep_their_split(shards: dict[str, Any]) -> None:
+    pytest.importorskip("pyarrow")
+    structures = load_structures(DATA / "structures.parquet")
+    row = {name: i for i, name in enumerate(structures.material_id.tolist())}
+    sites = [structures.atomic_numbers[i, :n] for i, n in enumerate(structures.num_atoms)]
+    split = {formula(z): str(s) for z, s in zip(sites, structures.split, strict=True)}
+    missing = []
+    for count, (name, label) in enumerate(labels(shards), 1):
+        assert split.setdefault(formula(label["atomic_numbers"]), str(label["split"])) == label["split"], name
+        if name not in row:
+            missing.append(name)  # a structure that was taken out of the table since
+            continue
+        assert np.array_equal(sites[row[name]], label["atomic_numbers"]), name
+        volume = abs(np.linalg.det(label["cell"].reshape(3, 3)))
+        assert volume == pytest.approx(np.linalg.det(structures.cell[row[name]]), rel=1e-4), name
+    assert len(missing) < 0.02 * count
+
+
+def test_the_shards_are_small_and_stay_out_of_the_wheel() -> None:
+    assert sum(path.stat().st_size for path in SHARDS) < MEGABYTES * 1e6
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
+    assert build["wheel"]["packages"] == ["src/dosmatgen_ase"]
+    inside = subprocess.run(["git", "ls-files", "src"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert not [name for name in inside if name.endswith((".npz", ".parquet"))]
+
+
+@pytest.mark.parametrize("damage", ["sites", "electrons", "symmetry"])
+def test_the_checks_find_what_they_should(shards: dict[str, Any], damage: str) -> None:
+    """A label that passes, and fails when one of its arrays is changed."""
+    name, label = next((n, x) for n, x in labels(shards) if n == "mp-49")  # Os, hcp
+    assert surplus(label) <= 0, name
+    assert semicore(label)[1], name
+    assert odd(label) < 0.15
+    assert not unequal_sites(label)
+    if damage == "sites":
+        label["site_dos"] = (label["site_dos"] * 1.1).astype(np.uint16)
+        assert surplus(label) > 0
+    elif damage == "electrons":
+        label["total"] = np.roll(label["total"], 10)  # the zero of energy half an eV off
+        assert odd(label) > 0.15
+    else:
+        label["site_dos"] = label["site_dos"].copy()
+        label["site_dos"][1, 1, 200] += 1
+        assert unequal_sites(label)
