@@ -33,33 +33,29 @@ arguments = parser.parse_args()
 out = arguments.out.resolve()
 out.mkdir(parents=True, exist_ok=True)
 
-from maggma.stores import JSONStore, MongoStore
-from pymongo import MongoClient
-from pymongo.errors import PyMongoError
-
 if arguments.uri:
+    from fireworks import LaunchPad
+    from jobflow import JobStore
+    from maggma.stores import MongoStore
+    from pymongo import MongoClient
+    from pymongo.errors import PyMongoError
+
     try:
         MongoClient(arguments.uri, serverSelectionTimeoutMS=5000).admin.command("ping")
     except PyMongoError as error:
         parser.error(f"cannot reach the database of --uri: {error}"[:300])
     database = urlsplit(arguments.uri).path.strip("/")
     outputs, data = (MongoStore(database, name, uri=arguments.uri) for name in ("outputs", "outputs_data"))
-    where = {"host": arguments.uri, "name": database, "uri_mode": True}
+    store = JobStore(outputs, additional_stores={"data": data})
+    launchpad = LaunchPad(host=arguments.uri, name=database, uri_mode=True)
 else:
-    file = out / "launchpad.json"
-    if not file.exists():
-        file.write_text("{}")
-    os.environ["MONGOMOCK_SERVERSTORE_FILE"] = str(file)  # read when fireworks is imported
-    outputs, data = (JSONStore(str(out / f"{name}.json"), read_only=False) for name in ("outputs", "outputs_data"))
-    where = {}
+    from dosmatgen_ase.flows.database import file_job_store, file_launchpad
 
-from fireworks import FWorker, LaunchPad
+    launchpad, store = file_launchpad(out / "launchpad.json"), file_job_store(out)
+
+from fireworks import FWorker
 from fireworks.core.rocket_launcher import rapidfire
-from jobflow import JobStore
 from jobflow.managers.fireworks import flow_to_workflow
-
-launchpad = LaunchPad(**where)
-store = JobStore(outputs, additional_stores={"data": data})
 
 if arguments.action == "submit":
     from dosmatgen_ase import TargetDOS
