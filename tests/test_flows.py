@@ -322,17 +322,16 @@ def test_labels_are_made_batch_by_batch(tmp_path: Path, monkeypatch: pytest.Monk
     gold = Structure(Lattice.cubic(3), ["Au"], [[0, 0, 0]])
     given = {"a": COPPER, "gold": gold, "b": to_structure(bulk("Ni"))}
     maker = LabelMaker(settings={"pseudo_dir": str(tmp_path / "upf")}, batch_size=2)
-    flow = maker.make(given, tmp_path / "shards", split={"b": "val"})
-    done = run_locally(decoded(encoded(flow)), root_dir=tmp_path, create_folders=True, ensure_success=True, log=False)
-    first, second = (done[step.uuid][1].output for step in flow.jobs)
-    assert (first["labels"], first["failed"]) == (1, {"gold": "the SCF calculation did not converge"})
-    assert second["labels"] == 1
+    flow = decoded(encoded(maker.make(given, tmp_path / "shards", split={"b": "val"})))
+    output = run(flow, tmp_path)
+    assert (output["labels"], len(output["shards"])) == (2, 2)
+    assert output["failed"] == {"gold": "the SCF calculation did not converge"}
     labels = load_site_dos(tmp_path / "shards")
     assert dict(zip(labels.material_id.tolist(), labels.split.tolist(), strict=True)) == {"a": "train", "b": "val"}
     assert to_structure(labels.atoms(labels.material_id.tolist().index("a"))).matches(COPPER)
     assert {path.suffix for path in (tmp_path / "shards").iterdir()} == {".npz"}
-    again = run_locally(maker.make(given, tmp_path / "shards"), root_dir=tmp_path, create_folders=True, log=False)
-    assert [response.output["labels"] for step in again.values() for response in step.values()] == [0, 0]
+    again = run(maker.make(given, tmp_path / "shards"), tmp_path)
+    assert (again["labels"], again["done_before"]) == (0, 3)
     assert sorted((tmp_path / "log").read_text().split()) == ["a", "b", "gold"]
     with pytest.raises(ValueError, match="at least one"):
         LabelMaker().make({}, tmp_path)

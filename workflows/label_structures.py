@@ -1,11 +1,11 @@
-"""Compute the DOS of structures with Quantum ESPRESSO and write them as training labels: one npz for data/site_dos.
+"""Make training labels of structures with Quantum ESPRESSO, through jobflow: shards as in data/site_dos.
 
     python workflows/label_structures.py --demo --out labels
     python workflows/label_structures.py a.cif b.vasp many.extxyz --out labels
 
-Needs Quantum ESPRESSO and the extra "workflows". `dosmatgen train-predictor` and `dosmatgen train` read OUT/labels.npz
-when it lies in the folder site_dos of their --data. Through FireWorks: flow_to_workflow(flow), as in
-inverse_design_fireworks.py.
+On one machine, `dosmatgen label` does the same without jobflow. Needs Quantum ESPRESSO and the extra "workflows".
+`dosmatgen train-predictor` and `dosmatgen train` read OUT/*.npz when they lie in the folder site_dos of their --data.
+Through FireWorks: flow_to_workflow(flow), as in inverse_design_fireworks.py, with OUT on a disk that all workers see.
 """
 
 import argparse
@@ -17,8 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import ase.io
 from ase.build import bulk
-from jobflow import JobStore, run_locally
-from maggma.stores import MemoryStore
+from jobflow import run_locally
 
 from dosmatgen_ase.flows import LabelMaker
 from dosmatgen_ase.flows.jobs import to_structure
@@ -26,7 +25,7 @@ from dosmatgen_ase.flows.jobs import to_structure
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("files", nargs="*", help="anything that ASE reads; several structures per file are welcome")
 parser.add_argument("--demo", action="store_true", help="Al and Si: at most 3 minutes on 2 cores")
-parser.add_argument("--out", type=Path, default=Path("labels"), help="folder of labels.npz and the calculations")
+parser.add_argument("--out", type=Path, default=Path("labels"), help="folder of the shards")
 arguments = parser.parse_args()
 if not arguments.files and not arguments.demo:
     parser.error("give structures, or --demo")
@@ -35,9 +34,8 @@ atoms = {f"{name}-{i}": a for name in arguments.files for i, a in enumerate(ase.
 if arguments.demo:
     atoms = {symbol: bulk(symbol) for symbol in ("Al", "Si")}
 structures = {name: to_structure(a) for name, a in atoms.items()}
-flow = LabelMaker().make(structures, arguments.out / "labels.npz")
+flow = LabelMaker().make(structures, arguments.out)
 
 arguments.out.mkdir(parents=True, exist_ok=True)
-store = JobStore(MemoryStore(), additional_stores={"data": MemoryStore()})
-run_locally(flow, store=store, root_dir=arguments.out, create_folders=True, ensure_success=True)
-print(json.dumps(store.get_output(flow.output.uuid, load=True), indent=1))
+done = run_locally(flow, root_dir=arguments.out, create_folders=True, ensure_success=True)
+print(json.dumps(done[flow.output.uuid][1].output, indent=1))

@@ -22,9 +22,10 @@ from dosmatgen_ase.flows.jobs import (
     GenerateMaker,
     RelaxMaker,
     ScreenMaker,
+    add_reports,
+    label_batch,
     targets_by_site,
     to_atoms,
-    write_labels,
 )
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, InverseDesignDoc, RelaxDoc, ScreeningDoc
 
@@ -124,29 +125,35 @@ def rank(screening: ScreeningDoc, results: list[CandidateDoc | None]) -> Inverse
 
 @dataclass
 class LabelMaker(Maker):
-    """Compute the DOS of many structures, one job each, and write them as one shard of training labels.
+    """Make training labels of many structures: `labels.label` on one batch per job.
 
     Attributes
     ----------
     settings
         Fields of `electronic.EspressoSettings` that differ from its defaults. Labels of one data set share them.
+    batch_size
+        Structures of a job, which writes a shard.
+    workers
+        Structures that a job computes at a time.
     """
 
     name: str = "labels"
     settings: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 20
+    workers: int = 1
 
     def make(
-        self, structures: Mapping[str, Structure], path: str | Path, split: Mapping[str, str] | None = None
+        self, structures: Mapping[str, Structure], shards: str | Path, split: Mapping[str, str] | None = None
     ) -> Flow:
-        """Make the flow; its output tells the path, the number of labels and why structures failed.
+        """Make the flow; its output is a `labels.LabelReport` of all jobs, as a dict.
 
         Parameters
         ----------
         structures : mapping of id to Structure
-        path : path
-            The ``.npz`` to write, on a disk that the worker sees.
+        shards : path
+            Folder of the label set, on a disk that the workers see. What has a label there is not computed again.
         split : mapping of id to "train", "val" or "test", optional
-            All "train" by default. Structures of one formula must not be in two.
+            As in `labels.label`.
 
         Raises
         ------
@@ -157,8 +164,11 @@ class LabelMaker(Maker):
             raise ValueError("no structures to label: give at least one")
         for structure in structures.values():
             to_atoms(structure)
-        jobs = [DOSMaker(f"label {name}", self.settings).make(structure) for name, structure in structures.items()]
-        results = [step.output for step in jobs]
-        written = write_labels(dict(structures), dict(split or {}), results, str(Path(path).resolve()))
-        written.config.on_missing_references = OnMissing.NONE
-        return Flow([*jobs, written], output=written.output, name=self.name)
+        jobs = []
+        for start in range(0, len(structures), self.batch_size):
+            batch = dict(list(structures.items())[start : start + self.batch_size])
+            own = {name: part for name, part in (split or {}).items() if name in batch}
+            jobs.append(label_batch(batch, str(Path(shards).resolve()), own, self.settings, self.workers))
+        total = add_reports([step.output for step in jobs])
+        total.config.on_missing_references = OnMissing.NONE
+        return Flow([*jobs, total], output=total.output, name=self.name)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -393,48 +395,44 @@ def _distance(
 
 
 @job
-def write_labels(
-    structures: dict[str, Structure], split: dict[str, str], results: list[DOSDoc | None], path: str
+def label_batch(
+    structures: dict[str, Structure], shards: str, split: dict[str, str], settings: dict[str, Any], workers: int
 ) -> dict[str, Any]:
-    """Write a shard of the layout that `data.load_site_dos` reads (``data/README.md``).
+    """Label some structures; started again, on whatever machine, it goes on where it was.
 
     Returns
     -------
     dict
-        Its path, the number of labels, and a reason for every structure that has none.
+        The fields of `labels.LabelReport`.
     """
-    from dosmatgen_ase.data import SHARD_UNIT
-    from dosmatgen_ase.electronic import ElectronicStructure
-    from dosmatgen_ase.files import write_npz
+    from dosmatgen_ase.electronic import EspressoSettings
+    from dosmatgen_ase.labels import label
 
-    labels: dict[str, ElectronicStructure] = {}
-    failed: dict[str, str | None] = {}
-    for name, result in zip(structures, results, strict=True):
-        done = DOSDoc.model_validate(result or {"engine": "", "reason": "see the log of its job"})
-        if done.electronic_structure is None:
-            failed[name] = done.reason
-        else:
-            labels[name] = ElectronicStructure.from_dict(done.electronic_structure)
-    if not labels:
-        raise ValueError(f"no label to write to {path}: {failed}")
+    # A folder of its own, as other batches write to the same shards; it stays if it holds failures that no shard tells.
+    unpacked = Path(shards) / f"unpacked-{zlib.crc32(','.join(structures).encode()):08x}"
+    report = label(
+        {name: to_atoms(structure) for name, structure in structures.items()},
+        shards,
+        EspressoSettings(**{"time_limit": 600.0, **settings}),
+        workers=workers,
+        split=split,
+        unpacked=unpacked,
+    )
+    if not list(unpacked.glob("*.json")):
+        shutil.rmtree(unpacked)
+    return {**asdict(report), "shards": [str(path) for path in report.shards]}
 
-    def integers(values: Any, kind: type) -> np.ndarray:
-        return np.round(np.asarray(values) / SHARD_UNIT).clip(0, np.iinfo(kind).max).astype(kind)
 
-    kept, made = [structures[name] for name in labels], list(labels.values())
-    arrays: dict[str, Any] = {
-        "material_id": list(labels), "failed_id": list(failed), "split": [split.get(name, "train") for name in labels],
-        "atom_offset": np.cumsum([0, *map(len, kept)]), "cell": [s.lattice.matrix.ravel() for s in kept],
-        "atomic_numbers": [site.specie.Z for s in kept for site in s],
-        "frac_coords": np.concatenate([s.frac_coords for s in kept]), "energies": made[0].energies,
-        "site_dos": integers(np.concatenate([label.orbital_dos for label in made]), np.uint16),
-        "total_dos": integers([label.total.values for label in made], np.uint32),
-    }  # fmt: skip
-    names = ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment", "spin_polarised")
-    for key, name in (*zip(names, names, strict=True), ("efermi", "fermi_level"), ("num_kpoints_ibz", "num_kpoints")):
-        arrays[key] = [getattr(label, name) for label in made]
-    write_npz(Path(path), **{key: np.array(value) for key, value in arrays.items()})
-    return {"path": path, "labels": len(labels), "failed": failed}
+@job
+def add_reports(reports: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """Join what `label_batch` returned; a job that failed adds nothing, and makes its labels when it runs again."""
+    total: dict[str, Any] = {"shards": [], "labels": 0, "failed": {}, "skipped": {}, "done_before": 0}
+    for report in filter(None, reports):
+        for key in ("shards", "labels", "done_before"):
+            total[key] += report[key]
+        for key in ("failed", "skipped"):
+            total[key] |= report[key]
+    return total
 
 
 @dataclass
