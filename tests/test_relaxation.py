@@ -163,6 +163,8 @@ def test_fixed_atoms_stay_where_they_are_and_so_does_the_cell() -> None:
         ((bulk("Cu"), "emt"), {}, ValueError, 'neither "chgnet", a file, nor one of the MACE models'),
         ((bulk("Cu"), EMT()), {"fmax": 0.0}, ValueError, "fmax"),
         ((bulk("Cu"), EMT()), {"time_limit": math.nan}, ValueError, "time_limit"),
+        ((bulk("Cu"), EMT()), {"processes": 0}, ValueError, "processes"),
+        (([bulk("Cu"), bulk("Cu")], EMT()), {"processes": 2}, TypeError, "a calculator given by name"),
     ],
 )
 def test_mistakes_of_the_caller_raise(arguments: Any, settings: Any, error: type[Exception], fragment: str) -> None:
@@ -170,6 +172,19 @@ def test_mistakes_of_the_caller_raise(arguments: Any, settings: Any, error: type
         pytest.importorskip("mace")
     with pytest.raises(error, match=fragment):
         relax(*arguments, **settings)
+
+
+def test_processes_change_nothing_but_the_time() -> None:
+    several = [bulk("Cu", a=3.7), bulk("NaCl", "rocksalt", a=0.8), bulk("Al", a=4.2)]
+    one, two = (relax(several, max_steps=3, processes=n) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert np.array_equal(a.positions, b.positions)
+        assert report(a) == report(b)
+
+
+def test_denormal_numbers_come_back() -> None:
+    relax(bulk("Cu"), EMT())
+    assert torch.tensor(1e-40).mul(1.0) > 0
 
 
 def test_chgnet_relaxes_rock_salt() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from ase.neighborlist import neighbor_list
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dosmatgen_ase.screening import screen
+from dosmatgen_ase.data import load_structures
+from dosmatgen_ase.screening import KnownCrystals, charge_balanced, screen, screen_many
 
 CUBE = 3.0 * np.eye(3)
 
@@ -125,3 +127,49 @@ def test_the_limits_are_the_ones_given() -> None:
     assert not screen(copper, min_distance=2.6).accepted
     assert not screen(copper, min_volume_per_atom=12.0).accepted
     assert not screen(copper, max_volume_per_atom=11.0).accepted
+
+
+# -- against other crystals --------------------------------------------------------------------------------------------
+
+
+def salt(a: float, kind: str = "rocksalt") -> Atoms:
+    return bulk("NaCl", kind, a=a)
+
+
+def test_another_cell_another_order_and_another_volume_are_the_same_crystal() -> None:
+    known = KnownCrystals([salt(5.64)])
+    cubic = bulk("NaCl", "rocksalt", a=5.0, cubic=True)[::-1]
+    cubic.rattle(0.01, seed=0)
+    assert known.find(cubic) == "0"
+    assert known.find(salt(3.4, "cesiumchloride")) is None
+    assert known.has_formula(salt(3.4, "cesiumchloride"))
+    assert not known.has_formula(bulk("Cu"))
+
+
+def test_duplicates_and_known_crystals_are_rejected_by_name_and_the_first_is_kept() -> None:
+    copper = bulk("Cu")
+    copper.info["material_id"] = "mp-30"
+    many = [salt(5.64), bulk("Cu", cubic=True), salt(1.0), salt(5.3), salt(3.4, "cesiumchloride")]
+    outcomes = screen_many(many, known=KnownCrystals([copper]))
+    assert [o.accepted for o in outcomes] == [True, False, False, False, True]
+    assert outcomes[1].reason == "not new: the same crystal as mp-30"
+    assert "A^3 per atom" in str(outcomes[2].reason)
+    assert outcomes[3].reason == "the same crystal as candidate 0"
+    assert [o.accepted for o in screen_many(many, drop_duplicates=False)] == [True, True, False, True, True]
+    assert not any(o.accepted for o in screen_many(many, min_distance=3.0))
+
+
+def test_known_crystals_are_read_from_the_training_split() -> None:
+    path = Path(__file__).parents[1] / "data" / "structures.parquet"
+    known = KnownCrystals.from_file(path)
+    held_out = load_structures(path, "test")
+    assert known.find(salt(5.6)) == "mp-22862"
+    assert not any(known.has_formula(held_out.atoms(i)) for i in range(len(held_out)))
+
+
+@pytest.mark.parametrize(
+    ("formula", "balanced"),
+    [("NaCl", True), ("Fe2O3", True), ("LiFePO4", True), ("Na2Cl", False), ("NiAu3", None), ("C4", None)],
+)
+def test_charge_balance(formula: str, balanced: bool | None) -> None:
+    assert charge_balanced(Atoms(formula)) is balanced

@@ -22,7 +22,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,20 @@ from ase import Atoms
 from ase.build import bulk
 from ase.spacegroup import crystal
 from matplotlib.figure import Figure
-from pymatgen.analysis.structure_matcher import StructureMatcher
-from pymatgen.core import Structure
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
-from dosmatgen_ase.data import Structures, load_structures
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, normalised_l1, normalised_l1_arrays
 from dosmatgen_ase.electronic import ElectronicStructureError, EspressoSettings, compute_many
 from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.plotting import draw_crystal, plot_dos
-from dosmatgen_ase.predictor import DEFAULT_PREDICTOR, DOSPredictor, SitePrediction
+from dosmatgen_ase.predictor import DOSPredictor, SitePrediction
 from dosmatgen_ase.sampler import SamplerConfig
+from dosmatgen_ase.screening import KnownCrystals, screen_many
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "data" / "ni_in_au3ni.npz"
 NICKEL_SITE = 3
-JUDGE = ROOT / "benchmarks" / "judge.safetensors"
+RANKER, JUDGE = (ROOT / "benchmarks" / f"{name}.safetensors" for name in ("ranker", "judge"))
 AU3NI = crystal(("Au", "Ni"), [(0, 0.5, 0.5), (0, 0, 0)], spacegroup=221, cellpar=[4.03] * 3 + [90] * 3)
 PEROVSKITE = [(0, 0, 0), (0.5, 0.5, 0.5), (0.5, 0.5, 0)]
 SRTIO3 = crystal(("Sr", "Ti", "O"), PEROVSKITE, spacegroup=221, cellpar=[3.905] * 3 + [90] * 3)
@@ -102,38 +100,6 @@ class Outcome:
     figures: dict[str, Any]
 
 
-@dataclass
-class Known:
-    """Crystals that are known, found by composition; compares structures scaled to one volume."""
-
-    structures: Structures
-    matcher: StructureMatcher = field(default_factory=StructureMatcher)
-
-    def __post_init__(self) -> None:
-        self.rows: dict[tuple[tuple[int, int], ...], list[int]] = {}
-        for row, (numbers, n) in enumerate(zip(self.structures.atomic_numbers, self.structures.num_atoms, strict=True)):
-            self.rows.setdefault(_composition(numbers[:n]), []).append(row)
-
-    def has_formula(self, atoms: Atoms) -> bool:
-        """Whether the reduced formula is known."""
-        return _composition(atoms.numbers) in self.rows
-
-    def has(self, atoms: Atoms) -> bool:
-        """Whether the crystal is known."""
-        rows = self.rows.get(_composition(atoms.numbers), [])
-        return any(self.matcher.fit(_structure(atoms), _structure(self.structures.atoms(row))) for row in rows)
-
-
-def _composition(numbers: np.ndarray) -> tuple[tuple[int, int], ...]:
-    counts = Counter(numbers.tolist())
-    unit = math.gcd(*counts.values())
-    return tuple(sorted((z, count // unit) for z, count in counts.items()))
-
-
-def _structure(atoms: Atoms) -> Structure:
-    return Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions())
-
-
 def site_values(predictions: Sequence[SitePrediction], site: int) -> np.ndarray:
     """DOS predicted for one site, shape (n, G); NaN where there is no prediction."""
     nothing = np.full(MODEL_GRID.size, np.nan)
@@ -146,7 +112,7 @@ def evaluate(
     target: TargetDOS,
     ranker: DOSPredictor,
     judge: DOSPredictor,
-    known: Known | None,
+    known: KnownCrystals | None,
 ) -> Outcome:
     """Pick, judge and count."""
     by_each = [p.predict_arrays(structures) for p in (ranker, judge)]
@@ -156,7 +122,7 @@ def evaluate(
     pick = int(np.nanargmin(by_ranker)) if np.isfinite(by_ranker).any() else 0
     judged = distance[np.isfinite(distance)]
     elements = Counter(atoms.symbols[task.site] for atoms in structures)
-    matcher, count = StructureMatcher(), len(structures)
+    count, au3ni = len(structures), KnownCrystals([AU3NI])
     figures = {
         "structures": count,
         "valid": count / sum(atoms.info["dosmatgen"]["attempt"] + 1 for atoms in structures),
@@ -170,11 +136,11 @@ def evaluate(
             "picked": None if np.isnan(distance[pick]) else float(distance[pick]),
             "all": [None if np.isnan(d) else float(d) for d in distance],
         },
-        "unique": len(matcher.group_structures([_structure(a) for a in structures])) / count,
-        "au3ni_formula": sum(_composition(a.numbers) == _composition(AU3NI.numbers) for a in structures) / count,
-        "au3ni": sum(matcher.fit(_structure(a), _structure(AU3NI)) for a in structures) / count,
+        "unique": sum(outcome.accepted for outcome in screen_many(structures)) / count,
+        "au3ni_formula": sum(au3ni.has_formula(a) for a in structures) / count,
+        "au3ni": sum(au3ni.find(a) is not None for a in structures) / count,
         "new_formula": None if known is None else sum(not known.has_formula(a) for a in structures) / count,
-        "new": None if known is None else sum(not known.has(a) for a in structures) / count,
+        "new": None if known is None else sum(known.find(a) is None for a in structures) / count,
         "representative": {"index": pick, "formula": structures[pick].get_chemical_formula()},
     }
     return Outcome(structures, values, pick, figures)
@@ -250,7 +216,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--weights", default="default", help="generator (default: the one that ships)")
     parser.add_argument("--num-steps", type=int, default=SamplerConfig.num_steps, help="sampler (default %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
-    parser.add_argument("--predictor", type=Path, default=DEFAULT_PREDICTOR, help="picks (default: the one that ships)")
+    parser.add_argument("--predictor", type=Path, default=RANKER, help="picks; it must not have seen the judge's labels")
     parser.add_argument("--judge", type=Path, default=JUDGE, help="judges, and is drawn")
     parser.add_argument("--structures", type=Path, default=ROOT / "data" / "structures.parquet", help="what is not new")
     parser.add_argument("--dft", action="store_true", help="compute the representatives' DOS, up to an hour each")
@@ -261,7 +227,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     generator = DOSGenerator(options.weights)
     ranker, judge = DOSPredictor.load(options.predictor), DOSPredictor.load(options.judge)
-    known = Known(load_structures(options.structures)) if options.structures.is_file() else None
+    known = KnownCrystals.from_file(options.structures, split=None) if options.structures.is_file() else None
     target = TargetDOS.from_file(TARGET, site=NICKEL_SITE)
     seen = target.on_grid()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,26 @@
-"""Accept or reject a generated structure by its geometry alone, with a reason.
+"""Accept or reject generated structures, with a reason: by geometry, as duplicates, as known crystals.
 
 The checks run from cheap to dear, and each one makes the next safe: numbers are finite, then the cell has a volume,
-then the distances are searched, with a bound on the images. Passing says nothing about the energy of a structure.
+then the distances are searched, with a bound on the images; only what passes is compared with other crystals. Passing
+says nothing about the energy of a structure.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 if TYPE_CHECKING:
     from ase import Atoms
     from numpy.typing import NDArray
+    from pymatgen.core import Structure
 
 _MAX_DISTANCES = 2_000_000  # about 0.2 s; a Niggli-reduced cell of 20 atoms needs 10,000
 
@@ -131,3 +137,124 @@ def _shortest_distance(
     own = np.linalg.norm(images[images.any(axis=1)] @ cell, axis=1)
     others = np.linalg.norm((difference @ cell)[:, None] + images @ cell, axis=-1)
     return float(min(bound, own.min(initial=np.inf), others.min(initial=np.inf)))
+
+
+# -- against other crystals --------------------------------------------------------------------------------------------
+
+
+class KnownCrystals:
+    """Crystals to compare with, looked up by reduced formula.
+
+    Two are the same where pymatgen's StructureMatcher says so at its defaults: primitive cells, scaled to one volume.
+
+    Parameters
+    ----------
+    structures : iterable of Atoms
+        Named by ``info["material_id"]`` where that is there, else by their number.
+    """
+
+    def __init__(self, structures: Iterable[Atoms] = ()) -> None:
+        from pymatgen.analysis.structure_matcher import StructureMatcher
+
+        self._matcher = StructureMatcher()
+        self._named: dict[tuple[tuple[int, int], ...], list[tuple[str, Atoms]]] = {}
+        for i, atoms in enumerate(structures):
+            self.add(atoms, str(atoms.info.get("material_id", i)))
+
+    @classmethod
+    def from_file(cls, path: str | Path, split: str | None = "train") -> Self:
+        """Read those of a file such as `data/structures.parquet`; by default what the generator was trained on.
+
+        Raises
+        ------
+        FileNotFoundError, ImportError, ValueError
+            As `data.load_structures`.
+        """
+        from .data import load_structures
+
+        data = load_structures(path, split)
+        return cls(data.atoms(i) for i in range(len(data)))
+
+    def add(self, atoms: Atoms, name: str) -> None:
+        """Take one more crystal in."""
+        self._named.setdefault(reduced_formula(atoms), []).append((name, atoms))
+
+    def has_formula(self, atoms: Atoms) -> bool:
+        """Whether a crystal of this reduced formula is known."""
+        return reduced_formula(atoms) in self._named
+
+    def find(self, atoms: Atoms) -> str | None:
+        """Return the name of the first known crystal that is the same, None if there is none."""
+        same = self._named.get(reduced_formula(atoms), [])
+        wanted = _structure(atoms)
+        return next((name for name, other in same if self._matcher.fit(wanted, _structure(other))), None)
+
+
+def reduced_formula(atoms: Atoms) -> tuple[tuple[int, int], ...]:
+    """Atomic numbers and their smallest whole counts, sorted."""
+    counts = Counter(atoms.numbers.tolist())
+    unit = math.gcd(*counts.values())
+    return tuple(sorted((z, count // unit) for z, count in counts.items()))
+
+
+def _structure(atoms: Atoms) -> Structure:
+    from pymatgen.core import Structure
+
+    return Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions())
+
+
+def screen_many(
+    structures: Sequence[Atoms],
+    *,
+    drop_duplicates: bool = True,
+    known: KnownCrystals | None = None,
+    **limits: float,
+) -> list[Screening]:
+    """Screen each structure, then reject what came before in the list and, if asked, what is known.
+
+    Parameters
+    ----------
+    structures : sequence of Atoms
+    drop_duplicates : bool
+        Keep the first of several structures that are the same crystal.
+    known : KnownCrystals
+        Reject these.
+    **limits : float
+        Of :func:`screen`.
+
+    Returns
+    -------
+    list of Screening, one per structure
+
+    Examples
+    --------
+    >>> known = KnownCrystals.from_file("data/structures.parquet")  # doctest: +SKIP
+    >>> new = [a for a, s in zip(found, screen_many(found, known=known)) if s.accepted]  # doctest: +SKIP
+    """
+    before, outcomes = KnownCrystals(), []
+    for i, atoms in enumerate(structures):
+        outcome = screen(atoms, **limits)
+        if outcome.accepted and drop_duplicates and (twin := before.find(atoms)) is not None:
+            outcome = replace(outcome, accepted=False, reason=f"the same crystal as candidate {twin}")
+        if outcome.accepted and known is not None and (twin := known.find(atoms)) is not None:
+            outcome = replace(outcome, accepted=False, reason=f"not new: the same crystal as {twin}")
+        if outcome.accepted:
+            before.add(atoms, str(i))
+        outcomes.append(outcome)
+    return outcomes
+
+
+def charge_balanced(atoms: Atoms) -> bool | None:
+    """Whether common oxidation states, one per element, add up to zero. Information, never a reason to reject.
+
+    Mixed valence (Fe3O4) is not found, and intermetallics need no balance. None where the question is void: metals
+    only, or one element alone.
+    """
+    from pymatgen.core import Element
+
+    formula = [(Element.from_Z(z), count) for z, count in reduced_formula(atoms)]
+    if len(formula) == 1 or all(element.is_metal for element, _ in formula):
+        return None
+    states = [element.icsd_oxidation_states or element.common_oxidation_states for element, _ in formula]
+    counts = [count for _, count in formula]
+    return any(sum(map(int.__mul__, choice, counts)) == 0 for choice in itertools.product(*states))
