@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -365,6 +367,8 @@ def test_failures_are_recorded_and_not_tried_twice(stand_in: Any, tmp_path: Path
     again = compute_many(structures, tmp_path / "out")
     assert [str(e) for e in again.values()] == [str(e) for e in first.values()]
     assert runs(tmp_path) == 2
+    with pytest.raises(ValueError, match=r"0001.json tells of a calculation that failed: no pseudopotential for Cu"):
+        TargetDOS.from_file(tmp_path / "out" / "0001.json")
     compute_many(structures, tmp_path / "out", EspressoSettings(time_limit=500.0))
     assert runs(tmp_path) == 4, "other settings are another try"
 
@@ -394,6 +398,24 @@ def test_a_running_program_can_be_ended_from_another_thread(stand_in: Any, tmp_p
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_program_ends_with_a_parent_that_was_killed(stand_in: Any, tmp_path: Path) -> None:
+    stand_in(f"echo $$ > {tmp_path}/pid.part; mv {tmp_path}/pid.part {tmp_path}/pid; exec sleep 60")
+    code = "from ase.build import bulk; from dosmatgen_ase.electronic import compute_dos; compute_dos(bulk('Si'))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as parent:
+        while not (tmp_path / "pid").exists():
+            assert parent.poll() is None
+            time.sleep(0.02)
+        parent.kill()
+    status = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    for _ in range(500):  # gone, or a zombie that nobody waits for
+        if not status.exists() or status.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail("pw.x went on")
+
+
 def test_an_error_ends_the_whole_run(stand_in: Any, tmp_path: Path) -> None:
     stand_in("exec sleep 60")
     (tmp_path / "out").mkdir()
@@ -417,6 +439,10 @@ def test_results_are_read_back_and_never_mixed_up(tmp_path: Path, monkeypatch: p
     first = compute_many({"a": SILICON, "b": bulk("Ge")}, out)
     assert sorted(made) == ["a", "b"]
     assert sorted(p.name for p in out.iterdir()) == ["a.json", "b.json"]
+    assert TargetDOS.from_file(out / "a.json") == some_result().total, "results are targets"
+    assert TargetDOS.from_file(out / "b.json", site=1) == some_result().sites[1]
+    with pytest.raises(ValueError, match="site 2 does not exist"):
+        TargetDOS.from_file(out / "a.json", site=2)
     made.clear()
     again = compute_many({"b": bulk("Ge"), "a": SILICON, "c": SILICON}, out, EspressoSettings(time_limit=1.0))
     assert list(again) == ["b", "a", "c"]
@@ -667,4 +693,5 @@ def test_many_structures_with_real_programs(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["dft", str(tmp_path / "al.cif"), "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "0.00" in result.output
-    assert "result" in json.loads((tmp_path / "out" / "al.json").read_text())
+    aluminium = TargetDOS.from_file(tmp_path / "out" / "al.json", site=0)
+    assert aluminium.total_states(hi=0.0) == pytest.approx(3.0, abs=0.15)

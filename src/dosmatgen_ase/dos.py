@@ -564,8 +564,9 @@ class TargetDOS:
     ) -> TargetDOS:
         """Read a file of any known form, told by its content: vasprun.xml, JSON, .npz or two-column text.
 
-        JSON is `to_dict` or a pymatgen ``Dos`` dict; .npz holds ``energies``, ``total``, ``pdos`` (sites, l, G),
-        ``emax`` and ``gap`` of one structure with Loewdin projections. XML, JSON and text may be gzipped.
+        JSON is `to_dict`, a pymatgen ``Dos`` dict or what ``dosmatgen dft`` wrote; .npz holds ``energies``, ``total``,
+        ``pdos`` (sites, l, G), ``emax`` and ``gap`` of one structure with Loewdin projections. XML, JSON and text may
+        be gzipped.
 
         Parameters
         ----------
@@ -972,6 +973,13 @@ def _parse_json(content: bytes, name: str, site: int | None) -> TargetDOS:
         raise ValueError(f"{name} is not valid JSON ({error})") from None
     if "densities" in data:
         return _named(name, TargetDOS.from_pymatgen, data, site)
+    if "failed" in data:
+        raise ValueError(f"{name} tells of a calculation that failed: {data['failed']}")
+    result = data.get("result", data)
+    if {"sites", "total"} <= set(result):  # what `dosmatgen dft` wrote
+        if site is not None:
+            _check_site(site, len(result["sites"]))
+        return _named(name, TargetDOS.from_dict, result["total"] if site is None else result["sites"][site])
     if site is not None:
         raise ValueError(f"{name} holds one DOS: leave out site")
     return _named(name, TargetDOS.from_dict, data)

@@ -13,6 +13,7 @@ in `EspressoSettings` or by ESPRESSO_PSEUDO, or the PseudoDojo set inside the wh
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -23,6 +24,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -405,7 +407,7 @@ class _Run:
             # In a session of its own: what a launcher starts ends with it, and Ctrl-C reaches us alone.
             process = subprocess.Popen(
                 command, cwd=self.folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=err, start_new_session=True,
+                stdout=out, stderr=err, start_new_session=True, preexec_fn=_END_WITH_PARENT,
             )  # fmt: skip
             try:
                 self._stand_back(process.pid)
@@ -433,6 +435,16 @@ class _Run:
                 os.setpriority(os.PRIO_PROCESS, pid, self.settings.nice)
                 # A session of its own is a scheduling group of its own on Linux, which counts instead.
                 Path(f"/proc/{pid}/autogroup").write_text(str(self.settings.nice))
+
+
+def _end_with_parent() -> None:
+    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: SIGKILL to this process when the thread that made it ends
+
+
+if sys.platform == "linux":
+    # Loaded here, as little is safe between fork and exec.
+    _LIBC = ctypes.CDLL(None)
+_END_WITH_PARENT = _end_with_parent if sys.platform == "linux" else None
 
 
 def _found(pattern: str, text: str) -> list[str]:
