@@ -1,49 +1,36 @@
-"""Count the labels and write the counts into data/README.md, between its coverage markers.
+"""Count the labels, write the counts into data/README.md between its coverage markers, and draw data/coverage.png.
 
-    python scripts/update_datasheet.py
+python scripts/update_datasheet.py
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
-from ase.data import atomic_numbers
-
-from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
-from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.coverage import Coverage
+from dosmatgen_ase.data import load_site_dos, load_structures
+from dosmatgen_ase.plotting import plot_coverage
 
 DATA = Path(__file__).parents[1] / "data"
 BLOCK = re.compile(r"(?<=<!-- coverage -->\n).*?(?=<!-- /coverage -->)", re.DOTALL)
 
 
-def coverage(labels: SiteDOSLabels) -> str:
-    """Counts of the labels as Markdown: per split, per energy, per element."""
+def markdown(coverage: Coverage) -> str:
+    """The counts as they stand in the datasheet."""
     lines = ["| split | structures | sites | with a gap |", "|---|---|---|---|"]
-    for split in ("train", "val", "test"):
-        rows = labels.split == split
-        lines.append(
-            f"| {split} | {rows.sum()} | {labels.num_atoms[rows].sum()} | {(labels.band_gap[rows] > 0).sum()} |"
-        )
-    shares = ", ".join(
-        f"{e:+d} eV {labels.known[:, int(np.argmin(np.abs(MODEL_GRID.energies - e)))].mean():.0%}" for e in range(-1, 6)
-    )
-    elements: Counter[str] = Counter()
-    for i in range(len(labels)):
-        elements.update(set(labels.atoms(i).symbols))
-    counts = ", ".join(f"{s} {elements[s]}" for s in sorted(elements, key=atomic_numbers.__getitem__))
-    return "\n".join(
-        [*lines, "", f"Share of the structures known at: {shares}.", ""]
-        + [f"Structures per element ({len(elements)} elements): {counts}.", ""]
-    )
+    lines += [f"| {split} | {n} | {sites} | {gapped} |" for split, (n, sites, gapped) in coverage.splits.items()]
+    for heading, text in coverage.facts().items():
+        lines += ["", f"{heading[0].upper()}{heading[1:]}: {text}."]
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
-    """Rewrite the block in data/README.md."""
+    """Rewrite the block in data/README.md and the picture beside it."""
     readme = DATA / "README.md"
-    readme.write_text(BLOCK.sub(coverage(load_site_dos(DATA / "site_dos")), readme.read_text()))
+    coverage = Coverage.of(load_site_dos(DATA / "site_dos"), load_structures(DATA / "structures.parquet"))
+    readme.write_text(BLOCK.sub(lambda _: markdown(coverage), readme.read_text()))
+    plot_coverage(coverage, DATA / "coverage.png")
 
 
 if __name__ == "__main__":

@@ -688,6 +688,35 @@ def label(
     Console().print(table)
 
 
+@app.command("data")
+def show_data(
+    data: Data = Path("data"),
+    plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf or .svg) of the same.")] = None,
+) -> None:
+    """Show what the label set covers: splits, elements, sizes, symmetry, gaps, energies."""
+    if plot is not None:
+        _writable(plot, (".png", ".pdf", ".svg"))
+    from .coverage import Coverage
+    from .data import load_site_dos, load_structures
+
+    structures = load_structures(data / "structures.parquet")
+    coverage = Coverage.of(load_site_dos(data / "site_dos"), structures)
+    table = Table(
+        "split", "labels", "sites", "with a gap", title=f"{len(structures)} structures in {data}, some labelled"
+    )
+    for split, counts in coverage.splits.items():
+        table.add_row(split, *map(str, counts))
+    facts = Table("", "", show_header=False, show_lines=True)
+    for heading, text in coverage.facts().items():
+        facts.add_row(Text(heading, overflow="fold"), Text(text, overflow="fold"))
+    Console().print(table, facts)
+    if plot is not None:
+        from .plotting import plot_coverage
+
+        plot_coverage(coverage, plot)
+        typer.echo(f"picture: {plot}")
+
+
 def _first_words(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: --order takes cost, coverage or a file with one id per line")

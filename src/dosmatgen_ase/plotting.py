@@ -1,4 +1,4 @@
-"""Figures: overlays of densities of states, crystals, and both side by side.
+"""Figures: overlays of densities of states, crystals, both side by side, and what the label set covers.
 
 Figures are made with `matplotlib.figure.Figure`, never through pyplot, so that no backend, style or open figure of the
 user is touched.
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ase import Atoms
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from dosmatgen_ase.coverage import Coverage
 
 TARGET_COLOUR = "#3b75af"
 OTHER_COLOUR = "#ef8636"
@@ -288,3 +290,66 @@ def _view(cell: np.ndarray) -> np.ndarray:
     about_up = np.array([[np.cos(turn), 0, np.sin(turn)], [0, 1, 0], [-np.sin(turn), 0, np.cos(turn)]])
     about_right = np.array([[1, 0, 0], [0, np.cos(tilt), -np.sin(tilt)], [0, np.sin(tilt), np.cos(tilt)]])
     return about_right @ about_up @ frame
+
+
+# -- the label set -----------------------------------------------------------------------------------------------------
+
+GROUPS = {  # the first element of each row of the periodic table and the groups that its elements are in
+    1: (1, 18), 3: (1, 2, *range(13, 19)), 11: (1, 2, *range(13, 19)), 19: range(1, 19), 37: range(1, 19),
+    55: (1, 2, 3), 72: range(4, 19), 87: (1, 2, 3), 58: range(4, 18), 90: range(4, 18),
+}  # fmt: skip
+ROWS = {1: 1, 3: 2, 11: 3, 19: 4, 37: 5, 55: 6, 72: 6, 87: 7, 58: 8.3, 90: 9.3}
+
+
+def plot_coverage(coverage: Coverage, path: str | PathLike[str]) -> None:
+    """Save labels per element on a periodic table, and by size, crystal system and gap.
+
+    Raises
+    ------
+    ValueError
+        If the format is not known.
+    OSError
+        If the file cannot be written.
+    """
+    from ase.data import chemical_symbols
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(10.0, 8.4), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.1, 1.0])
+    upper, lower = parts
+    table = upper.subplots()
+    scale, colours = LogNorm(1, max(2, *coverage.elements.values())), colormaps["Blues"]
+    for first, groups in GROUPS.items():
+        for z, column in enumerate(groups, first):
+            symbol, row = chemical_symbols[z], ROWS[first]
+            count = coverage.elements[symbol]
+            face = colours(0.05 + 0.9 * float(scale(count))) if count else "white"
+            ink = "white" if count and scale(count) > 0.5 else "0.2" if count else "0.7"
+            table.add_patch(Rectangle((column, row), 0.94, 0.94, facecolor=face, edgecolor="0.75", linewidth=0.6))
+            table.text(column + 0.47, row + 0.38, symbol, ha="center", va="center", color=ink, fontsize=11)
+            if count:
+                table.text(column + 0.47, row + 0.74, str(count), ha="center", va="center", color=ink, fontsize=7)
+    table.set(xlim=(0.9, 19.1), ylim=(10.4, 0.9), aspect="equal")
+    table.set_axis_off()
+    total = sum(n for n, _, _ in coverage.splits.values())
+    table.set_title(f"Labels that hold an element, of {total} in all")
+
+    sizes, systems, gaps = lower.subplots(1, 3)
+    numbers = range(1, 21)
+    sizes.bar(numbers, [coverage.structure_sizes[n] for n in numbers], color="0.87", label="structures")
+    sizes.bar(numbers, [coverage.num_atoms[n] for n in numbers], color=TARGET_COLOUR, label="labels")
+    sizes.set(yscale="log", xlabel="atoms per cell", xticks=(1, 5, 10, 15, 20))
+    sizes.legend(frameon=False, fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    for axes, counts in ((systems, coverage.crystal_systems), (gaps, coverage.gaps)):
+        axes.bar_label(axes.barh(list(counts), list(counts.values()), color=TARGET_COLOUR), padding=2, fontsize="small")
+        axes.margins(x=0.18)
+        axes.invert_yaxis()
+        axes.set_xlabel("labels")
+    systems.set_title(f"{coverage.num_spacegroups} space groups", fontsize="medium")
+    gaps.set_title("band gap", fontsize="medium")
+    for axes in (sizes, systems, gaps):
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, Path(path))
