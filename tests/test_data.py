@@ -143,7 +143,7 @@ def test_above_e_max_is_unknown_and_does_not_leak(tmp_path: Path) -> None:
 
 def test_the_first_shard_wins_and_shards_of_any_number_are_taken(tmp_path: Path) -> None:
     write_shard(tmp_path / "1.npz", ["x-1", "x-2"], [gaussian(0.0, 0.1)[None], gaussian(0.0, 0.1)[None]])
-    write_shard(tmp_path / "2.npz", ["x-2", "x-3"], [3 * gaussian(0.0, 0.1)[None]] * 2)
+    write_shard(tmp_path / "2.npz", ["x-2", "x-3", "x-3"], [k * gaussian(0.0, 0.1)[None] for k in (3, 3, 5)])
     labels = load_site_dos(tmp_path)
     assert labels.material_id.tolist() == ["x-1", "x-2", "x-3"]
     np.testing.assert_allclose(labels.values.sum((1, 2)) * 0.1, [1, 1, 3], atol=0.01)

@@ -217,28 +217,35 @@ def load_site_dos(directory: str | Path) -> SiteDOSLabels:
                 raise ValueError(f"{path} lacks {', '.join(missing)}: not a label shard as described in data/README.md")
             data = {key: shard[key] for key in SHARD_KEYS}
         energies = data["energies"].astype(np.float64)
-        for i, material_id in enumerate(data["material_id"].tolist()):
-            if material_id in seen:
-                continue
-            seen.add(material_id)
-            sites = slice(data["atom_offset"][i], data["atom_offset"][i + 1])
+        first = {material_id: i for i, material_id in reversed(list(enumerate(data["material_id"].tolist())))}
+        new = sorted(i for material_id, i in first.items() if material_id not in seen)
+        seen.update(first)
+        parts = [slice(*data["atom_offset"][i : i + 2]) for i in new]
+        scaled, known = [], []
+        for i, sites in zip(new, parts, strict=True):
             raw = data["site_dos"][sites].sum(axis=1, dtype=np.int64) * SHARD_UNIT
             total = data["total_dos"][i] * SHARD_UNIT
-            scaled, known = scale_sites_to_total(raw, total, energies=energies, e_max=float(data["e_max"][i]))
-            known |= (energies <= data["e_max"][i]) & (total < ROUNDING_FLOOR)
-            values, known = resample(energies, scaled, known, LABEL_SIGMA)
-            rows.append(
-                (
-                    material_id,
-                    data["split"][i],
-                    data["cell"][i].reshape(3, 3),
-                    data["frac_coords"][sites],
-                    data["atomic_numbers"][sites],
-                    values,
-                    known,
-                    data["band_gap"][i],
-                )
+            dos, covered = scale_sites_to_total(raw, total, energies=energies, e_max=float(data["e_max"][i]))
+            covered |= (energies <= data["e_max"][i]) & (total < ROUNDING_FLOOR)
+            scaled.append(dos)
+            known.append(np.broadcast_to(covered, dos.shape))
+        if not new:
+            continue
+        values, known_values = resample(energies, np.concatenate(scaled), np.concatenate(known), LABEL_SIGMA)
+        starts = np.cumsum([0, *map(len, scaled)])
+        rows += [
+            (
+                data["material_id"][i],
+                data["split"][i],
+                data["cell"][i].reshape(3, 3),
+                data["frac_coords"][sites],
+                data["atomic_numbers"][sites],
+                values[start:end],
+                known_values[start],  # the same for all sites
+                data["band_gap"][i],
             )
+            for i, sites, start, end in zip(new, parts, starts, starts[1:], strict=False)
+        ]
     ids, splits, cells, fracs, numbers, all_values, all_known, band_gaps = zip(*rows, strict=True)
     counts = np.array([len(z) for z in numbers])
     padded_frac = _pad(np.concatenate(fracs).astype(np.float64), counts, np.float64)
