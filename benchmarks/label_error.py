@@ -255,15 +255,15 @@ def main() -> None:
     """Draw, compute, compare and write the results."""
     parser = argparse.ArgumentParser(description="Error of the labels against denser meshes, and against VASP.")
     parser.add_argument("--vasp", type=Path, help="dos_mp_elements.npz")
+    parser.add_argument("--labels", type=Path, default=ROOT / "data" / "site_dos", help="folder of shards")
     parser.add_argument("-n", type=int, default=40, help="labels to recompute")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-cost", type=float, default=150.0, help="estimated seconds for one structure")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "label_error", help="where results are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    directory = ROOT / "data" / "site_dos"
-    labels = load_site_dos(directory)
-    rows, how = draw(labels, electron_counts(directory), options.n, options.seed, options.max_cost)
+    labels = load_site_dos(options.labels)
+    rows, how = draw(labels, electron_counts(options.labels), options.n, options.seed, options.max_cost)
     report: dict[str, Any] = {"draw": {**how, "drawn": len(rows)}, "labels": [], "failed": {}}
     try:
         for i in tqdm(rows, unit="structure"):

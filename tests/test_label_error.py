@@ -1,0 +1,82 @@
+"""The benchmark of the labels' error: its draw, what it compares, and that it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import label_error as benchmark
+import numpy as np
+import pytest
+from ase.build import bulk
+from test_labels import computed, crystals, machine, stand_in_engine, tries
+
+from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
+from dosmatgen_ase.electronic import GRID
+from dosmatgen_ase.labels import label
+
+__all__ = ["machine"]  # a fixture, used by every test here
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> SiteDOSLabels:
+    stand_in_engine(tmp_path / "making")
+    label({n: a for n, a in crystals(14).items() if "Au" not in a.symbols}, tmp_path / "shards")
+    return load_site_dos(tmp_path / "shards")
+
+
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict:
+    folders = ["--labels", tmp_path / "shards", "--folder", tmp_path / "dense", "--out", tmp_path / "results"]
+    monkeypatch.setattr("sys.argv", ["label_error.py", *map(str, folders), *options])
+    benchmark.main()
+    return json.loads((tmp_path / "results" / "label_error.json").read_text())
+
+
+@pytest.mark.usefixtures("labels")
+def test_labels_of_the_same_calculation_have_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_engine(tmp_path / "log")
+    report = run(tmp_path, monkeypatch, "-n", "6")
+    assert report["summary"]["all"]["structures"] == len(report["labels"]) == 6
+    assert report["draw"]["strata"]["3"] == {"labels": 12, "drawn": 6, "passed_over": 0}
+    assert max(r["l1"] for r in report["labels"]) < 1e-3
+    assert {r["shift"] for r in report["labels"]} == {0.0}
+    assert tries(tmp_path).total() == 6
+    assert (tmp_path / "results" / "label_error.png").read_bytes()[:4] == b"\x89PNG"
+    assert "6 of 6 drawn labels" in (tmp_path / "results" / "label_error.md").read_text()
+    assert run(tmp_path, monkeypatch, "-n", "6") == report
+    assert tries(tmp_path).total() == 6, "results are kept"
+
+
+def test_a_shift_of_the_zero_is_told_from_an_error_of_the_shape(labels: SiteDOSLabels) -> None:
+    row = int(np.flatnonzero(labels.atomic_numbers[:, 0] == 29)[0])
+    same = computed(labels.atoms(row))
+    moved = type(same)(
+        **{
+            **same.__dict__,
+            "sites": tuple(site.shift(0.1).on_grid(GRID, sigma=site.sigma) for site in same.sites),
+        }
+    )
+    told = benchmark.compare(labels, row, moved)
+    assert told["l1"] > 0.3
+    assert told["shift"] == pytest.approx(0.1)
+    assert told["l1_shifted"] < 0.02
+    assert told["worst_energy"] == pytest.approx(-1, abs=0.4)
+
+
+def test_the_draw_hardly_changes_with_new_labels(labels: SiteDOSLabels) -> None:
+    electrons = dict.fromkeys(labels.material_id.tolist(), 10.0)
+    drawn, _ = benchmark.draw(labels, electrons, 6, 0, 1e9)
+    fewer = labels.select(np.arange(len(labels) - 2))
+    before, _ = benchmark.draw(fewer, electrons, 6, 0, 1e9)
+    kept = set(labels.material_id[drawn]) & set(fewer.material_id[before])
+    assert len(kept) >= 4
+    cheap = np.median([benchmark.cost(labels.atoms(i), 10.0) for i in range(len(labels))])
+    rows, how = benchmark.draw(labels, electrons, 6, 0, float(cheap))
+    assert how["strata"]["3"]["passed_over"] > 0
+    assert all(benchmark.cost(labels.atoms(i), 10.0) <= cheap for i in rows)
+
+
+def test_more_electrons_symmetry_and_spin_set_the_cost() -> None:
+    copper, nickel = bulk("Cu", a=3.6), bulk("Ni", a=3.6)
+    assert benchmark.cost(nickel, 10.0) == pytest.approx(2 * benchmark.cost(copper, 10.0))
+    assert benchmark.cost(copper, 30.0) > 1.5 * benchmark.cost(copper, 10.0)
