@@ -531,16 +531,39 @@ def test_quantum_espresso_in_the_flow(tmp_path: Path) -> None:
     assert not list(Path(output.directory).rglob("wfc*.dat"))
 
 
+def readme_blocks() -> list[str]:
+    text = (ROOT / "workflows" / "README.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
 def test_the_python_of_the_workflows_readme_runs() -> None:
     pytest.importorskip("atomate2")
-    text = (ROOT / "workflows" / "README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    local = [block for block in blocks if "jobflow_remote" not in block]  # that one needs a configured cluster
+    blocks = readme_blocks()
+    local = [block for block in blocks if "jobflow_remote" not in block]
     assert len(local) == len(blocks) - 1 > 0
     for block in local:
         namespace: dict[str, Any] = {}
         exec(block, namespace)
         assert encoded(decoded(encoded(namespace["maker"]))) == encoded(namespace["maker"])
+
+
+def test_the_configuration_of_jobflow_remote_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobflow_remote = pytest.importorskip("jobflow_remote", reason='needs the extra "remote"')
+    from jobflow_remote.config.base import Project
+    from monty.serialization import loadfn
+
+    project = Project.model_validate(loadfn(ROOT / "workflows" / "jobflow_remote.yaml"))
+    assert set(project.get_jobstore().additional_stores) == {"data"}
+    worker = project.workers["cluster"]
+    assert worker.get_host().host == "LOGIN.EXAMPLE.ORG"
+    batch = worker.get_scheduler_io().get_submission_script(["jf"], worker.resources)
+    assert {"#SBATCH --ntasks=8", "#SBATCH --time=04:00:00"} <= set(batch.splitlines())
+    submitted: dict[str, Any] = {}
+    monkeypatch.setattr(jobflow_remote, "submit_flow", lambda flow, **where: submitted.update(where, flow=flow))
+    monkeypatch.chdir(ROOT)
+    exec(next(block for block in readme_blocks() if "submit_flow" in block), {})
+    assert (submitted["worker"], submitted["project"]) == ("cluster", project.name)
+    assert len(submitted["flow"].jobs) == 3
 
 
 def script(name: str, *options: str) -> str:
@@ -639,8 +662,8 @@ def kill_launcher(options: list[str], ready: Callable[[], bool]) -> None:
 
 
 def rerun_lost(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    lpad = Path(sys.executable).with_name("lpad")
-    command = [str(lpad), "-l", str(out / "my_launchpad.yaml"), "detect_lostruns", "--time", "0", "--rerun"]
+    lpad = [sys.executable, "-m", "fireworks.scripts.lpad_run", "-l", str(out / "my_launchpad.yaml")]
+    command = [*lpad, "detect_lostruns", "--time", "0", "--rerun"]
     return subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment})
 
 
