@@ -454,6 +454,31 @@ def test_a_missing_program_fails_the_job_and_a_failed_calculation_does_not(
         run(DOSMaker().make(COPPER), tmp_path)
 
 
+def test_a_disk_that_fills_up_gives_one_line_and_what_was_finished_stays(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dosmatgen_ase import files
+    from dosmatgen_ase.flows.database import file_job_store
+
+    arrays = tmp_path / "outputs_data.json"  # the last that a job writes
+
+    def fill(descriptor: int) -> None:
+        if arrays.exists() and '"energies"' in arrays.read_text():  # the generation fitted
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fill)
+    flow = small(tiny_weights, relax_maker=None).make(TARGET)
+    with pytest.raises(OSError, match=r"^cannot write .*: No space left on device; choose a folder that .* has space$"):
+        run_locally(flow, store=file_job_store(tmp_path), root_dir=tmp_path, raise_immediately=True, log=False)
+    again = file_job_store(tmp_path)
+    monkeypatch.undo()
+    again.connect()
+    kept = GenerationDoc.model_validate(again.get_output(flow.jobs[0].output.uuid, load=True))
+    assert len(kept.structures) == 4
+    assert kept.targets == {"0": TARGET}
+    assert not list(tmp_path.glob("*.part"))
+
+
 # -- engines -----------------------------------------------------------------------------------------------------------
 
 
