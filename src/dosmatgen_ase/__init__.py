@@ -14,16 +14,27 @@ if TYPE_CHECKING:
     from dosmatgen_ase.generator import DOSGenerator
     from dosmatgen_ase.predictor import predict_dos
     from dosmatgen_ase.relaxation import relax
+    from dosmatgen_ase.stability import energy_above_hull
 
 __version__ = "0.1.0"
 
-__all__ = ["DOSGenerator", "EnergyGrid", "TargetDOS", "__version__", "compute_dos", "predict_dos", "relax"]
+__all__ = [
+    "DOSGenerator",
+    "EnergyGrid",
+    "TargetDOS",
+    "__version__",
+    "compute_dos",
+    "energy_above_hull",
+    "predict_dos",
+    "relax",
+]
 
 _HOME = {
     "DOSGenerator": "generator",
     "EnergyGrid": "dos",
     "TargetDOS": "dos",
     "compute_dos": "electronic",
+    "energy_above_hull": "stability",
     "predict_dos": "predictor",
     "relax": "relaxation",
 }

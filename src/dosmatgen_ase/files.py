@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,3 +39,17 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
     write_atomic(path, content.getvalue())
+
+
+def read_records(path: Path) -> dict[str, dict[str, Any]]:
+    """Read what long runs append, one JSON object with an ``id`` per line.
+
+    Objects of one id are joined, later ones win. A line torn by an interruption is passed over, and a file that is not
+    there holds nothing.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            known.setdefault(record.pop("id"), {}).update(record)
+    return known

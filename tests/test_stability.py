@@ -1,0 +1,130 @@
+"""The hull: closed forms, pymatgen's as a second opinion, the one that ships, and what it cannot answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dosmatgen_ase.relaxation import relax
+from dosmatgen_ase.stability import Hull, energy_above_hull, load_hull
+
+torch.set_num_threads(1)
+
+
+def made(energies: dict[str, float]) -> Hull:
+    structures = [Atoms(formula) for formula in energies]
+    names = list(energies)
+    return Hull.lowest(structures, ["train"] * len(names), list(energies.values()), [True] * len(names), names)
+
+
+BINARY = {"Na": -1.0, "Cl2": -2.0, "NaCl": -3.5, "Na2Cl2": -3.4, "NaCl3": -2.5, "Na3Cl": -1.0}
+
+
+@pytest.mark.parametrize(
+    ("formula", "energy"),
+    [
+        ("Na4", -1.0),
+        ("NaCl", -3.5),
+        ("Na3Cl", (-1.0 + -3.5) / 2),  # its own entry lies above the line from Na to NaCl
+        ("NaCl3", (-2.0 + -3.5) / 2),
+        ("Na3Cl2", 1 / 5 * -1.0 + 4 / 5 * -3.5),
+    ],
+)
+def test_two_elements_by_hand(formula: str, energy: float) -> None:
+    assert made(BINARY).energy_at(Atoms(formula).numbers) == pytest.approx(energy)
+
+
+def test_the_lowest_energy_of_a_formula_is_kept_with_its_name() -> None:
+    hull = made(BINARY)
+    row = hull.name.tolist().index("NaCl")
+    assert "Na2Cl2" not in hull.name
+    assert hull.energy[row] == -3.5
+    assert hull.counts[row].sum() == 2
+
+
+def test_a_hull_without_an_entry_lies_higher_there() -> None:
+    hull = made(BINARY)
+    salt = Atoms("NaCl").numbers
+    assert hull.without(hull.name == "NaCl").energy_at(salt) == pytest.approx(-2.5 * 2 / 3 - 1.0 / 3)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4), st.floats(-5, 0)), max_size=8))
+def test_pymatgen_finds_the_same(rows: list[tuple[int, int, int, float]]) -> None:
+    from pymatgen.analysis.phase_diagram import PDEntry, PhaseDiagram
+    from pymatgen.core import Composition
+
+    formulas = {"Li": -1.0, "O": -4.0, "Fe": -8.0}
+    formulas |= {f"Li{a}Fe{b}O{c}": energy - 4 for a, b, c, energy in rows if a + b + c}
+    hull = made(formulas)
+    diagram = PhaseDiagram([PDEntry(c, e * Composition(c).num_atoms) for c, e in formulas.items()])
+    for wanted in ("LiFeO2", "Fe3O4", "Li2O", "Li5FeO4"):
+        theirs = diagram.get_hull_energy_per_atom(Composition(wanted))
+        assert hull.energy_at(Atoms(wanted).numbers) == pytest.approx(theirs, abs=1e-6)
+
+
+def test_a_hull_comes_back_from_its_file(tmp_path: Path) -> None:
+    hull = made(BINARY)
+    hull.save(tmp_path / "hull.npz")
+    back = Hull.load(tmp_path / "hull.npz")
+    for field in ("name", "split", "counts", "relaxed"):
+        assert np.array_equal(getattr(back, field), getattr(hull, field))
+    assert back.energy == pytest.approx(hull.energy, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "fragment"),
+    [
+        (lambda path: Hull.load(path / "none.npz"), FileNotFoundError, "build_hull.py"),
+        (lambda path: Hull.load(Path(__file__)), ValueError, "is not a hull"),
+        (lambda path: energy_above_hull(bulk("Po", "sc", a=3.3)), ValueError, "no elemental Po"),
+        (lambda path: energy_above_hull("NaCl"), TypeError, "takes ase.Atoms"),  # type: ignore[arg-type]
+        (lambda path: made({"Na": -1.0, "NaCl": -3.0}).energy_at([11, 17]), ValueError, "no elemental Cl"),
+    ],
+)
+def test_what_cannot_be_answered_raises(call: Any, error: type[Exception], fragment: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=fragment):
+        call(tmp_path)
+
+
+def test_what_chgnet_cannot_read_is_not_a_number_and_does_not_cost_the_others() -> None:
+    above = energy_above_hull([bulk("NaCl", "rocksalt", a=0.5), bulk("NaCl", "rocksalt", a=5.6)])
+    assert isinstance(above, np.ndarray)
+    assert np.isnan(above[0])
+    assert abs(above[1]) < 0.05
+
+
+def test_every_element_of_the_shipped_hull_has_a_reference() -> None:
+    hull = load_hull()
+    elements = np.flatnonzero(hull.counts.any(0))
+    assert len(elements) == 89
+    for z in elements.tolist():
+        assert np.isfinite(hull.energy_at([z]))
+
+
+@pytest.mark.parametrize(
+    ("stable", "unstable"),
+    [
+        (bulk("NaCl", "rocksalt", a=5.64), bulk("NaCl", "cesiumchloride", a=3.4)),
+        (bulk("MgO", "rocksalt", a=4.21), bulk("MgO", "zincblende", a=4.6)),
+    ],
+)
+def test_known_prototypes(stable: Atoms, unstable: Atoms) -> None:
+    low, high = energy_above_hull([stable, unstable], relax=True)  # type: ignore[misc]
+    assert abs(low) < 0.02
+    assert high > 0.02
+
+
+def test_relax_is_what_relax_does() -> None:
+    salt = bulk("NaCl", "rocksalt", a=5.9)
+    before, after = energy_above_hull(salt), energy_above_hull(salt, relax=True)
+    assert before > after
+    assert energy_above_hull(relax(salt)) == pytest.approx(after, abs=1e-5)
