@@ -18,11 +18,27 @@ from dosmatgen_ase.checkpoint import DEFAULT_WEIGHTS
 from dosmatgen_ase.conditioning import ConditionalDenoiser, DOSCondition, Guidance
 from dosmatgen_ase.constraints import Constraints
 from dosmatgen_ase.files import write_atomic
-from dosmatgen_ase.predictor import chgnet_graph, load_chgnet
+from dosmatgen_ase.predictor import DOSPredictor, chgnet_graph, load_chgnet
 from dosmatgen_ase.sampler import Randomness, SamplerConfig, sample
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+RANKER, JUDGE = (Path(__file__).parent / f"{name}.safetensors" for name in ("ranker", "judge"))
+
+
+def add_predictors(parser: argparse.ArgumentParser) -> None:
+    """Options of the two forward models; `load_predictors` reads them."""
+    parser.add_argument("--judge", type=Path, default=JUDGE, help="judges")
+    parser.add_argument("--predictor", type=Path, default=RANKER, help="picks; trained on other formulas")
+
+
+def load_predictors(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[DOSPredictor, DOSPredictor]:
+    """Judge and ranker, which must not share a formula, or the command line is wrong."""
+    judge, ranker = DOSPredictor.load(options.judge), DOSPredictor.load(options.predictor)
+    folds = judge.info["fold"], ranker.info["fold"]
+    if set(folds) != {0, 1}:
+        parser.error(f"judge and predictor were trained on the same formulas (folds {folds}): give one of each half")
+    return judge, ranker
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 
 import numpy as np
 import torch
-from _common import RESULTS, ROOT, add_options, rng_for, sampler_config, split_of, write_results
+from _common import (
+    RESULTS,
+    ROOT,
+    add_options,
+    add_predictors,
+    load_predictors,
+    rng_for,
+    sampler_config,
+    split_of,
+    write_results,
+)
 from ase import Atoms
 from ase.spacegroup import crystal
 from matplotlib.figure import Figure
@@ -52,7 +62,7 @@ from dosmatgen_ase.crystal import minimum_image
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, NEAR_GAP, normalised_l1_arrays
 from dosmatgen_ase.generator import BATCH_PAIRS, Request
-from dosmatgen_ase.predictor import DEFAULT_PREDICTOR, DOSPredictor
+from dosmatgen_ase.predictor import DOSPredictor
 from dosmatgen_ase.sampler import SamplerConfig
 from dosmatgen_ase.screening import screen
 
@@ -316,8 +326,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure everything and write the results."""
     parser = argparse.ArgumentParser(description="Constraints on held-out formulas.")
     add_options(parser)
-    parser.add_argument("--judge", type=Path, default=Path(__file__).parent / "judge.safetensors")
-    parser.add_argument("--predictor", type=Path, default=DEFAULT_PREDICTOR, help="ranks (default: the one that ships)")
+    add_predictors(parser)
     parser.add_argument("--num-targets", type=int, default=60, help="at most this many (default %(default)s)")
     parser.add_argument("--draws", type=int, default=None, help="at most this many per target and row of a table")
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "constraints", help="candidates are kept there")
@@ -327,9 +336,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     generator = DOSGenerator(options.weights, device="cpu")
-    judge, ranker = DOSPredictor.load(options.judge), DOSPredictor.load(options.predictor)
-    if judge.info["fold"] == ranker.info["fold"]:
-        parser.error(f"judge and predictor were trained on the same fold, {judge.info['fold']}: give one of each")
+    judge, ranker = load_predictors(parser, options)
     config, split, seed = sampler_config(options), split_of(options), options.seed
     labels = load_site_dos(ROOT / "data" / "site_dos")
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(labels.split == split))[: options.num_targets]

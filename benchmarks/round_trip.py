@@ -28,7 +28,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 
 import numpy as np
 import torch
-from _common import RESULTS, ROOT, add_options, draw, rng_for, sampler_config, split_of, write_results
+from _common import (
+    RESULTS,
+    ROOT,
+    add_options,
+    add_predictors,
+    draw,
+    load_predictors,
+    rng_for,
+    sampler_config,
+    split_of,
+    write_results,
+)
 from ase import Atoms
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -43,7 +54,6 @@ from dosmatgen_ase.generator import BATCH_PAIRS
 from dosmatgen_ase.metrics import bootstrap_interval, nearest_sites, site_distances
 from dosmatgen_ase.plotting import plot_dos
 from dosmatgen_ase.predictor import (
-    DEFAULT_PREDICTOR,
     DOSPredictor,
     SitePrediction,
     element_tables,
@@ -326,8 +336,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"atoms given, guidance_scale {report['guidance_scale']:g}, {report['sampler']['num_steps']} steps. Mean over "
         "targets [95 % bootstrap interval over targets]. Normalised L1 averaged over sites on [-10, 5] eV; *pooled*: "
         "errors of all sites over all states; *near gap*: pooled on [-2, 2] eV; MAE: states/eV. *Best* is the judge's "
-        "choice, *ranked pick* that of the predictor that ships. Retrieval (the nearest training DOS to each site's "
-        "target) and the per-element mean compare computed DOS with computed DOS, without a judge.",
+        "choice, *ranked pick* that of a predictor trained on the other half of the formulas. "
+        "Retrieval (the nearest training DOS to each site's target) and the per-element mean compare computed DOS with "
+        "computed DOS, without a judge.",
         "",
         f"The judge ({judge['train_structures']} labelled structures, CHGNet features; CHGNet saw energies, forces and "
         "moments of most of these crystals, never a DOS) was trained on other formulas than the ranking predictor; its "
@@ -386,8 +397,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Generate, judge, compare and write the results."""
     parser = argparse.ArgumentParser(description="DOS round trip on held-out formulas.")
     add_options(parser)
-    parser.add_argument("--judge", type=Path, default=Path(__file__).parent / "judge.safetensors")
-    parser.add_argument("--predictor", type=Path, default=DEFAULT_PREDICTOR, help="ranks (default: the one that ships)")
+    add_predictors(parser)
     parser.add_argument("--num-targets", type=int, default=200, help="at most this many (default 200)")
     parser.add_argument("--candidates", type=int, default=20, help="per target and mode (default 20)")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
@@ -398,9 +408,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     model, header = load_model(options.weights)
-    judge, ranker = DOSPredictor.load(options.judge), DOSPredictor.load(options.predictor)
-    if judge.info["fold"] == ranker.info["fold"]:
-        parser.error(f"judge and predictor were trained on the same fold, {judge.info['fold']}: give one of each")
+    judge, ranker = load_predictors(parser, options)
     config, split = sampler_config(options), split_of(options)
     labels = load_site_dos(ROOT / "data" / "site_dos")
     library = Library(labels.select(labels.split == "train"))

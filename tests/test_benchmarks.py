@@ -267,4 +267,4 @@ def test_the_ranking_predictor_cannot_be_the_judge(folder: Path, capsys: pytest.
     files = [f"--{option}={folder}/judge.safetensors" for option in ("judge", "predictor")]
     with pytest.raises(SystemExit):
         round_trip.main([f"--weights={folder}/generator.safetensors", *files])
-    assert "same fold" in capsys.readouterr().err
+    assert "same formulas" in capsys.readouterr().err

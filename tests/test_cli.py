@@ -379,7 +379,8 @@ def test_train_predictor_and_pseudo_labels(small_data: Path, tmp_path: Path) -> 
     result = run("train-predictor", "--data", small_data, "--out", pair)
     assert result.exit_code == 0, result.output
     assert re.search(r"ranker\s*│ \d\.\d\d\s*│ \d\.\d\d", result.stdout)
-    assert {DOSPredictor.load(pair / f"{name}.safetensors").info["fold"] for name in ("ranker", "judge")} == {0, 1}
+    folds = [DOSPredictor.load(pair / f"{name}.safetensors").info["fold"] for name in ("predictor", "ranker", "judge")]
+    assert folds == [None, 0, 1]
 
     config = written(tmp_path, "config.json", json.dumps(TINY_JSON))
     arguments = ["train", "--config", config, "--data", small_data, "--out", out, "--device", "cpu"]

@@ -14,6 +14,7 @@ from ase.build import bulk
 from dosmatgen_ase.data import SiteDOSLabels, load_pseudo_labels, load_site_dos, load_structures
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.predictor import (
+    DOSCalculator,
     DOSPredictor,
     PredictorConfig,
     cached_site_features,
@@ -127,9 +128,7 @@ def test_training_repeats_itself_and_leaves_the_global_generator_alone(
     assert np.abs(mean - different).max() > 0
 
 
-def test_folds_share_no_formula_and_test_is_never_read(
-    labels: SiteDOSLabels, features: list[np.ndarray | str]
-) -> None:
+def test_folds_share_no_formula_and_test_is_never_read(labels: SiteDOSLabels, features: list[np.ndarray | str]) -> None:
     config = replace(SMALL, epochs=1)
     halves = [train_predictor(labels, features, fold=f, config=config).info["train_structures"] for f in (0, 1)]
     assert sum(halves) == int((labels.split == "train").sum())
@@ -190,11 +189,29 @@ def test_predicted_dos_of_familiar_crystals() -> None:
         predict_dos(bulk("Cu", a=0.5))
 
 
-def test_shipped_predictor_is_not_the_judge() -> None:
+def test_the_ranker_of_the_benchmarks_is_not_their_judge() -> None:
     """They must not share a label, or ranking by one and judging by the other would be circular."""
-    judge = DOSPredictor.load(ROOT / "benchmarks" / "judge.safetensors")
-    assert {default_predictor().info["fold"], judge.info["fold"]} == {0, 1}
-    assert judge.config != default_predictor().config
+    ranker, judge = (DOSPredictor.load(ROOT / "benchmarks" / f"{name}.safetensors") for name in ("ranker", "judge"))
+    assert {ranker.info["fold"], judge.info["fold"]} == {0, 1}
+    assert judge.config != ranker.config
+    assert default_predictor().info["fold"] is None
+
+
+def test_predicted_uncertainty_is_calibrated_and_told() -> None:
+    sites = predict_dos(bulk("MgO", "rocksalt", a=4.21))
+    for dos in sites:
+        assert 0 < dos.provenance["expected_distance"] < 2
+        assert len(dos.provenance["spread"]) == MODEL_GRID.size
+    atoms = bulk("MgO", "rocksalt", a=4.21)
+    calculator = DOSCalculator()
+    np.testing.assert_allclose(calculator.get_property("site_dos", atoms), [dos.values for dos in sites])
+    assert calculator.get_property("site_dos_spread", atoms).shape == (2, MODEL_GRID.size)
+    before = calculator.get_property("site_dos_error", atoms)
+    atoms.positions[1] += 0.4
+    assert not np.allclose(calculator.get_property("site_dos_error", atoms), before)  # moved atoms: computed anew
+    atoms.cell *= 0.2
+    with pytest.raises(ValueError, match="collapsed"):
+        calculator.get_property("site_dos", atoms)
 
 
 def test_pseudo_labels_resume_and_survive_the_disk(tmp_path: Path) -> None:

@@ -104,9 +104,9 @@ class _Fixed:
         known, nothing = np.ones((4, MODEL_GRID.size), dtype=bool), np.full((4, MODEL_GRID.size), np.nan)
         partly = known & (np.arange(4) > 0)[:, None]
         return [
-            SitePrediction(nothing, nothing, known, "isolated atoms")
+            SitePrediction(nothing, nothing, known, np.zeros(4), "isolated atoms")
             if v is None
-            else SitePrediction(np.tile(v, (4, 1)), nothing, partly if i in self.strange else known)
+            else SitePrediction(np.tile(v, (4, 1)), nothing, partly if i in self.strange else known, np.zeros(4))
             for i, v in enumerate(self.values[: len(structures)])
         ]
 

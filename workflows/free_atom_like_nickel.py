@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--weights", default="default", help="generator (default: the one that ships)")
     parser.add_argument("--num-steps", type=int, default=SamplerConfig.num_steps, help="sampler (default %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
-    parser.add_argument("--predictor", type=Path, default=RANKER, help="picks; it must not have seen the judge's labels")
+    parser.add_argument("--predictor", type=Path, default=RANKER, help="picks; trained on other formulas")
     parser.add_argument("--judge", type=Path, default=JUDGE, help="judges, and is drawn")
     parser.add_argument("--structures", type=Path, default=ROOT / "data" / "structures.parquet", help="what is not new")
     parser.add_argument("--dft", action="store_true", help="compute the representatives' DOS, up to an hour each")

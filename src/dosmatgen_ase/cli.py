@@ -505,23 +505,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 def train_predictor(
     data: Data = Path("data"),
     out: Annotated[
-        Path, typer.Option(help="Folder for ranker.safetensors (generate --predictor) and judge.safetensors.")
+        Path, typer.Option(help="Folder for predictor.safetensors (generate --predictor), ranker and judge.")
     ] = Path("runs/predictor"),
     seed: Annotated[int, typer.Option(min=0, help="Of initial weights, dropout and order.")] = 0,
 ) -> None:
-    """Train the two forward models (structure to site DOS), each on its half of the formulas.
+    """Train the forward models (structure to site DOS): one on all labels, two on the halves of the formulas.
 
-    The ranker ranks candidates and makes pseudo-labels; the judge only measures. Errors are normalised L1.
+    The first is for use. In benchmarks the ranker picks, and makes pseudo-labels; the judge only measures.
     """
-    from .predictor import train_ranker_and_judge
+    from .predictor import ROLES, train_predictors
 
     out.mkdir(parents=True, exist_ok=True)
-    pair = {name: out / f"{name}.safetensors" for name in ("ranker", "judge")}
-    figures = train_ranker_and_judge(data / "site_dos", *pair.values(), seed=seed, progress=True)
+    paths = {name: out / f"{name}.safetensors" for name in ROLES}
+    figures = train_predictors(data / "site_dos", paths, seed=seed, progress=True)
     table = Table(title="error on the test split: normalised L1, mean over sites")
     for column in ("predictor", "error", "per-element mean", "structures", "weights"):
         table.add_column(column, overflow="fold")
-    for name, path in pair.items():
+    for name, path in paths.items():
         test = figures[name]["test"]
         error, element = _figure(test["mean"]), _figure(test["element_mean"])
         table.add_row(name, error, element, f"{test['structures']:.0f}", str(path))
@@ -569,23 +569,32 @@ def relax(
     fmax: Annotated[float, typer.Option(help="Largest force left, eV/A.")] = 0.05,
     max_steps: Annotated[int, typer.Option(min=0, help="Most steps for one structure.")] = 200,
     time_limit: Annotated[float, typer.Option(help="Most seconds for one structure.")] = 120.0,
+    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Structures relaxed at a time.")] = 1,
 ) -> None:
-    """Relax cell and positions with a machine-learned potential. Failures are told in the table and in the file."""
+    """Relax cell and positions with a machine-learned potential. Failures are told in the table and in the file.
+
+    With CHGNet the table also has the energy above the hull, made by the same potential.
+    """
     import ase.io
 
     from .relaxation import relax as run
+    from .stability import load_hull
 
     _writable(out, (".extxyz", ".xyz"))
     named = _read_structures(files)
-    limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit}
+    limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "processes": jobs}
     warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
     relaxed = run(list(named.values()), calculator, **limits, progress=True)
-    table = Table("structure", "formula", "steps", "eV/atom", "moved, A", "outcome")
+    hull = load_hull() if calculator == "chgnet" else None
+    table = Table("structure", "formula", "steps", "eV/atom", "above hull", "moved, A", "outcome")
     for name, atoms in zip(named, relaxed, strict=True):
         told = atoms.info["relaxation"]
         energy = "" if told["energy"] is None else f"{told['energy']:.3f}"
-        outcome = told["reason"] or "converged"
-        table.add_row(name, atoms.get_chemical_formula(), str(told["steps"]), energy, f"{told['rmsd']:.2f}", outcome)
+        above = hull.above(atoms.numbers, told["energy"]) if hull else None
+        if above is not None:
+            atoms.info["energy_above_hull"] = above
+        figures = str(told["steps"]), energy, "" if above is None else f"{above:.3f}", f"{told['rmsd']:.2f}"
+        table.add_row(name, atoms.get_chemical_formula(), *figures, told["reason"] or "converged")
     ase.io.write(out, relaxed, format="extxyz")
     Console().print(table)
 

@@ -1,9 +1,10 @@
 """Forward model: a structure's site DOS, from frozen CHGNet atom features.
 
 `site_features` turns a crystal into 385 numbers per atom; `DOSPredictor`, an ensemble of small networks on top of a
-per-element mean, turns those into a DOS per site; `train_predictor` fits one to labels; `pseudo_labels` applies it to
-structures without a label. Two predictors exist, trained on the two halves of the labels (`data.formula_fold`): one
-ranks candidates and makes pseudo-labels, and ships with the package; the other, the judge, only ever measures.
+per-element mean, turns those into a DOS per site with a calibrated uncertainty; `train_predictor` fits one to labels;
+`pseudo_labels` applies it to structures without a label. The predictor that ships is trained on all labels. Two more
+serve the benchmarks, trained on the two halves of the formulas (`data.formula_fold`): the ranker picks there and makes
+the generator's pseudo-labels, the judge only ever measures.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from ase.calculators.calculator import Calculator, all_changes
+from ase.data import chemical_symbols
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm, trange
@@ -36,6 +39,7 @@ DEFAULT_PREDICTOR = Path(__file__).parent / "weights" / "predictor.safetensors"
 NUM_FEATURES = 385  # 4 convolutions x 64, final site vector 64, crystal vector 64, magnetic moment 1
 MAX_ATOMIC_NUMBER = 94  # last element CHGNet knows
 MIN_VOLUME = 2.0  # Angstrom^3 per atom: below, neighbour lists explode and CHGNet means nothing
+COVERAGE = 0.68  # share of the computed values within the calibrated spread, as for one standard deviation
 MIN_LABELS = 3  # labelled structures that an element needs, at an energy, for its DOS there to count as known
 
 # -- features ----------------------------------------------------------------------------------------------------------
@@ -196,16 +200,28 @@ class PredictorConfig:
 
 JUDGE_CONFIG = PredictorConfig(hidden=512, depth=2, dropout=0.4, epochs=60, weight_decay=1e-1)
 
+# The predictors of the project: name, half of the formulas (None: all), networks. All differ by seed.
+ROLES: dict[str, tuple[int | None, PredictorConfig]] = {
+    "predictor": (None, PredictorConfig()),
+    "ranker": (0, PredictorConfig()),
+    "judge": (1, JUDGE_CONFIG),
+}
+
 
 class SitePrediction(NamedTuple):
     """Predicted site DOS of one structure.
 
     Attributes
     ----------
-    mean, spread : (n, 151) float32
-        Mean and standard deviation over the ensemble, states/eV at sigma 0.2 eV on `dos.MODEL_GRID`.
+    mean : (n, 151) float32
+        Mean over the ensemble, states/eV at sigma 0.2 eV on `dos.MODEL_GRID`.
+    spread : (n, 151) float32
+        Half-width of the interval around the mean that held 68 % of the computed values of the validation split: the
+        ensemble's standard deviation times one factor.
     known : (n, 151) bool
         False where fewer than 3 labelled structures tell the DOS of this element at this energy.
+    error : (n,) float32
+        Normalised L1 to be expected of each site, from the ensemble's relative spread.
     reason : str
         Why there is no prediction (then all is zero and unknown), else empty.
     """
@@ -213,6 +229,7 @@ class SitePrediction(NamedTuple):
     mean: np.ndarray
     spread: np.ndarray
     known: np.ndarray
+    error: np.ndarray
     reason: str = ""
 
 
@@ -254,6 +271,11 @@ class DOSPredictor:
         """Mean DOS per element, (95, 151), states/eV; row = atomic number."""
         return self.tables["baseline"].numpy()
 
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """Factor on the ensemble's "spread", and slope and offset of the expected "error"; see `SitePrediction`."""
+        return self.info.get("calibration", {"spread": 1.0, "error": [1.0, 0.0]})  # before it is calibrated
+
     def _standardised(self, inputs: Tensor) -> Tensor:
         return ((inputs - self.tables["input_mean"]) / self.tables["input_std"]).clamp(-5.0, 5.0)
 
@@ -265,7 +287,7 @@ class DOSPredictor:
         for feature, z in zip(features, numbers, strict=True):
             nothing = np.zeros((len(z), MODEL_GRID.size), dtype=np.float32)
             reason = feature if isinstance(feature, str) else ""
-            predictions.append(SitePrediction(nothing, nothing, nothing > 0, reason))
+            predictions.append(SitePrediction(nothing, nothing, nothing > 0, np.full(len(z), np.nan), reason))
         readable = {i: feature for i, feature in enumerate(features) if not isinstance(feature, str)}
         if not readable:
             return predictions
@@ -277,10 +299,13 @@ class DOSPredictor:
             members = torch.stack([softplus(net(x) + offset) for net in self.members.nets])
         mean, spread = members.mean(0).numpy(), members.std(0, correction=0).numpy()
         known = (support[rows] >= MIN_LABELS).numpy()
+        slope, offset_error = self.calibration["error"]
+        error = offset_error + slope * _relative_spread(mean, spread, known)
+        spread = spread * self.calibration["spread"]
         start = 0
         for i, feature in readable.items():
             sites = slice(start, start := start + len(feature))
-            predictions[i] = SitePrediction(mean[sites], spread[sites], known[sites])
+            predictions[i] = SitePrediction(mean[sites], spread[sites], known[sites], error[sites])
         return predictions
 
     def predict_arrays(self, atoms_list: Sequence[Atoms], progress: bool = False) -> list[SitePrediction]:
@@ -342,7 +367,8 @@ def predict_dos(atoms: Atoms, sites: Sequence[int] | None = None) -> list[Target
     -------
     list of TargetDOS
         One per site wanted, states/eV at sigma 0.2 eV on [-10, 5] eV. `reference` is "vbm" where the predicted total
-        DOS leaves a gap above zero, else "fermi".
+        DOS leaves a gap above zero, else "fermi". `provenance` tells the uncertainty: "expected_distance" (normalised
+        L1) and "spread" (151 values, states/eV; 68 % of computed DOS lie within it around the prediction).
 
     Raises
     ------
@@ -358,11 +384,45 @@ def predict_dos(atoms: Atoms, sites: Sequence[int] | None = None) -> list[Target
     if unknown:
         raise ValueError(f"no DOS for {', '.join(sorted(set(unknown)))}: too few labels; add some and retrain")
     reference = "vbm" if _looks_gapped(prediction.mean) else "fermi"
-    provenance = {"source": "predictor", "steps": [], "predictor": predictor.info}
+    made_by = {"source": "predictor", "steps": [], "predictor": predictor.info}
     return [
-        TargetDOS(MODEL_GRID.energies, mean, known, reference, MODEL_SIGMA, "site", provenance)
-        for mean, known in zip(prediction.mean[wanted], prediction.known[wanted], strict=True)
+        TargetDOS(
+            MODEL_GRID.energies,
+            prediction.mean[i],
+            prediction.known[i],
+            reference,
+            MODEL_SIGMA,
+            provenance={
+                **made_by,
+                "expected_distance": float(prediction.error[i]),
+                "spread": prediction.spread[i].tolist(),
+            },
+        )
+        for i in wanted
     ]
+
+
+class DOSCalculator(Calculator):
+    """ASE calculator of the predicted site DOS: ``DOSCalculator().get_property("site_dos", atoms)``.
+
+    Results: ``site_dos`` and ``site_dos_spread`` (n, 151), states/eV; ``site_dos_error`` (n,), see `SitePrediction`;
+    ``dos_energies`` (151,), eV.
+    """
+
+    implemented_properties = ("site_dos", "site_dos_spread", "site_dos_error", "dos_energies")
+
+    def calculate(
+        self, atoms: Atoms | None = None, properties: Any = None, system_changes: Sequence[str] = all_changes
+    ) -> None:
+        """Fill ``results``; ``ValueError`` as `predict_dos`."""
+        super().calculate(atoms, properties, system_changes)
+        sites = predict_dos(self.atoms)
+        self.results = {
+            "site_dos": np.array([dos.values for dos in sites]),
+            "site_dos_spread": np.array([dos.provenance["spread"] for dos in sites]),
+            "site_dos_error": np.array([dos.provenance["expected_distance"] for dos in sites]),
+            "dos_energies": MODEL_GRID.energies,
+        }
 
 
 def _looks_gapped(site_dos: np.ndarray) -> bool:
@@ -461,6 +521,7 @@ def train_predictor(
         for net in predictor.members.nets:
             _fit(net, train, val, config, progress)
     predictor.members.eval()
+    predictor.info["calibration"] = _calibration(predictor, labels, features, val_rows)
     return predictor
 
 
@@ -532,9 +593,38 @@ def _fit(net: nn.Module, train: _Sites, val: _Sites, config: PredictorConfig, pr
     net.load_state_dict(best_state)
 
 
+def _relative_spread(mean: np.ndarray, spread: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Spread over states, both summed over the known bins, per site."""
+    return np.asarray((spread * known).sum(axis=1) / np.maximum((mean * known).sum(axis=1), 1e-6))
+
+
+def _compared(
+    predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray
+) -> tuple[SitePrediction, np.ndarray, np.ndarray]:
+    """Prediction, DOS and known bins of all sites of some labels, structure after structure."""
+    found = predictor.predict_features([features[i] for i in rows], [labels.atoms(i).numbers for i in rows])
+    labels = labels.select(rows)
+    owner, site = _label_sites(labels)
+    mean, spread, bins, error = (np.concatenate(part) for part in list(zip(*found, strict=True))[:4])
+    joined = SitePrediction(mean, spread, bins, error)
+    return joined, labels.values[owner, site].astype(np.float64), labels.known[owner]
+
+
+def _calibration(
+    predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray
+) -> dict[str, Any]:
+    """Fit what `DOSPredictor.calibration` tells to the validation labels `rows`."""
+    raw, target, known = _compared(predictor, labels, features, rows)
+    factor = np.quantile((np.abs(raw.mean - target) / np.maximum(raw.spread, 1e-3))[known], COVERAGE)
+    error = normalised_l1_arrays(raw.mean.astype(float), target, known)
+    fair = np.isfinite(error) & (error < 3)  # the ratio of a nearly empty site must not rule a straight line
+    line = np.polyfit(_relative_spread(raw.mean, raw.spread, known)[fair], error[fair], 1)
+    return {"spread": float(factor), "error": [float(value) for value in line]}
+
+
 def evaluate(
     predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], split: str
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measure a predictor on the labels of one split.
 
     Returns
@@ -543,29 +633,30 @@ def evaluate(
         Number of `structures` and `sites`; the normalised L1 of the predictor, as `mean` and `median` over sites, and
         `pooled` (all absolute errors over all states); the same of the per-element mean of the training labels
         (`element_mean`, `element_median`, `element_pooled`) and the `ratio` of the means over sites; `rank_correlation`
-        (Spearman) of the ensemble's relative spread with the error.
+        (Spearman) of the error expected of a site with its error, and the mean `expected_error`; `coverage`, the share
+        of known bins in which the DOS lies within the calibrated spread; `per_element`, median error and number of
+        sites by symbol.
     """
     from scipy.stats import spearmanr
 
     rows = [i for i in np.flatnonzero(labels.split == split).tolist() if not isinstance(features[i], str)]
-    numbers = [labels.atoms(i).numbers for i in rows]
-    predictions = predictor.predict_features([features[i] for i in rows], numbers)
-    labels = labels.select(np.array(rows))
-    owner, site = _label_sites(labels)
-    target, known = labels.values[owner, site].astype(np.float64), labels.known[owner]
-    mean, spread = (np.concatenate([p[k] for p in predictions]).astype(np.float64) for k in (0, 1))
-    figures: dict[str, float] = {"structures": len(rows), "sites": len(owner)}
+    found, target, known = _compared(predictor, labels, features, np.array(rows))
+    numbers = np.concatenate([labels.atoms(i).numbers for i in rows])
+    figures: dict[str, Any] = {"structures": len(rows), "sites": len(target)}
     errors: dict[str, np.ndarray] = {}
-    for prefix, values in (("", mean), ("element_", predictor.baseline[np.concatenate(numbers)].astype(np.float64))):
-        error = normalised_l1_arrays(values, target, known)
-        errors[prefix] = error
+    for prefix, values in (("", found.mean.astype(float)), ("element_", predictor.baseline[numbers].astype(float))):
+        error = errors[prefix] = normalised_l1_arrays(values, target, known)
         figures[f"{prefix}mean"] = float(np.nanmean(error))
         figures[f"{prefix}median"] = float(np.nanmedian(error))
         figures[f"{prefix}pooled"] = float((np.abs(values - target) * known).sum() / (target * known).sum())
     figures["ratio"] = figures["mean"] / figures["element_mean"]
-    relative_spread = (spread * known).sum(axis=1) / np.maximum((mean * known).sum(axis=1), 1e-6)
     finite = np.isfinite(errors[""])
-    figures["rank_correlation"] = float(spearmanr(relative_spread[finite], errors[""][finite]).statistic)
+    doubt = _relative_spread(found.mean, found.spread, known)  # the expected error follows it
+    figures["rank_correlation"] = float(spearmanr(doubt[finite], errors[""][finite]).statistic)
+    figures["coverage"] = float((np.abs(found.mean - target) <= found.spread)[known].mean())
+    figures["expected_error"] = float(found.error[finite].mean())
+    by_element = {z: errors[""][finite & (numbers == z)] for z in np.unique(numbers[finite]).tolist()}
+    figures["per_element"] = {chemical_symbols[z]: [float(np.median(e)), len(e)] for z, e in by_element.items()}
     return figures
 
 
@@ -613,28 +704,30 @@ def write_pseudo_labels(
     write_npz(Path(path), material_id=structures.material_id, values=values, known=known)
 
 
-def train_ranker_and_judge(
-    label_directory: str | Path,
-    ranker_path: str | Path,
-    judge_path: str | Path,
-    *,
-    seed: int = 0,
-    progress: bool = False,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Train both predictors on the labels of a directory, each on its half of the formulas, and save them.
+def train_predictors(
+    label_directory: str | Path, paths: Mapping[str, str | Path], *, seed: int = 0, progress: bool = False
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Train predictors on the labels of a directory and save them.
 
-    The judge has other networks, another seed and no formula in common with the ranker.
+    Parameters
+    ----------
+    label_directory : shards of site DOS
+    paths : where to save each of the `ROLES` wanted
+    seed : of initial weights, dropout and order; each role adds its own number
+    progress : show a progress bar
 
     Returns
     -------
     dict
-        `evaluate` of "ranker" and "judge" on "val" (which picked the epochs) and "test".
+        Per role `evaluate` on "val" (which picked the epochs and calibrated) and "test".
     """
     labels = load_site_dos(label_directory)
     features = site_features([labels.atoms(i) for i in range(len(labels))], progress=progress)
-    ranker = train_predictor(labels, features, fold=0, seed=seed, progress=progress)
-    judge = train_predictor(labels, features, fold=1, config=JUDGE_CONFIG, seed=seed + 1, progress=progress)
-    ranker.save(ranker_path)
-    judge.save(judge_path)
-    pair = {"ranker": ranker, "judge": judge}
-    return {name: {s: evaluate(p, labels, features, s) for s in ("val", "test")} for name, p in pair.items()}
+    figures = {}
+    for number, (name, (fold, config)) in enumerate(ROLES.items()):
+        if name in paths:
+            settings: dict[str, Any] = {"fold": fold, "config": config, "seed": seed + number}
+            predictor = train_predictor(labels, features, **settings, progress=progress)
+            predictor.save(paths[name])
+            figures[name] = {split: evaluate(predictor, labels, features, split) for split in ("val", "test")}
+    return figures
