@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -544,6 +545,70 @@ def test_a_vasp_flow_of_atomate2_is_compared_by_the_dos_of_its_last_step() -> No
     assert dos.uuid == uniform.uuid
     assert [value for _, value in dos.attributes] == ["vasp_objects", "dos"]
     assert {j.config.on_missing_references for j in (static, uniform, compared, ranking)} == {OnMissing.NONE}
+
+
+# What VASP must be asked, by hand: projections on sites, tetrahedra, and the charge density of the static step.
+VASP_INPUTS = {
+    "static": "LORBIT = 11\nISMEAR = -5\nNSW = 0\nLCHARG = True\nGGA = Pe\n",
+    "non-scf uniform": "LORBIT = 11\nISMEAR = -5\nNSW = 0\nICHARG = 11\nGGA = Pe\n",
+}
+OUTCAR = "number of bands    NBANDS=     12\n   total plane-waves  NPLWV =   5832\n   IBRION =     -1\n"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pymatgen's remarks on incomplete test files
+def test_vasp_by_way_of_atomate2_ranks_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("atomate2")
+    from atomate2.utils.testing.vasp import monkeypatch_vasp
+    from atomate2.vasp.flows.core import UniformBandStructureMaker
+    from atomate2.vasp.powerups import update_user_incar_settings
+    from pymatgen.io.vasp import Kpoints, Poscar, Vasprun
+    from test_dos import vasprun_with_projections
+
+    vasprun = tmp_path / "vasprun.xml"
+    vasprun_with_projections(vasprun)
+    reference_run = Vasprun(vasprun, parse_potcar_file=False)
+    salt = reference_run.final_structure
+    target = TargetDOS.from_pymatgen(reference_run.complete_dos, 1)
+    for name, incar in VASP_INPUTS.items():
+        asked, given = tmp_path / "reference" / name / "inputs", tmp_path / "reference" / name / "outputs"
+        asked.mkdir(parents=True)
+        given.mkdir()
+        (asked / "INCAR").write_text(incar)
+        Poscar(salt).write_file(asked / "POSCAR")
+        if name != "static":
+            Kpoints.automatic_density_by_vol(salt, 1000, force_gamma=True).write_file(str(asked / "KPOINTS"))
+        shutil.copy(vasprun, given)
+        Poscar(salt).write_file(given / "CONTCAR")
+        (given / "INCAR").write_text(incar)
+        (given / "OUTCAR").write_text(OUTCAR)
+        (given / "CHGCAR").touch()  # the second step starts from it
+    reference = {f"{name} {i}": name for name in VASP_INPUTS for i in (0, 1)}
+    checks = {
+        job: {"incar_settings": [line.split()[0] for line in VASP_INPUTS[name].splitlines()],
+              "check_inputs": ["incar", "poscar"] + ["kpoints"] * (name != "static")}
+        for job, name in reference.items()
+    }  # fmt: skip
+    monkeypatch.setattr(GenerateMaker, "make", lambda *_, **__: made([salt, salt], {"1": target}))
+    maker = InverseDesignMaker(
+        screen_maker=ScreenMaker(drop_duplicates=False),
+        relax_maker=None,
+        dos_maker=update_user_incar_settings(UniformBandStructureMaker(), {"GGA": "PE"}),
+    )
+    for mock in monkeypatch_vasp(monkeypatch, tmp_path / "reference", nelect=8):
+        mock(reference, checks)
+        result = InverseDesignDoc.model_validate(run(maker.make(target, sites=[1]), tmp_path))
+    assert [c.reason for c in result.candidates] == [None, None]
+    for candidate in result.candidates:
+        assert candidate.engine == "uniform band structure"
+        assert candidate.distance == pytest.approx(0.0, abs=1e-6)
+        assert candidate.achieved["1"].total_states(-10.0, 1.0) == pytest.approx(4.5, abs=0.1)
+
+
+@job
+def made(structures: list[Structure], targets: dict[str, TargetDOS]) -> GenerationDoc:
+    """A generation that is known beforehand."""
+    records = [{"index": i} for i in range(len(structures))]
+    return GenerationDoc(structures=structures, records=records, targets=targets, settings={})
 
 
 @pytest.mark.dft
