@@ -252,6 +252,9 @@ def test_the_command_relaxes_files_and_tells_failures(tmp_path: Path) -> None:
     told = [a.info["relaxation"] for a in ase.io.read(out, ":")]
     assert [t["converged"] for t in told] == [True, False, True]
     assert "A^3 per atom" in told[1]["reason"]
+    above = [a.info.get("energy_above_hull") for a in ase.io.read(out, ":")]
+    assert above[1] is None
+    assert max(abs(above[0]), abs(above[2])) < 0.03
     same = CliRunner().invoke(app, ["relax", files[0], files[0], "-o", str(out)])
     assert same.exit_code == 1
     assert "two structures would be named salt" in same.output

@@ -71,6 +71,13 @@ def test_pymatgen_finds_the_same(rows: list[tuple[int, int, int, float]]) -> Non
         assert hull.energy_at(Atoms(wanted).numbers) == pytest.approx(theirs, abs=1e-6)
 
 
+def test_above_is_none_where_it_is_unknown() -> None:
+    hull = made(BINARY)
+    assert hull.above([11, 17], -3.0) == pytest.approx(0.5)
+    assert hull.above([11, 17], None) is None
+    assert hull.above([11, 19], -3.0) is None
+
+
 def test_a_hull_comes_back_from_its_file(tmp_path: Path) -> None:
     hull = made(BINARY)
     hull.save(tmp_path / "hull.npz")

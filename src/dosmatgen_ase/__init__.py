@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dosmatgen_ase.electronic import compute_dos
     from dosmatgen_ase.generator import DOSGenerator
     from dosmatgen_ase.predictor import predict_dos
+    from dosmatgen_ase.ranking import Ranking
     from dosmatgen_ase.relaxation import relax
     from dosmatgen_ase.stability import energy_above_hull
 
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DOSGenerator",
     "EnergyGrid",
+    "Ranking",
     "TargetDOS",
     "__version__",
     "compute_dos",
@@ -32,6 +34,7 @@ __all__ = [
 _HOME = {
     "DOSGenerator": "generator",
     "EnergyGrid": "dos",
+    "Ranking": "ranking",
     "TargetDOS": "dos",
     "compute_dos": "electronic",
     "energy_above_hull": "stability",

@@ -28,6 +28,7 @@ COLUMNS = {  # heading: (what it means, field of the candidate, decimals)
     "MAE": ("states/eV", "mae", 3),
     "predicted": ("distance of the DOS predicted before relaxation", "predicted_distance", 3),
     "energy": ("eV/atom, of the calculator that relaxed", "energy_per_atom", 3),
+    "above hull": ("eV/atom, atoms and hull by CHGNet", "energy_above_hull", 3),
     "gap": ("eV", "band_gap", 2),
 }
 

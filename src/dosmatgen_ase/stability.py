@@ -136,6 +136,13 @@ class Hull:
             raise ValueError(f"no hull energy at {Atoms(numbers).get_chemical_formula()}: {result.message}")
         return float(result.fun)
 
+    def above(self, numbers: ArrayLike, energy: float | None) -> float | None:
+        """How far an energy lies above the hull, eV/atom; None without one, or where the hull lacks an element."""
+        try:
+            return None if energy is None else energy - self.energy_at(numbers)
+        except ValueError:
+            return None
+
 
 @lru_cache(maxsize=1)
 def load_hull() -> Hull:

@@ -155,9 +155,7 @@ class ScreenMaker(Maker):
     @job(output_schema=ScreeningDoc, data=LARGE)
     def make(self, generation: GenerationDoc) -> ScreeningDoc:
         """Screen every structure of a generation."""
-        from pymatgen.analysis.structure_matcher import StructureMatcher
-
-        from dosmatgen_ase.screening import screen
+        from dosmatgen_ase.screening import KnownCrystals, screen
 
         generation = GenerationDoc.model_validate(generation)
         limits = {key: getattr(self, key) for key in ("min_distance", "min_volume_per_atom", "max_volume_per_atom")}
@@ -166,11 +164,15 @@ class ScreenMaker(Maker):
             targets=generation.targets,
             generation=generation.model_dump(include={"settings", "reason", "version"}),
         )
+        before = KnownCrystals()
         for structure, record in zip(generation.structures, generation.records, strict=True):
-            reason = screen(to_atoms(structure), **limits).reason
+            atoms = to_atoms(structure)
+            reason = screen(atoms, **limits).reason
             if reason is None and self.drop_duplicates:
-                twins = (c for c in result.survivors if StructureMatcher().fit(c.generated, structure))
-                reason = next((f"the same crystal as candidate {twin.index}" for twin in twins), None)
+                if (twin := before.find(atoms)) is not None:
+                    reason = f"the same crystal as candidate {twin}"
+                else:
+                    before.add(atoms, str(record["index"]))
             result.candidates.append(
                 CandidateDoc(
                     index=record["index"],
@@ -217,12 +219,15 @@ class RelaxMaker(Maker):
     def make(self, structure: Structure) -> RelaxDoc:
         """Relax one structure."""
         from dosmatgen_ase.relaxation import relax
+        from dosmatgen_ase.stability import load_hull
 
         relaxed: Any = relax(
             to_atoms(structure), self.calculator, fmax=self.fmax, max_steps=self.max_steps, time_limit=self.time_limit
         )
         report = relaxed.info["relaxation"]
-        return RelaxDoc(structure=None if report["energy"] is None else to_structure(relaxed), **report)
+        above = load_hull().above(relaxed.numbers, report["energy"]) if self.calculator == "chgnet" else None
+        structure = None if report["energy"] is None else to_structure(relaxed)
+        return RelaxDoc(structure=structure, energy_above_hull=above, **report)
 
 
 @dataclass
@@ -332,6 +337,7 @@ class CompareDOSMaker(Maker):
         done = CandidateDoc.model_validate(candidate).model_copy(deep=True)
         relaxed = RelaxDoc.model_validate(relaxation) if relaxation is not None else RelaxDoc(structure=None)
         done.structure, done.energy_per_atom = relaxed.structure, relaxed.energy
+        done.energy_above_hull = relaxed.energy_above_hull
         if relaxed.structure is None:
             done.reason = f"relaxation failed: {relaxed.reason or 'see the log of its job'}"
             return done

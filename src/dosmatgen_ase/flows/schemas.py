@@ -61,6 +61,7 @@ class CandidateDoc(BaseModel):
     predicted_distance: Figure = Field(default=None, description="Of the DOS predicted for it as generated")
     structure: Crystal | None = Field(default=None, description="Relaxed; as generated where nothing was relaxed")
     energy_per_atom: Figure = Field(default=None, description="eV/atom, of the calculator that relaxed")
+    energy_above_hull: Figure = Field(default=None, description="eV/atom; known where CHGNet relaxed")
     relaxation: str | None = Field(default=None, description="How the relaxation ended, in words")
     achieved: Targets = Field(default={}, description="The computed DOS of what had a target")
     distance: Figure = Field(default=None, description="Normalised L1 to the targets, mean over sites")
@@ -91,6 +92,7 @@ class RelaxDoc(BaseModel):
     structure: Crystal | None
     energy: Figure = Field(default=None, description="eV/atom")
     energy_start: Figure = Field(default=None, description="eV/atom before")
+    energy_above_hull: Figure = Field(default=None, description="eV/atom; known where CHGNet relaxed")
     converged: bool | None = Field(default=None, description="None where the engine does not tell")
     steps: int | None = None
     rmsd: Figure = Field(default=None, description="How far the atoms moved within the cell, Angstrom")
