@@ -21,7 +21,7 @@ from ase.build import bulk
 
 pytest.importorskip("jobflow")
 
-from jobflow import JobStore, Maker, OnMissing, job, run_locally
+from jobflow import Flow, JobStore, Maker, OnMissing, job, run_locally
 from maggma.stores import MemoryStore
 from monty.json import MontyDecoder, MontyEncoder
 from pymatgen.core import Lattice, Structure
@@ -46,6 +46,7 @@ from dosmatgen_ase.flows import (
     ScreenMaker,
     TrainMaker,
 )
+from dosmatgen_ase.flows.flows import validate_candidates
 from dosmatgen_ase.flows.jobs import targets_by_site, to_atoms, to_structure
 
 ROOT = Path(__file__).parents[1]
@@ -688,6 +689,64 @@ def test_the_label_script_makes_labels(tmp_path: Path) -> None:
     labels = load_site_dos(tmp_path)
     assert labels.material_id.tolist() == ["Al", "Si"]
     assert labels.band_gap[0] == 0 < labels.band_gap[1] < 1
+
+
+@pytest.mark.dft
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("abinit") is None, reason="needs abinit: apt-get install abinit")
+def test_abinit_by_way_of_atomate2_agrees_with_quantum_espresso(tmp_path: Path) -> None:
+    for package in ("abipy", "gpaw_data"):
+        pytest.importorskip(package, reason='needs the extra "abinit"')
+    assert "Al itself 0.000, abinit 0.0" in script("validate_with_abinit.py", "--demo", "--out", str(tmp_path))
+    (done,) = InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes()).candidates
+    assert done.engine == "abinit"
+    assert done.reason is None
+    assert 0 < done.distance < 0.1  # two codes, two kinds of pseudopotentials
+    assert done.achieved["0"].total_states(hi=0.0) == pytest.approx(3.0, abs=0.05)
+
+
+@dataclass
+class AbinitMaker(Maker):
+    """Like atomate2's flow of abinit: files in a folder, and no output of the flow."""
+
+    name: str = "abinit"
+    folder: str = ""
+
+    def make(self, structure: Structure) -> Flow:
+        return Flow([task_document("myhost:" + self.folder if self.folder else None)])
+
+
+@job
+def task_document(dir_name: str | None) -> dict[str, str]:
+    if dir_name is None:
+        raise RuntimeError("abinit did not end well")
+    return {"dir_name": dir_name}
+
+
+def test_files_of_abinit_are_read_and_what_is_wrong_with_them_is_told(tmp_path: Path) -> None:
+    from test_electronic import abinit_file
+
+    energies = np.linspace(-0.3, 0.6, 901)
+    level = np.exp(-0.5 * ((energies - 0.06) / 0.01) ** 2) / (np.sqrt(2 * np.pi) * 0.01)
+    (tmp_path / "outdata").mkdir()
+    out = tmp_path / "outdata" / "out"
+    abinit_file(Path(f"{out}_DOS_TOTAL"), energies, [np.column_stack([8 * level, 0 * level])])
+    for i in range(4):
+        abinit_file(Path(f"{out}_DOS_AT{i + 1:04d}"), energies, [np.column_stack([level, *[0 * level] * 9])])
+
+    def validated(folder: str) -> CandidateDoc:
+        known = candidate_doc().model_copy(update={"structure": COPPER, "distance": 0.3})
+        result = InverseDesignDoc(targets={"0": TARGET}, candidates=[known], generation={})
+        output = run(validate_candidates(result, AbinitMaker(folder=folder)), tmp_path, ensure_success=False)
+        return InverseDesignDoc.model_validate(output).candidates[0]
+
+    done = validated(str(tmp_path))
+    assert (done.engine, done.reason) == ("abinit", None)
+    assert done.achieved["0"].total_states() == pytest.approx(2.0, rel=0.02)
+    assert done.distance != 0.3
+    assert validated("").reason == "no DOS: see the log of its job"
+    Path(f"{out}_DOS_AT0003").unlink()
+    assert "no file" in validated(str(tmp_path)).reason
 
 
 @pytest.mark.dft

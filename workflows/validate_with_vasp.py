@@ -17,8 +17,8 @@ from jobflow import JobStore, run_locally
 from maggma.stores import MemoryStore
 from pymatgen.core import Lattice, Structure
 
-from dosmatgen_ase.flows import CompareDOSMaker, InverseDesignDoc, ScreeningDoc
-from dosmatgen_ase.flows.flows import evaluate_candidates
+from dosmatgen_ase.flows import InverseDesignDoc
+from dosmatgen_ase.flows.flows import validate_candidates
 from dosmatgen_ase.report import read_result, write_result
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,13 +42,12 @@ elif arguments.result is None:
     parser.error("give the result.json of a run, or --demo")
 
 run = read_result(arguments.result)
-best = [candidate for candidate in run.candidates if candidate.distance is not None][: arguments.keep]
-again = [candidate.model_copy(update={"generated": candidate.structure, "reason": None}) for candidate in best]
-screening = ScreeningDoc(candidates=again, targets=run.targets, generation=run.generation)
-job = evaluate_candidates(screening, None, maker, CompareDOSMaker())
+job = validate_candidates(run, maker, arguments.keep)
 store = JobStore(MemoryStore(), additional_stores={"data": MemoryStore()})
 run_locally(job, store=store, root_dir=arguments.out, create_folders=True, ensure_success=True)
 result = InverseDesignDoc.model_validate(store.get_output(job.output.uuid, load=True))
-for old, new in ((old, new) for new in result.candidates for old in best if old.index == new.index):
+before = {candidate.index: candidate for candidate in run.candidates}
+for new in result.candidates:
+    old = before[new.index]
     print(new.index, new.formula, f"{old.engine} {old.distance:.3f}, VASP {new.distance}", new.reason or "")
 print(f"report: {write_result(result, arguments.out)}")

@@ -43,7 +43,8 @@ class InverseDesignMaker(Maker):
         ``DoubleRelaxMaker``. None computes structures as generated.
     dos_maker
         `DOSMaker` (Quantum ESPRESSO), `PredictDOSMaker` (no DFT), or a Maker whose output has a ``CompleteDos`` of
-        pymatgen under ``vasp_objects["dos"]``, such as atomate2's ``UniformBandStructureMaker``.
+        pymatgen under ``vasp_objects["dos"]``, such as atomate2's ``UniformBandStructureMaker``, or atomate2's abinit
+        ``BandStructureMaker(bs_maker=None)``.
     """
 
     name: str = "inverse design"
@@ -98,6 +99,9 @@ def evaluate_candidates(
             relaxation = output if own else {"structure": structure, "energy": output.output.energy_per_atom}
         chain.append(dos_maker.make(structure))
         output = chain[-1].output
+        if output is None:  # atomate2's abinit flow leaves files only
+            chain.append(read_abinit_dos(chain[-1].jobs[-1].output.dir_name, structure))
+            output = chain[-1].output
         dos = output if output.output_schema is DOSDoc else output.vasp_objects["dos"]
         chain.append(compare_maker.make(screening.targets, candidate, relaxation, dos, engine=dos_maker.name))
         results.append(chain[-1].output)
@@ -108,6 +112,32 @@ def evaluate_candidates(
     flow = Flow([*steps, ranking], output=ranking.output, name="candidates")
     flow.update_config({"on_missing_references": OnMissing.NONE})
     return Response(replace=flow)
+
+
+@job(output_schema=DOSDoc, data=LARGE)
+def read_abinit_dos(directory: str | None, structure: Structure | None) -> DOSDoc:
+    """Read what the uniform step of atomate2's abinit ``BandStructureMaker`` wrote."""
+    from dosmatgen_ase.electronic import ElectronicStructureError, read_abinit
+
+    done = DOSDoc(engine="abinit", directory=directory)
+    if directory is None or structure is None:
+        done.reason = "see the log of its job"
+        return done
+    folder = Path(directory.split(":", 1)[-1])  # atomate2 writes HOST:/PATH
+    try:
+        sites, done.total_dos = read_abinit(folder / "outdata" / "out", to_atoms(structure))
+        done.site_dos = list(sites)
+    except (ElectronicStructureError, FileNotFoundError) as error:
+        done.reason = str(error)
+    return done
+
+
+def validate_candidates(result: InverseDesignDoc, dos_maker: Maker, keep: int = 3) -> Job:
+    """Compute the best candidates of a finished run again by another engine, as they are, and rank them by that."""
+    best = [candidate for candidate in result.candidates if candidate.distance is not None][:keep]
+    again = [candidate.model_copy(update={"generated": candidate.structure, "reason": None}) for candidate in best]
+    screening = ScreeningDoc(candidates=again, targets=result.targets, generation=result.generation)
+    return evaluate_candidates(screening, None, dos_maker, CompareDOSMaker())
 
 
 @job(output_schema=InverseDesignDoc, data=LARGE)
