@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 ORDER = [
     "files", "dos", "crystal", "data", "diffusion", "denoiser", "conditioning", "constraints", "checkpoint", "sampler",
     "training", "predictor", "screening", "relaxation", "stability", "electronic", "labels", "coverage", "metrics",
-    "plotting", "generator", "flows", "report", "cli",
+    "plotting", "ranking", "generator", "flows", "report", "cli",
 ]
 
 

@@ -20,6 +20,7 @@ from dosmatgen_ase import DOSGenerator, TargetDOS
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.electronic import ElectronicStructureError, EspressoSettings
 from dosmatgen_ase.predictor import SitePrediction
+from dosmatgen_ase.screening import KnownCrystals
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,7 +127,7 @@ def test_what_it_counts(nickel: dict[str, Any]) -> None:
     target = TargetDOS.from_arrays(MODEL_GRID.energies, wanted, sigma=0.2)
     judge = _Fixed([1.1 * wanted, 1.2 * wanted, 1.3 * wanted, 1.4 * wanted, None])
     ranker = _Fixed([None, 3 * wanted, 2 * wanted, 4 * wanted, wanted], strange=(4,))
-    known = nickel["Known"](_library([bulk("Cu"), bulk("Ag")]))
+    known = KnownCrystals([bulk("Cu"), bulk("Ag")])
     task = nickel["Task"]("masked_4", "", 3, {})
     figures = nickel["evaluate"](task, structures, target, ranker, judge, known).figures
     assert figures["valid"] == pytest.approx(5 / 6)
@@ -142,17 +143,3 @@ def test_what_it_counts(nickel: dict[str, Any]) -> None:
     assert figures["unique"] == pytest.approx(3 / 5)
     assert figures["new"] == pytest.approx(4 / 5)  # four-atom copper is the one-atom copper of the library
     assert figures["new_formula"] == pytest.approx(4 / 5)
-
-
-def _library(crystals: list[Atoms]) -> Any:
-    from dosmatgen_ase.data import Structures
-
-    size = np.array([len(a) for a in crystals])
-    numbers, frac = np.zeros((len(crystals), 20), dtype=int), np.zeros((len(crystals), 20, 3))
-    for i, atoms in enumerate(crystals):
-        numbers[i, : len(atoms)], frac[i, : len(atoms)] = atoms.numbers, atoms.get_scaled_positions()
-    names = np.array([str(a.symbols) for a in crystals])
-    return Structures(
-        material_id=names, split=names, reduced_formula=names, spacegroup=size, num_atoms=size,
-        cell=np.array([a.cell.array for a in crystals]), frac_coords=frac, atomic_numbers=numbers,
-    )  # fmt: skip

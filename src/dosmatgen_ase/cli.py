@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
     from .dos import TargetDOS
-    from .predictor import DOSPredictor, SitePrediction
+    from .predictor import DOSPredictor
 
 USAGE, INTERRUPTED = 2, 130  # exit codes
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError)  # what the library raises
@@ -205,6 +205,15 @@ def generate(
     guidance_scale: Annotated[
         float, typer.Option(help="0 ignores the DOS, 1 is the plain conditional model, larger amplifies.")
     ] = 1.0,
+    oversample: Annotated[
+        int, typer.Option(min=1, help="Draw so many times -n; the best by predicted DOS go to OUT-best.extxyz.")
+    ] = 1,
+    relax: Annotated[
+        str | None, typer.Option(help="Relax before ranking: chgnet, or the path or name of a MACE model.")
+    ] = None,
+    energy_weight: Annotated[
+        float, typer.Option(help="Rank by the energy above the hull, too: its weight per eV/atom against the distance.")
+    ] = 0.0,
     num_steps: Annotated[
         int | None, typer.Option(help="Sampler steps from pure noise. Default: as in DOSGenerator.")
     ] = None,
@@ -250,57 +259,85 @@ def generate(
 
     from .generator import DOSGenerator
     from .predictor import DEFAULT_PREDICTOR, DOSPredictor
+    from .ranking import Ranking
 
+    how = {"relax": relax, "ranking": Ranking(energy=energy_weight), "progress": relax is not None}
     generator = DOSGenerator(weights, device=device)
     forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
     made = 0
     try:
-        for _ in generator.generate_iter(target, n, **settings, progress=True, out=out):
+        for _ in generator.generate_iter(target, n * oversample, **settings, progress=True, out=out):
             made += 1
-        _report(out, n, target, settings["sites"] or [0], forward, plot)
+        total = target if target.kind == "total" else None
+        sites = {} if total else dict.fromkeys(settings["sites"] or [0], target)
+        _report(out, n, n * oversample, sites, total, forward, plot, how)
     except KeyboardInterrupt:
-        _say(f"interrupted: {made} of {n} structures are kept in {out}; the same command goes on from there", "yellow")
+        kept = f"{made} of {n * oversample} structures are kept in {out}"
+        _say(f"interrupted: {kept}; the same command goes on from there", "yellow")
         raise typer.Exit(INTERRUPTED) from None
     typer.echo(f"{time.perf_counter() - start:.1f} s")
 
 
 def _report(
-    out: Path, n: int, target: TargetDOS, sites: Sequence[int], forward: DOSPredictor, plot: Path | None
+    out: Path,
+    n: int,
+    draws: int,
+    sites: dict[int, TargetDOS],
+    total: TargetDOS | None,
+    forward: DOSPredictor,
+    plot: Path | None,
+    how: dict[str, Any],
 ) -> None:
-    """Rank the structures in `out` by their predicted DOS; print the table and draw the best four."""
+    """Rank the structures drawn into `out`; print the table, keep and draw the best."""
     import ase.io
 
-    frames = list(enumerate(ase.io.read(out, index=":", format="extxyz")))
-    frames = [(frame, atoms) for frame, atoms in frames if atoms.info["dosmatgen"]["index"] < n]
-    ranked = []
-    for (frame, atoms), prediction in zip(frames, forward.predict_arrays([a for _, a in frames]), strict=True):
-        predicted = _comparable(prediction, target, sites)
-        ranked.append((_distance(predicted, target), frame, atoms, predicted))
-    ranked.sort(key=lambda candidate: (math.isnan(candidate[0]), candidate[0], candidate[1]))
-    table = Table(title=f"{len(ranked)} structures in {out}, best first")
-    for name in ("frame", "formula", "with the DOS", "atoms", "Å³/atom", "predicted distance"):
+    from .ranking import best, predicted_for_targets, score
+
+    drawn = ase.io.read(out, ":", format="extxyz")
+    for frame, atoms in enumerate(drawn):
+        atoms.info["frame"] = frame
+    drawn = [atoms for atoms in drawn if atoms.info["dosmatgen"]["index"] < draws]
+    found = best(score(drawn, sites, total, predictor=forward, **how), n)
+    if draws > n or how["relax"] is not None:
+        out = out.with_name(f"{out.stem}-best{out.suffix}")
+        for frame, atoms in enumerate(found):
+            atoms.info["frame"] = frame
+        ase.io.write(out, found, format="extxyz")
+    table = Table(title=f"{len(found)} structures in {out}, best first")
+    energies = how["ranking"].energy > 0
+    for name in ("frame", "formula", "with the DOS", "atoms", "Å³/atom", "predicted distance", "expected error"):
         table.add_column(name, justify="left" if name in ("formula", "with the DOS") else "right")
-    for distance, frame, atoms, _ in ranked:
-        size, volume = len(atoms), atoms.get_volume() / len(atoms)
-        given = "cell" if target.kind == "total" else ", ".join(f"{atoms[i].symbol} (site {i})" for i in sites)
-        figures = str(size), f"{volume:.1f}", _figure(distance)
-        table.add_row(str(frame), atoms.get_chemical_formula(), given, *figures)
+    if energies:
+        table.add_column("eV/atom above hull", justify="right")
+    for atoms in found:
+        told = atoms.info["scores"]
+        given = "cell" if total is not None else ", ".join(f"{atoms[i].symbol} (site {i})" for i in sites)
+        figures = [str(len(atoms)), f"{atoms.get_volume() / len(atoms):.1f}"]
+        figures += [_figure(told["distance"]), _figure(told["expected_error"])]
+        figures += [_figure(told["energy_above_hull"])] if energies else []
+        table.add_row(str(atoms.info["frame"]), atoms.get_chemical_formula(), given, *figures)
     Console().print(table)
     typer.echo("frame: place in the file, as in ase.io.read(file, frame)")
     typer.echo("predicted distance: normalised L1 of the DOS that a forward model predicts, to the target")
     if plot is not None:
         from .plotting import plot_candidates
 
-        best = [
-            (f"frame {frame}: {atoms.get_chemical_formula()}, predicted distance {_figure(distance)}", atoms, predicted)
-            for distance, frame, atoms, predicted in ranked[:4]
+        target = total or next(iter(sites.values()))
+        shown = [
+            (
+                f"frame {atoms.info['frame']}: {atoms.get_chemical_formula()}, "
+                f"predicted distance {_figure(atoms.info['scores']['distance'])}",
+                atoms,
+                [predicted for predicted, _ in predicted_for_targets(prediction, sites, total)],
+            )
+            for atoms, prediction in zip(found[:4], forward.predict_arrays(found[:4]), strict=True)
         ]
-        plot_candidates(target, best, plot, sites=() if target.kind == "total" else sites)
+        plot_candidates(target, shown, plot, sites=() if total is not None else list(sites))
         typer.echo(f"picture: {plot}")
 
 
-def _figure(value: float) -> str:
-    return "unknown" if math.isnan(value) else f"{value:.2f}"
+def _figure(value: float | None) -> str:
+    return "unknown" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 def _read_structure(path: Path) -> Atoms:
@@ -312,28 +349,6 @@ def _read_structure(path: Path) -> Atoms:
         return ase.io.read(path)
     except Exception as error:
         raise ValueError(f"template {path} is not a structure that ASE reads: {error}") from error
-
-
-def _comparable(prediction: SitePrediction, target: TargetDOS, sites: Sequence[int]) -> list[TargetDOS]:
-    """What can be compared with the target: the DOS predicted for each conditioned site, or for the cell."""
-    from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
-
-    rows = [(prediction.mean[i], prediction.known[i]) for i in sites]
-    if target.kind == "total":
-        rows = [(prediction.mean.sum(axis=0), prediction.known.all(axis=0))]
-    return [
-        TargetDOS(MODEL_GRID.energies, values, known, target.reference, MODEL_SIGMA, target.kind)
-        for values, known in rows
-        if known.any()
-    ]
-
-
-def _distance(predicted: Sequence[TargetDOS], target: TargetDOS) -> float:
-    """Mean normalised L1 over the conditioned sites; NaN where none can be predicted."""
-    from .dos import normalised_l1
-
-    distances = [normalised_l1(dos, target) for dos in predicted]
-    return sum(distances) / len(distances) if distances else math.nan
 
 
 # -- dos ---------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import ase.io
 import numpy as np
@@ -37,6 +37,9 @@ from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from .files import write_atomic
 from .sampler import Randomness, SamplerConfig, sample
 from .screening import screen
+
+if TYPE_CHECKING:
+    from .ranking import Ranking
 
 DOSInput = TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS] | None
 MAX_ATTEMPTS = 5  # draws per structure before the generator gives up on it
@@ -284,8 +287,11 @@ class DOSGenerator:
         seed: int | None = None,
         progress: bool = False,
         out: str | Path | None = None,
+        oversample: int = 1,
+        relax: Any = None,
+        ranking: Ranking | None = None,
     ) -> Atoms | list[Atoms]:
-        """Generate one structure, or a list of ``n``.
+        """Generate one structure, or a list of ``n``; draw more, relax and rank them if asked.
 
         Parameters
         ----------
@@ -323,13 +329,21 @@ class DOSGenerator:
         progress : bool
             Show a bar.
         out : path, optional
-            Append each structure to this extxyz file as it is made; a file of the same request is continued, with the
-            seed of that file if none is given.
+            Append each structure to this extxyz file as it is made, before any ranking; a file of the same request is
+            continued, with the seed of that file if none is given.
+        oversample : int
+            Draw so many times ``n`` and return the best, by the DOS predicted for them (`ranking`).
+        relax : ASE calculator, "chgnet", or the path or name of a MACE model, optional
+            Relax what was drawn (`relaxation.relax`), then rank.
+        ranking : Ranking, optional
+            What makes a structure good; the predicted distance to the DOS by default. Given, relaxed or oversampled
+            structures come best first, distinct ones before duplicates, with ``info["scores"]``.
 
         Returns
         -------
         Atoms or list of Atoms
-            ``info["dosmatgen"]`` tells version, weights, seed, index, settings and target, enough to make it again.
+            ``info["dosmatgen"]`` tells version, weights, seed, index, settings and target, enough to make it again
+            (as it was before relaxation).
 
         Raises
         ------
@@ -338,13 +352,23 @@ class DOSGenerator:
         RuntimeError
             If a structure is rejected by the screen five times in a row.
         """
+        if isinstance(oversample, bool) or not isinstance(oversample, int | np.integer) or oversample < 1:
+            raise ValueError(f"oversample={oversample!r} must be a whole number of at least 1")
+        wanted = 1 if n is None else n
+        if ranked := oversample > 1 or relax is not None or ranking is not None:
+            from .ranking import best, score  # brings CHGNet, which plain generation does without
+
+            total, targets = _targets(dos, sites)
+            score([], targets, total, ranking=ranking)  # what cannot be ranked is told before the work
         made = self.generate_iter(
-            dos, 1 if n is None else n, num_atoms=num_atoms, sites=sites, template=template, strength=strength,
-            fixed_species=fixed_species, fixed_sites=fixed_sites, fixed_cell=fixed_cell, composition=composition,
-            elements=elements, exclude_elements=exclude_elements, guidance_scale=guidance_scale, num_steps=num_steps,
+            dos, wanted * oversample if ranked else wanted, num_atoms=num_atoms, sites=sites, template=template,
+            strength=strength, fixed_species=fixed_species, fixed_sites=fixed_sites, fixed_cell=fixed_cell,
+            composition=composition, elements=elements, exclude_elements=exclude_elements, guidance_scale=guidance_scale, num_steps=num_steps,
             seed=seed, progress=progress, out=out,
         )  # fmt: skip
         ordered = sorted(made, key=lambda atoms: atoms.info["dosmatgen"]["index"])
+        if ranked:
+            ordered = best(score(ordered, targets, total, ranking=ranking, relax=relax, progress=progress), wanted)
         return ordered[0] if n is None else ordered
 
     def generate_iter(

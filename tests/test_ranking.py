@@ -1,0 +1,143 @@
+"""Ranking of candidates, and what `DOSGenerator.generate` returns with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.lj import LennardJones
+
+from dosmatgen_ase import DOSGenerator, TargetDOS, energy_above_hull, predict_dos
+from dosmatgen_ase.dos import MODEL_GRID, normalised_l1
+from dosmatgen_ase.predictor import SitePrediction
+from dosmatgen_ase.ranking import Ranking, best, predicted_distance, predicted_for_targets, score
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def copper() -> TargetDOS:
+    return predict_dos(bulk("Cu"))[0]
+
+
+@pytest.fixture(scope="module")
+def generator() -> DOSGenerator:
+    return DOSGenerator(device="cpu")
+
+
+def metals() -> list[Atoms]:
+    return [bulk("Al"), bulk("Cu"), bulk("Ag")]
+
+
+def test_the_crystal_that_has_the_dos_comes_first(copper: TargetDOS) -> None:
+    ranked = score(metals(), {0: copper})
+    assert [atoms.symbols[0] for atoms in ranked] == ["Cu", "Ag", "Al"]
+    told = [atoms.info["scores"] for atoms in ranked]
+    assert told[0]["distance"] == pytest.approx(0.0, abs=1e-6)
+    assert [t["score"] for t in told] == [t["distance"] for t in told]
+    assert told[1]["distance"] == pytest.approx(normalised_l1(predict_dos(bulk("Ag"))[0], copper), abs=1e-6)
+    assert all(0 < t["expected_error"] < 2 for t in told)
+    assert "energy_above_hull" not in told[0]
+
+
+def test_weights_count(copper: TargetDOS) -> None:
+    stretched = bulk("Cu", a=4.2)
+    by_both = score([stretched, bulk("Al")], {0: copper}, ranking=Ranking(distance=1, uncertainty=2, energy=3))
+    for atoms in by_both:
+        told = atoms.info["scores"]
+        expected = told["distance"] + 2 * told["expected_error"] + 3 * told["energy_above_hull"]
+        assert told["score"] == pytest.approx(expected)
+        assert told["energy_above_hull"] == pytest.approx(energy_above_hull(atoms), abs=1e-4)
+    by_energy = score([stretched, bulk("Cu")], {}, ranking=Ranking(distance=0, energy=1))
+    assert by_energy[0].cell.volume < by_energy[1].cell.volume
+
+
+def test_what_cannot_be_measured_comes_last(copper: TargetDOS) -> None:
+    collapsed, rare = bulk("Cu", a=1.2), bulk("Po", "sc", a=3.3)
+    ranked = score([collapsed, rare, bulk("Al")], {0: copper})
+    assert [atoms.symbols[0] for atoms in ranked] == ["Al", "Cu", "Po"]
+    assert [atoms.info["scores"]["score"] is None for atoms in ranked] == [False, True, True]
+
+
+def test_every_target_counts(copper: TargetDOS) -> None:
+    salt = predict_dos(bulk("NaCl", "rocksalt", a=5.64))
+    pair = score([bulk("NaCl", "rocksalt", a=5.64), bulk("MgO", "rocksalt", a=4.21)], {0: salt[0], 1: salt[1]})
+    assert pair[0].get_chemical_formula() == "ClNa"
+    values = np.zeros((2, MODEL_GRID.size), dtype=np.float32)
+    known = np.array([np.ones(MODEL_GRID.size), np.zeros(MODEL_GRID.size)], dtype=bool)
+    half = SitePrediction(values, values, known, np.zeros(2))
+    assert len(predicted_for_targets(half, {0: copper, 1: copper})) == 1
+    assert predicted_distance(half, {0: copper, 1: copper}) is None  # not the mean of what happens to be known
+    assert predicted_distance(half, {0: copper}) == pytest.approx(1.0)
+
+
+def test_total_targets_are_compared_with_the_cell(copper: TargetDOS) -> None:
+    total = TargetDOS(copper.energies, 4 * copper.values, copper.known, "fermi", copper.sigma, "total")
+    ranked = score([bulk("Cu"), bulk("Cu", cubic=True)], {}, total)
+    assert [len(atoms) for atoms in ranked] == [4, 1]
+
+
+def test_relaxation_comes_before_the_score(copper: TargetDOS) -> None:
+    start = bulk("Ar", a=5.0)
+    start.info["dosmatgen"] = {"index": 3}
+    engine = LennardJones(sigma=3.4, epsilon=0.0104, rc=8.0)
+    relaxed = score([start], {}, ranking=Ranking(distance=0, energy=1), relax=engine)[0]
+    assert relaxed.info["relaxation"]["steps"] > 0
+    assert relaxed.info["dosmatgen"] == {"index": 3}
+    assert relaxed.cell.volume != start.cell.volume
+    told = relaxed.info["scores"]
+    assert told["score"] == pytest.approx(energy_above_hull(relaxed), abs=1e-5)  # of the relaxed crystal
+    assert told["score"] < energy_above_hull(start)
+
+
+def test_best_prefers_distinct_crystals() -> None:
+    a, b, c = bulk("Cu"), bulk("Cu", cubic=True), bulk("Ag")
+    assert best([a, b, c], 2) == [a, c]
+    assert best([a, b, c], 3) == [a, b, c]  # too few: the twin comes back, in its place
+    assert best([b, a], 1) == [b]
+
+
+def test_generate_oversamples_and_ranks(generator: DOSGenerator, copper: TargetDOS, tmp_path: Path) -> None:
+    plain = generator.generate(copper, 6, num_atoms=2, seed=3)
+    picked = generator.generate(copper, 2, num_atoms=2, seed=3, oversample=3, out=tmp_path / "all.extxyz")
+    assert "scores" not in plain[0].info
+    scores = [atoms.info["scores"]["score"] for atoms in picked]
+    assert scores == sorted(scores)
+    every = [a.info["scores"]["score"] for a in score(plain, {0: copper})]
+    assert scores[0] == pytest.approx(every[0])  # the best of the same draws
+    assert len((tmp_path / "all.extxyz").read_text().split("Lattice")) == 7  # what was drawn is kept
+    one = generator.generate(copper, num_atoms=2, seed=3, oversample=6)
+    assert one.info["scores"]["score"] == pytest.approx(scores[0])
+    again = generator.regenerate(one, copper)
+    np.testing.assert_allclose(again.positions, one.positions, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"oversample": 0}, "oversample=0 must be a whole number"),
+        ({"oversample": 1.5}, "oversample=1.5 must be a whole number"),
+        ({"oversample": True}, "oversample=True must be a whole number"),
+    ],
+)
+def test_wrong_settings(generator: DOSGenerator, copper: TargetDOS, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generator.generate(copper, 1, **settings)
+
+
+def test_there_must_be_something_to_rank_by(generator: DOSGenerator, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no DOS to rank by"):
+        generator.generate(None, 1, oversample=2, out=tmp_path / "none.extxyz")
+    assert not (tmp_path / "none.extxyz").exists()  # told before the work
+    with pytest.raises(ValueError, match="one of them above 0"):
+        Ranking(distance=0)
+    with pytest.raises(ValueError, match="not negative"):
+        Ranking(energy=-1)
