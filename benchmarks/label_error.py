@@ -8,7 +8,8 @@ symmetry) as all labels are, at least 2 each. Within each the order is that of a
 the id, so that new labels hardly change the draw. Labels whose dense calculation is estimated above `--max-cost`
 seconds are passed over and counted: large cells of low symmetry with heavy elements are missing.
 
-Results of single structures are kept in runs/label_error. After Ctrl-C the report is made of those that are there.
+Results of single structures are kept in runs/label_error; --report makes the tables of those that are there, computing
+nothing. The draw that was asked for and what was computed of it both stand in the results.
 """
 
 from __future__ import annotations
@@ -86,6 +87,13 @@ def dense(atoms: Atoms, name: str, folder: Path) -> ElectronicStructure | str:
     settings = EspressoSettings(**DENSE, dos_kpoint_density=2 * dos_kpoint_density(atoms))
     result = compute_many({name: atoms}, folder, settings)[name]
     return result if isinstance(result, ElectronicStructure) else str(result)
+
+
+def cutoff_error(labels: SiteDOSLabels, i: int, folder: Path) -> float | None:
+    """What of a label's error the cut-off alone makes: its distance to 60 Ry on its own meshes."""
+    name, settings = str(labels.material_id[i]), EspressoSettings(ecutwfc=DENSE["ecutwfc"], time_limit=1800.0)
+    result = compute_many({name: labels.atoms(i)}, folder / "cutoff", settings)[name]
+    return compare(labels, i, result)["l1"] if isinstance(result, ElectronicStructure) else None
 
 
 def label_targets(labels: SiteDOSLabels, i: int) -> list[TargetDOS]:
@@ -198,12 +206,13 @@ def markdown(report: dict[str, Any]) -> str:
         f"structures. {len(rows)} of {report['draw']['drawn']} drawn labels computed; {passed} were passed over as too "
         "costly.",
         "",
-        "| worst | | atoms | normalised L1 | occupied | shifted (by, eV) | largest at, eV | gap, eV (label) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| worst | | atoms | normalised L1 | by cut-off | occupied | shifted (by, eV) | most at, eV | gap (label), eV |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(rows, key=lambda r: -r["l1"])[:8]:
         lines.append(
-            f"| {r['id']} | {r['formula']} | {r['num_atoms']} | {r['l1']:.3f} | {r['l1_occupied']:.3f} | "
+            f"| {r['id']} | {r['formula']} | {r['num_atoms']} | {r['l1']:.3f} | {_figure(r.get('l1_cutoff'))} | "
+            f"{r['l1_occupied']:.3f} | "
             f"{r['l1_shifted']:.3f} ({r['shift']:+.2f}) | {r['worst_energy']:+.1f} | "
             f"{r['gap']:.2f} ({r['label_gap']:.2f}) |"
         )
@@ -226,6 +235,10 @@ def markdown(report: dict[str, Any]) -> str:
             "level, on top of the error above.",
         ]
     return "\n".join([*lines, ""])
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -256,7 +269,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Error of the labels against denser meshes, and against VASP.")
     parser.add_argument("--vasp", type=Path, help="dos_mp_elements.npz")
     parser.add_argument("--labels", type=Path, default=ROOT / "data" / "site_dos", help="folder of shards")
+    parser.add_argument("--report", action="store_true", help="compute nothing")
     parser.add_argument("-n", type=int, default=40, help="labels to recompute")
+    parser.add_argument("--explain", type=int, default=5, help="worst labels recomputed at 60 Ry on their own meshes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-cost", type=float, default=150.0, help="estimated seconds for one structure")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "label_error", help="where results are kept")
@@ -265,16 +280,19 @@ def main() -> None:
     labels = load_site_dos(options.labels)
     rows, how = draw(labels, electron_counts(options.labels), options.n, options.seed, options.max_cost)
     report: dict[str, Any] = {"draw": {**how, "drawn": len(rows)}, "labels": [], "failed": {}}
-    try:
-        for i in tqdm(rows, unit="structure"):
-            name = str(labels.material_id[i])
-            result = dense(labels.atoms(i), name, options.folder)
-            if isinstance(result, str):
-                report["failed"][name] = result
-            else:
-                report["labels"].append(compare(labels, i, result))
-    except KeyboardInterrupt:
-        print(f"stopped: the report is of {len(report['labels'])} structures")
+    for i in tqdm(rows, unit="structure"):
+        name = str(labels.material_id[i])
+        if options.report and not (options.folder / f"{name}.json").exists():
+            continue
+        result = dense(labels.atoms(i), name, options.folder)
+        if isinstance(result, str):
+            report["failed"][name] = result
+        else:
+            report["labels"].append(compare(labels, i, result))
+    for row in sorted(report["labels"], key=lambda r: -r["l1"])[: options.explain]:
+        if options.report and not (options.folder / "cutoff" / f"{row['id']}.json").exists():
+            continue
+        row["l1_cutoff"] = cutoff_error(labels, labels.material_id.tolist().index(row["id"]), options.folder)
     report["vasp"] = against_vasp(labels, options.vasp) if options.vasp else []
     report["summary"] = summary(report)
     table = markdown(report)

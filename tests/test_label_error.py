@@ -35,16 +35,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict:
 @pytest.mark.usefixtures("labels")
 def test_labels_of_the_same_calculation_have_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_engine(tmp_path / "log")
-    report = run(tmp_path, monkeypatch, "-n", "6")
+    report = run(tmp_path, monkeypatch, "-n", "6", "--explain", "2")
     assert report["summary"]["all"]["structures"] == len(report["labels"]) == 6
     assert report["draw"]["strata"]["3"] == {"labels": 12, "drawn": 6, "passed_over": 0}
     assert max(r["l1"] for r in report["labels"]) < 1e-3
     assert {r["shift"] for r in report["labels"]} == {0.0}
-    assert tries(tmp_path).total() == 6
+    assert len([r for r in report["labels"] if "l1_cutoff" in r]) == 2
+    assert tries(tmp_path).total() == 6 + 2
     assert (tmp_path / "results" / "label_error.png").read_bytes()[:4] == b"\x89PNG"
     assert "6 of 6 drawn labels" in (tmp_path / "results" / "label_error.md").read_text()
-    assert run(tmp_path, monkeypatch, "-n", "6") == report
-    assert tries(tmp_path).total() == 6, "results are kept"
+    assert run(tmp_path, monkeypatch, "-n", "6", "--explain", "2") == report
+    assert run(tmp_path, monkeypatch, "-n", "6", "--explain", "2", "--report") == report
+    assert tries(tmp_path).total() == 6 + 2, "results are kept"
+    assert len(run(tmp_path, monkeypatch, "-n", "8", "--report")["labels"]) == 6, "computes nothing"
+    assert tries(tmp_path).total() == 6 + 2
 
 
 def test_a_shift_of_the_zero_is_told_from_an_error_of_the_shape(labels: SiteDOSLabels) -> None:
