@@ -363,8 +363,8 @@ class DOSGenerator:
         made = self.generate_iter(
             dos, wanted * oversample if ranked else wanted, num_atoms=num_atoms, sites=sites, template=template,
             strength=strength, fixed_species=fixed_species, fixed_sites=fixed_sites, fixed_cell=fixed_cell,
-            composition=composition, elements=elements, exclude_elements=exclude_elements, guidance_scale=guidance_scale, num_steps=num_steps,
-            seed=seed, progress=progress, out=out,
+            composition=composition, elements=elements, exclude_elements=exclude_elements,
+            guidance_scale=guidance_scale, num_steps=num_steps, seed=seed, progress=progress, out=out,
         )  # fmt: skip
         ordered = sorted(made, key=lambda atoms: atoms.info["dosmatgen"]["index"])
         if ranked:
