@@ -206,7 +206,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"structures. {len(rows)} of {report['draw']['drawn']} drawn labels computed; {passed} were passed over as too "
         "costly.",
         "",
-        "| worst | | atoms | normalised L1 | by cut-off | occupied | shifted (by, eV) | most at, eV | gap (label), eV |",
+        "| worst | | atoms | normalised L1 | by cut-off | occupied | shifted (by, eV) | most at | gap (label), eV |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(rows, key=lambda r: -r["l1"])[:8]:
