@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,8 +165,8 @@ def test_the_shards_are_small_and_stay_out_of_the_wheel() -> None:
     assert sum(path.stat().st_size for path in SHARDS) < MEGABYTES * 1e6
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
     assert build["wheel"]["packages"] == ["src/dosmatgen_ase"]
-    inside = subprocess.run(["git", "ls-files", "src"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert not [name for name in inside if name.endswith((".npz", ".parquet"))]
+    inside = [path for path in (ROOT / "src").rglob("*.npz") if path.name in {shard.name for shard in SHARDS}]
+    assert inside == [] == list((ROOT / "src").rglob("*.parquet"))
 
 
 @pytest.mark.parametrize("damage", ["sites", "electrons", "symmetry"])
