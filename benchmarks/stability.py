@@ -1,0 +1,232 @@
+"""Energy above the hull of held-out real crystals (the control), of generated ones, and of prototypes; time to relax.
+
+    python benchmarks/stability.py                      # the table of the README
+    python benchmarks/stability.py --num-real 20 --num-draws 10 --out runs/quick
+
+Real: near-stable structures of split `test`, relaxed as the hull is. "Hull" holds their own formulas too, as the one
+that ships does; "other formulas" is the hull of `train` and `val` alone, where no entry has the formula that is asked
+about, so that a stable crystal lies below it. Generated: one candidate of 4 to 7 atoms per draw, conditioned on every
+site of a labelled `test` structure, as it comes from the generator and relaxed. Everything by CHGNet 0.3.0.
+
+Stopped runs go on: what was relaxed is kept in `data/cache/` (real crystals beside those of `scripts/build_hull.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are loaded
+
+import numpy as np
+import torch
+from _common import RESULTS, ROOT, write_results
+from ase import Atoms
+from ase.build import bulk
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase.data import load_site_dos, load_structures
+from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA
+from dosmatgen_ase.files import read_records
+from dosmatgen_ase.metrics import bootstrap_interval, median, quantile
+from dosmatgen_ase.relaxation import relax
+from dosmatgen_ase.screening import KnownCrystals, charge_balanced, screen_many
+from dosmatgen_ase.stability import Hull, chgnet_energies, load_hull
+
+BAR = {"real_median": 0.03, "seconds_for_50": 300.0}
+STABLE = 0.1  # eV/atom above the hull: the usual bound for "metastable"
+PROTOTYPES = {
+    "NaCl, rock salt": bulk("NaCl", "rocksalt", a=5.64),
+    "NaCl, CsCl type": bulk("NaCl", "cesiumchloride", a=3.4),
+    "MgO, rock salt": bulk("MgO", "rocksalt", a=4.21),
+    "MgO, zinc blende": bulk("MgO", "zincblende", a=4.6),
+    "Cu, fcc": bulk("Cu", "fcc", a=3.61),
+    "Cu, diamond": bulk("Cu", "diamond", a=5.4),
+}
+
+
+def relax_all(named: dict[str, Atoms], cache: Path) -> dict[str, dict[str, Any]]:
+    """Relax one by one with the defaults; keep energy (eV/atom), outcome and CPU seconds in the cache; return them."""
+    known = read_records(cache)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with cache.open("a") as file:
+        file.write("\n")  # after a line torn by an interruption
+        for name, atoms in tqdm(named.items(), unit="structure", desc="relax"):
+            if "relaxed" in known.get(name, {}):
+                continue
+            start, wall = time.process_time(), time.perf_counter()
+            relaxed = relax(atoms)
+            report = relaxed.info["relaxation"]
+            record = {
+                "relaxed": report["energy"],
+                "steps": report["steps"],
+                "reason": report["reason"],
+                "cpu": round(time.process_time() - start, 3),
+                "wall": round(time.perf_counter() - wall, 3),
+                "crystal": [relaxed.numbers.tolist(), relaxed.cell.array.tolist(), relaxed.positions.tolist()],
+            }
+            known.setdefault(name, {}).update(record)
+            file.write(json.dumps({"id": name, **record}) + "\n")
+            file.flush()
+    return {name: known[name] for name in named}
+
+
+def draw(count: int, seed: int) -> list[Atoms]:
+    """Candidates of 4 to 7 atoms, one per target, every site conditioned; targets are used again where they run out."""
+    labels = load_site_dos(ROOT / "data" / "site_dos")
+    rows = np.flatnonzero((labels.split == "test") & (labels.num_atoms >= 4) & (labels.num_atoms <= 7))
+    rows = np.random.default_rng(seed).permutation(rows)
+    generator, made = DOSGenerator(), []
+    for k in range(count):
+        i = int(rows[k % len(rows)])
+        reference = "vbm" if labels.band_gap[i] > 0 else "fermi"
+        dos = [
+            TargetDOS(MODEL_GRID.energies, values, labels.known[i], reference, MODEL_SIGMA, "site")
+            for values in labels.values[i, : labels.num_atoms[i]].astype(float)
+        ]
+        made.append(generator.generate(dos, seed=(seed << 16) + k))
+    return made
+
+
+def above(hull: Hull, energies: Sequence[tuple[np.ndarray, float | None]]) -> list[float]:
+    """Energies above a hull, eV/atom, of (atomic numbers, eV/atom); infinite where there is no energy."""
+    return [np.inf if (value := hull.above(*entry)) is None else value for entry in energies]
+
+
+def figures(above: Sequence[float]) -> dict[str, Any]:
+    """Median with its interval, quartiles, and shares; a structure without an energy counts as infinitely high."""
+    values = np.where(np.isfinite(above), above, np.inf)
+    return {
+        "structures": len(values),
+        "no_energy": int(np.isinf(values).sum()),
+        "median": median(values),
+        "median_interval": bootstrap_interval(values, median),
+        "quartiles": quantile(values, (0.25, 0.75)).tolist(),
+        "below_0.03": float((values <= BAR["real_median"]).mean()),
+        "metastable": float((values <= STABLE).mean()),
+        "all": values.tolist(),
+    }
+
+
+def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Cumulative distributions."""
+    figure = Figure(figsize=(6.0, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for (name, row), colour in zip(rows.items(), ("black", "tab:gray", "tab:orange", "tab:blue"), strict=True):
+        axes.ecdf([min(value, 10.0) for value in row["all"]], label=name, color=colour)
+    axes.axvline(0.0, color="black", linewidth=0.5)
+    axes.set(xlim=(-0.3, 1.0), xlabel="energy above the hull, eV/atom", ylabel="share of structures")
+    axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table that the README includes."""
+    lines = [
+        "| structures | number | eV/atom above the hull: median [95 %] | quartiles | up to 0.03 | up to 0.1 |",
+        "|--|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in report["rows"].items():
+        (low, high), (first, third) = row["median_interval"], row["quartiles"]
+        lines.append(
+            f"| {name} | {row['structures']} | {row['median']:.3f} [{low:.3f}, {high:.3f}] | {first:.3f}, {third:.3f} "
+            f"| {row['below_0.03']:.2f} | {row['metastable']:.2f} |"
+        )
+    lines += ["", "| prototype, relaxed | eV/atom above the hull |", "|--|--:|"]
+    lines += [f"| {name} | {above:.3f} |" for name, above in report["prototypes"].items()]
+    cost, candidates, hull = report["relaxation"], report["candidates"], report["hull"]
+    lines += [
+        "",
+        f"Real crystals are of split `test`. Energies of atoms and hull: CHGNet 0.3.0; of the hull's "
+        f"{hull['formulas']} formulas {hull['relaxed']} are relaxed with it, the others stand in the geometry of the "
+        f"data. Generated: one draw per target, every site conditioned; {candidates['valid_unique_new']:.2f} of them "
+        f"are valid, unique and new, {candidates['valid_unique_new_metastable']:.2f} are so and at most 0.1 eV/atom "
+        f"above the hull once relaxed; of {candidates['with_charges']} that are not all metal "
+        f"{candidates['balanced']} balance common charges.",
+        "",
+        f"Relaxing {cost['structures']} of the candidates took {cost['cpu_seconds']:.0f} s of CPU time on one core "
+        f"(median {cost['median']:.1f} s, slowest {cost['slowest']:.1f} s); {cost['converged']} converged within 200 "
+        "steps.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description="Energy above the hull of real, generated and prototype crystals.")
+    parser.add_argument("--num-real", type=int, default=200)
+    parser.add_argument("--num-draws", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hull", type=Path, default=None, help="default: the one that ships")
+    parser.add_argument("--cache", type=Path, default=ROOT / "data" / "cache", help="relaxed energies are kept there")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    if options.num_real < 1 or options.num_draws < 1:
+        parser.error("--num-real and --num-draws must be at least 1")
+
+    torch.set_num_threads(1)
+    hull = Hull.load(options.hull) if options.hull else load_hull()
+    others = hull.without(hull.split == "test")
+
+    data = load_structures(ROOT / "data" / "structures.parquet", split="test")
+    rows = np.random.default_rng(options.seed).permutation(len(data))[: options.num_real].tolist()
+    real = {str(data.material_id[i]): data.atoms(i) for i in rows}
+    energies = relax_all(real, options.cache / "hull.jsonl")
+    stood = [(real[name].numbers, record["relaxed"]) for name, record in energies.items()]
+
+    made = draw(options.num_draws, options.seed)
+    raw = chgnet_energies(made, progress=True) - [hull.energy_at(atoms.numbers) for atoms in made]
+    sha = made[0].info["dosmatgen"]["weights"][:12]
+    done = relax_all({f"{options.seed}-{k}": a for k, a in enumerate(made)}, options.cache / f"stability_{sha}.jsonl")
+    after = above(hull, [(atoms.numbers, r["relaxed"]) for atoms, r in zip(made, done.values(), strict=True)])
+
+    relaxed = [Atoms(z, cell=cell, positions=x, pbc=True) for z, cell, x in (r["crystal"] for r in done.values())]
+    prototypes = [(atoms.numbers, relax(atoms).info["relaxation"]["energy"]) for atoms in PROTOTYPES.values()]
+    known = KnownCrystals.from_file(ROOT / "data" / "structures.parquet")
+    new = np.array([outcome.accepted for outcome in screen_many(relaxed, known=known)])
+    balance = [charge_balanced(atoms) for atoms in made]
+    first = list(done.values())[:50]
+    report = {
+        "seed": options.seed,
+        "weights": made[0].info["dosmatgen"]["weights"],
+        "hull": {"formulas": len(hull.name), "relaxed": int(hull.relaxed.sum())},
+        "bar": BAR,
+        "rows": {
+            "real, hull": figures(above(hull, stood)),
+            "real, hull of other formulas": figures(above(others, stood)),
+            "generated": figures(raw.tolist()),
+            "generated, relaxed": figures(after),
+        },
+        "prototypes": dict(zip(PROTOTYPES, above(hull, prototypes), strict=True)),
+        "candidates": {
+            "valid_unique_new": float(new.mean()),
+            "valid_unique_new_metastable": float((new & (np.array(after) <= STABLE)).mean()),
+            "with_charges": sum(b is not None for b in balance),
+            "balanced": sum(b is True for b in balance),
+        },
+        "relaxation": {
+            "structures": len(first),
+            "cpu_seconds": sum(r["cpu"] for r in first),
+            "wall_seconds": sum(r["wall"] for r in first),
+            "median": float(np.median([r["cpu"] for r in first])),
+            "slowest": max(r["cpu"] for r in first),
+            "converged": sum(r["reason"] is None for r in first),
+            "reasons": sorted({r["reason"] for r in done.values() if r["reason"]}),
+        },
+    }
+    table = markdown(report)
+    print(table)
+    write_results(options.out, "stability", report, table)
+    plot(report["rows"], options.out / "stability.png")
+    return report
+
+
+if __name__ == "__main__":
+    main()
