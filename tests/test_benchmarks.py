@@ -268,3 +268,45 @@ def test_the_ranking_predictor_cannot_be_the_judge(folder: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         round_trip.main([f"--weights={folder}/generator.safetensors", *files])
     assert "same formulas" in capsys.readouterr().err
+
+
+def test_the_dft_judge_runs_and_counts(
+    folder: Path, labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that gives the sites of the first arm 1.1 times their target, and of the second 2.1 times."""
+    import dft_judge
+
+    from dosmatgen_ase.dos import TargetDOS
+    from dosmatgen_ase.electronic import ElectronicStructure
+
+    def engine(structures: dict[str, Atoms], *_: object, **__: object) -> dict[str, ElectronicStructure]:
+        found = {}
+        for name, atoms in structures.items():
+            material_id, arm = name.rsplit("-", 1)
+            row = labels.material_id.tolist().index(material_id)
+            sites = tuple(
+                TargetDOS(MODEL_GRID.energies, (1.1 + int(arm)) * values, labels.known[row], "fermi", 0.2)
+                for values in labels.values[row, : len(atoms)]
+            )
+            found[name] = ElectronicStructure(
+                sites, sites[0], np.zeros((3, 4, 2)), np.zeros(2), 0.0, 0.0, 5.0, 0.0, 1.0, 0.0, 1, False
+            )
+        return found
+
+    predictor = DOSPredictor.load(folder / "predictor.safetensors")
+    monkeypatch.setattr(dft_judge, "load_site_dos", lambda path: labels)
+    monkeypatch.setattr(dft_judge, "default_predictor", lambda: predictor)
+    monkeypatch.setattr(dft_judge, "compute_many", engine)
+    monkeypatch.setattr(dft_judge, "relax", lambda atoms: atoms.copy())
+    monkeypatch.setattr(round_trip, "bootstrap_interval", partial(bootstrap_interval, samples=20))
+    files = [f"--weights={folder}/generator.safetensors", f"--judge={folder}/judge.safetensors"]
+    small = ["--val", "--num-targets=2", "--candidates=2", "--num-steps=2", f"--cache={tmp_path}/kept"]
+    report = dft_judge.main([*files, *small, f"--out={tmp_path}"])
+    assert report["targets"] == 2
+    assert report["dft"]["conditional, ranked"]["l1"]["value"] == pytest.approx(0.1, abs=1e-3)
+    assert report["dft"]["unconditional"]["l1"]["value"] == pytest.approx(1.1, abs=1e-3)
+    assert sum(sum(row.values()) for row in report["gap_classes"].values()) == 2
+    assert "| unconditional |" in (tmp_path / "dft_judge.md").read_text()
+
+    monkeypatch.delattr(dft_judge, "generate")  # what was made is kept
+    assert dft_judge.main([*files, *small, f"--out={tmp_path}"])["per_target"] == report["per_target"]
