@@ -77,7 +77,7 @@ def test_computed_curves_replace_predicted_ones_and_failures_are_told(
 
     def engine(structures: dict[str, Atoms], folder: Path, settings: EspressoSettings, **_: Any) -> dict[str, Any]:
         seen.update(structures)
-        assert (folder, settings.time_limit) == (tmp_path / "dft", 77.0)
+        assert (folder, settings.time_limit, settings.ecutwfc) == (tmp_path / "dft", 77.0, 60.0)  # as the target's
         results: dict[str, Any] = {name: SimpleNamespace(sites=[doubled] * len(a)) for name, a in structures.items()}
         return results | {"masked_5": ElectronicStructureError("no pseudopotential for Pu")}
 
@@ -85,7 +85,7 @@ def test_computed_curves_replace_predicted_ones_and_failures_are_told(
     monkeypatch.setitem(nickel["main"].__globals__, "compute_many", engine)
     monkeypatch.setitem(nickel["main"].__globals__, "plot_dos", lambda _, labels, ax: drawn.append(labels[1:]))
     command = ["--out", str(tmp_path), "--weights", str(tiny_weights), "--candidates", "2", "--num-steps", "1"]
-    report = nickel["main"]([*command, "--dft", "--time-limit", "77"])
+    report = nickel["main"]([*command, "--dense", "--dft", "--time-limit", "77"])
     assert "masked, 5 atoms: no DFT, no pseudopotential for Pu" in capsys.readouterr().out
     assert list(seen) == [task.name for task in nickel["TASKS"] if task.with_dos]
     picked = {name: report["tasks"][name]["representative"] for name in seen}
