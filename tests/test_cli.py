@@ -32,7 +32,7 @@ from dosmatgen_ase.data import SHARD_KEYS
 from dosmatgen_ase.denoiser import Denoiser, DenoiserConfig
 from dosmatgen_ase.diffusion.lattice import LatticeProcess
 from dosmatgen_ase.dos import TargetDOS, normalised_l1
-from dosmatgen_ase.predictor import DOSPredictor, PredictorConfig
+from dosmatgen_ase.predictor import DOSPredictor, PredictorConfig, predict_dos
 from dosmatgen_ase.training import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
@@ -429,3 +429,21 @@ def test_commands_in_the_documentation_fit(file: str) -> None:
         context = get_command(app).commands[name].make_context(name, arguments)
         for option in ("dos_file", "config"):
             assert option not in context.params or (ROOT / context.params[option]).is_file()
+
+
+def test_predict_writes_what_other_commands_read(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "salt.cif", bulk("NaCl", "rocksalt", a=5.64))
+    ase.io.write(tmp_path / "flat.xyz", bulk("Cu", a=1.0), format="extxyz")
+    out, picture = tmp_path / "out", tmp_path / "salt.png"
+    result = run("predict", tmp_path / "salt.cif", tmp_path / "flat.xyz", "--out", out, "--plot", picture)
+    assert result.exit_code == 0, result.output
+    assert picture.stat().st_size > 10_000
+    assert "collapsed" in result.stdout
+    assert {p.name for p in out.iterdir()} == {"salt.json"}
+    sites = [TargetDOS.from_file(out / "salt.json", site=i) for i in range(2)]
+    for dos, expected in zip(sites, predict_dos(ase.io.read(tmp_path / "salt.cif")), strict=True):
+        np.testing.assert_allclose(dos.values, expected.values, atol=1e-5)
+    total = TargetDOS.from_file(out / "salt.json")
+    assert total.kind == "total"
+    np.testing.assert_allclose(total.values, sites[0].values + sites[1].values)
+    assert_one_line(run("predict", tmp_path / "flat.xyz", "--out", out), 1, "no structure could be predicted")

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -723,3 +724,16 @@ def test_hostile_files(tmp_path: Path, content: bytes, site: int | None, message
         TargetDOS.from_file(path, site)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_sum_over_sites() -> None:
+    x = np.linspace(-5, 5, 11)
+    one = TargetDOS.from_arrays(x, np.full(11, 1.0), sigma=0.1)
+    two = TargetDOS.from_arrays(x, np.full(11, 2.5), known=x < 3, sigma=0.1)
+    total = TargetDOS.sum_of([one, two])
+    assert total.kind == "total"
+    np.testing.assert_allclose(total.values[x < 3], 3.5)
+    np.testing.assert_array_equal(total.known, x < 3)
+    for others in ([], [one, TargetDOS.from_arrays(x + 1, one.values, sigma=0.1)], [one, replace(one, sigma=0.2)]):
+        with pytest.raises(ValueError, match="a sum needs"):
+            TargetDOS.sum_of(others)

@@ -290,6 +290,25 @@ class TargetDOS:
             raise ValueError(f"the window [{lo:g}, {hi:g}] eV holds no known energy of {self!r}")
         return replace(self, known=known, provenance=self._with_step(f"known on [{lo:g}, {hi:g}] eV only"))
 
+    @classmethod
+    def sum_of(cls, sites: Sequence[TargetDOS]) -> TargetDOS:
+        """Total DOS of a cell from the DOS of its sites on one grid, known where all of them are.
+
+        Raises
+        ------
+        ValueError
+            If there is none, or they differ in energies, reference or broadening.
+        """
+        if not sites:
+            raise ValueError("a sum needs the DOS of at least one site")
+        first = sites[0]
+        same = [np.array_equal(dos.energies, first.energies) for dos in sites]
+        if not all(same) or len({(dos.reference, dos.sigma) for dos in sites}) > 1:
+            raise ValueError("a sum needs the DOS of all sites on the same energies, with one reference and broadening")
+        provenance = {"source": "sum over sites", "steps": []}
+        values, known = np.sum([dos.values for dos in sites], axis=0), np.all([dos.known for dos in sites], axis=0)
+        return replace(first, values=values, known=known, kind="total", provenance=provenance)
+
     def shift(self, energy: float) -> TargetDOS:
         """The same DOS with `energy` (eV) added to every energy."""
         return replace(self, energies=self.energies + energy, provenance=self._with_step(f"shifted by {energy:g} eV"))

@@ -12,11 +12,10 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from jobflow import Maker, job
 from pymatgen.core import Structure
 
@@ -293,10 +292,7 @@ def _predict(structure: Structure | None) -> DOSDoc:
         sites = predict_dos(to_atoms(structure))
     except ValueError as error:
         return DOSDoc(engine=engine, reason=str(error))
-    first = sites[0]
-    values, known = np.sum([dos.values for dos in sites], axis=0), np.all([dos.known for dos in sites], axis=0)
-    total = replace(first, values=values, known=known, kind="total")
-    return DOSDoc(engine=engine, site_dos=sites, total_dos=total)
+    return DOSDoc(engine=engine, site_dos=sites, total_dos=TargetDOS.sum_of(sites))
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------
