@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -310,3 +311,37 @@ def test_the_dft_judge_runs_and_counts(
 
     monkeypatch.delattr(dft_judge, "generate")  # what was made is kept
     assert dft_judge.main([*files, *small, f"--out={tmp_path}"])["per_target"] == report["per_target"]
+
+
+def test_the_pick_of_k_draws_is_exact() -> None:
+    """Against all subsets, and for one and for all draws."""
+    import candidates
+
+    rng = np.random.default_rng(0)
+    order, values = rng.random(7), rng.random(7)
+    for k in (1, 3, 6, 7):
+        subsets = [list(s) for s in itertools.combinations(range(7), k)]
+        brute = np.mean([values[s][order[s].argmin()] for s in subsets])
+        assert candidates.first_of(order, values, k) == pytest.approx(brute)
+    assert candidates.first_of(values, values, 3) < values.mean()  # the oracle gains
+
+
+def test_the_curve_of_candidates_runs_and_resumes(
+    folder: Path, labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import candidates
+
+    monkeypatch.setattr(candidates, "load_site_dos", lambda path: labels)
+    monkeypatch.setattr(round_trip, "bootstrap_interval", partial(bootstrap_interval, samples=20))
+    names = {"weights": "generator", "judge": "judge", "predictor": "predictor"}
+    files = [f"--{option}={folder}/{name}.safetensors" for option, name in names.items()]
+    small = ["--val", "--num-targets=2", "--candidates=5", "--num-steps=2", f"--cache={tmp_path}/kept"]
+    report = candidates.main([*files, *small, f"--out={tmp_path}"])
+    assert report["numbers"] == [1, 2, 5]
+    for name in ("picked", "oracle"):
+        assert len(report["curves"][name]) == 3
+    oracle = [f["value"] for f in report["curves"]["oracle"]]
+    assert oracle == sorted(oracle, reverse=True)
+    assert report["affordable"] > 1
+    monkeypatch.delattr(candidates, "draws")
+    assert candidates.main([*files, *small, f"--out={tmp_path}"]) == report
