@@ -42,6 +42,7 @@ from dosmatgen_ase.ranking import score
 from dosmatgen_ase.relaxation import relax
 from dosmatgen_ase.screening import screen
 
+MODES = ("conditional", "unconditional")  # of the round trip
 ARMS = ("conditional, ranked", "unconditional")
 SYMMETRY = 0.1  # Angstrom: relaxation leaves that much; a crystal without symmetry costs ten times the k-points
 INSULATOR = 3.0  # eV: gap classes are metal, semiconductor, insulator
@@ -50,13 +51,13 @@ TIME_LIMIT = 1800.0  # seconds for one crystal
 
 def picks(target: Target, made: list[Atoms], predictor: DOSPredictor) -> list[Atoms]:
     """The first of the conditional draws by the predictor, and the first fit unconditional one."""
-    half = len(made) // 6  # the six modes of the round trip; the first two are these
+    half = len(made) // 2
     wanted = {
         i: TargetDOS(MODEL_GRID.energies, values, target.known, target.reference, MODEL_SIGMA)
         for i, values in enumerate(target.dos)
     }
     labelled = predictor.tables["support"].numpy().max(axis=1) >= MIN_LABELS
-    fit = [a for a in made[half : 2 * half] if screen(a).accepted and labelled[a.numbers].all()]
+    fit = [a for a in made[half:] if screen(a).accepted and labelled[a.numbers].all()]
     return [score(made[:half], wanted, predictor=predictor)[0], *fit[:1]]
 
 
@@ -168,7 +169,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for t in tqdm(targets, unit="target", desc="generate and relax"):
 
         def draw_and_pick(t: Target = t) -> list[Atoms]:
-            return picks(t, generate(model, t, options.candidates, config, 1.0, options.seed), predictor)
+            return picks(t, generate(model, t, options.candidates, config, 1.0, options.seed, MODES), predictor)
 
         raw[t.material_id] = kept(folder / f"{t.material_id}-raw.extxyz", draw_and_pick)
         settled[t.material_id] = kept(

@@ -137,11 +137,17 @@ class Candidates:
 
 
 def generate(
-    model: ConditionalDenoiser, target: Target, count: int, config: SamplerConfig, guidance_scale: float, seed: int
+    model: ConditionalDenoiser,
+    target: Target,
+    count: int,
+    config: SamplerConfig,
+    guidance_scale: float,
+    seed: int,
+    modes: Sequence[str] = tuple(MODES),
 ) -> list[Atoms]:
     """``count`` first draws per mode, mode after mode; only the crystal's size and its pinned species are read."""
     size = len(target.atoms)
-    rows = [(mode, k) for mode in MODES.values() for k in range(count)]
+    rows = [(MODES[mode], k) for mode in modes for k in range(count)]
     room = max(1, BATCH_PAIRS // size**2)
     made: list[Atoms] = []
     for part in (rows[i : i + room] for i in range(0, len(rows), room)):

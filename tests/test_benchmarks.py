@@ -345,3 +345,19 @@ def test_the_curve_of_candidates_runs_and_resumes(
     assert report["affordable"] > 1
     monkeypatch.delattr(candidates, "draws")
     assert candidates.main([*files, *small, f"--out={tmp_path}"]) == report
+
+
+def test_the_guidance_curve_runs(
+    folder: Path, labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import guidance
+
+    monkeypatch.setattr(guidance, "load_site_dos", lambda path: labels)
+    monkeypatch.setattr(guidance, "SETTINGS", [(1.0, 0.7), (2.0, 0.7)])
+    monkeypatch.setattr(round_trip, "bootstrap_interval", partial(bootstrap_interval, samples=20))
+    names = {"weights": "generator", "judge": "judge", "predictor": "predictor"}
+    files = [f"--{option}={folder}/{name}.safetensors" for option, name in names.items()]
+    report = guidance.main([*files, "--num-targets=2", "--candidates=2", "--num-steps=2", f"--out={tmp_path}"])
+    assert [row["guidance_scale"] for row in report["rows"]] == [1.0, 2.0]
+    assert all(0 <= row["elements"] <= 1 and row["accepted"] > 0 for row in report["rows"])
+    assert (tmp_path / "guidance.png").stat().st_size > 5000

@@ -1,0 +1,150 @@
+"""What guidance and the temperature of the species buy and cost: the curve on `val` that the defaults come from.
+
+    python benchmarks/guidance.py              # 60 targets of `val`, 10 draws per setting: ten minutes on one core
+
+Per setting: share of right elements and distance with the DOS of every site; control beyond the element (one site, its
+element pinned, with its DOS against without); accepted draws, different compositions, energy above the hull of the raw
+crystals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are loaded
+
+import numpy as np
+import torch
+from _common import (
+    RESULTS,
+    ROOT,
+    add_options,
+    add_predictors,
+    load_predictors,
+    sampler_config,
+    write_results,
+)
+from constraints import diversity
+from matplotlib.figure import Figure
+from round_trip import MODES, Target, candidate_figures, generate, interval, judge_candidates, ratio_of_means, text
+from tqdm import tqdm
+
+from dosmatgen_ase.checkpoint import load_model
+from dosmatgen_ase.data import load_site_dos
+from dosmatgen_ase.stability import chgnet_energies, load_hull
+
+USED = ("conditional", "site with DOS", "site without DOS")
+SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
+TEMPERATURES = (0.7, 0.5, 0.35)
+SETTINGS = [*((g, TEMPERATURES[0]) for g in SCALES), *((g, t) for t in TEMPERATURES[1:] for g in (1.0, 1.5))]
+
+
+def measure(
+    targets: list[Target],
+    options: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    scale: float,
+    temperature: float,
+) -> dict[str, Any]:
+    """Figures of one setting."""
+    model, _ = load_model(options.weights)
+    judge, ranker = load_predictors(parser, options)
+    config, hull = replace(sampler_config(options), species_temperature=temperature), load_hull()
+    right, sites, accepted, different, above = [], [], [], [], []
+    table: dict[str, list[dict[str, float]]] = {name: [] for name in USED}
+    for t in tqdm(targets, unit="target", desc=f"guidance {scale:g}, temperature {temperature:g}"):
+        made = generate(model, t, options.candidates, config, scale, options.seed, USED)
+        found = judge_candidates(made, judge, ranker, len(USED))
+        for i, name in enumerate(USED):
+            table[name].append(candidate_figures(t, found, i, t.sites(MODES[name].judged)))
+        right.append((found.numbers[0] == t.atoms.numbers).mean())
+        sites.append(len(t.atoms))
+        accepted.append(found.accepted[0].mean())
+        different.append(diversity(found))
+        raw = made[: options.candidates]
+        energies = (hull.above(a.numbers, e) for a, e in zip(raw, chgnet_energies(raw), strict=True))
+        above += [e for e in energies if e is not None and np.isfinite(e)]
+    pairs = np.array(
+        [[a["l1 mean"], b["l1 mean"]] for a, b in zip(table["site with DOS"], table["site without DOS"], strict=True)]
+    )
+    return {
+        "guidance_scale": scale,
+        "temperature": temperature,
+        "elements": float(np.average(right, weights=sites)),
+        "distance": float(np.nanmean([f["l1 mean"] for f in table["conditional"]])),
+        "picked": float(np.nanmean([f["l1 picked"] for f in table["conditional"]])),
+        "control": interval(pairs, ratio_of_means),
+        "accepted": float(np.mean(accepted)),
+        "compositions": float(np.nanmean(different)),
+        "above_hull": float(np.median(above)),
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """One row per setting."""
+    head = ["guidance", "temperature", "right elements", "distance, mean", "ranked pick", "control beyond the element"]
+    head += ["accepted", "compositions", "eV/atom above the hull"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "--:|" * len(head)]
+    for r in report["rows"]:
+        lines.append(
+            f"| {r['guidance_scale']:g} | {r['temperature']:g} | {r['elements']:.2f} | {r['distance']:.2f} | "
+            f"{r['picked']:.2f} | {text(r['control'])} | {r['accepted']:.3f} | {r['compositions']:.2f} | "
+            f"{r['above_hull']:.2f} |"
+        )
+    lines += [
+        "",
+        f"{report['targets']} targets of split `val`, {report['candidates']} draws each. Distances: normalised L1 by "
+        "the judge, the DOS of every site given. Control: one site, its element pinned, the rest free, with its DOS "
+        "against without, at one temperature. Compositions: different ones, as a share. Above the hull: median of the "
+        "raw crystals. A scale other than 1 takes two network passes per step.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Validity and alignment against the scale."""
+    rows = [r for r in report["rows"] if r["temperature"] == TEMPERATURES[0]]
+    scales = [r["guidance_scale"] for r in rows]
+    figure = Figure(figsize=(8.4, 2.8), layout="constrained")
+    panels = {"distance": "distance, mean", "elements": "right elements", "above_hull": "eV/atom above the hull"}
+    for ax, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        ax.plot(scales, [r[name] for r in rows], "o-", ms=4)
+        ax.set_xlabel("guidance_scale")
+        ax.set_ylabel(label)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure every setting on `val`."""
+    parser = argparse.ArgumentParser(description="Guidance and temperature, on val.")
+    add_options(parser)
+    add_predictors(parser)
+    parser.add_argument("--num-targets", type=int, default=60)
+    parser.add_argument("--candidates", type=int, default=10)
+    options = parser.parse_args(arguments)
+
+    torch.set_num_threads(1)
+    labels = load_site_dos(ROOT / "data" / "site_dos")
+    rows = np.random.default_rng(options.seed).permutation(np.flatnonzero(labels.split == "val"))
+    targets = [Target.from_label(labels, row, options.seed) for row in rows[: options.num_targets].tolist()]
+    report = {
+        "weights": load_model(options.weights)[1]["sha256"],
+        "targets": len(targets),
+        "candidates": options.candidates,
+        "seed": options.seed,
+        "rows": [measure(targets, options, parser, g, t) for g, t in SETTINGS],
+    }
+    out = options.out or RESULTS
+    table = markdown(report)
+    print(table)
+    write_results(out, "guidance", report, table)
+    plot(report, out / "guidance.png")
+    return report
+
+
+if __name__ == "__main__":
+    main()
