@@ -447,3 +447,17 @@ def test_predict_writes_what_other_commands_read(tmp_path: Path) -> None:
     assert total.kind == "total"
     np.testing.assert_allclose(total.values, sites[0].values + sites[1].values)
     assert_one_line(run("predict", tmp_path / "flat.xyz", "--out", out), 1, "no structure could be predicted")
+
+
+def test_oversampling_keeps_the_draws_and_the_best(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.extxyz"
+    result = run(*command(weights, out, "-n", 2, "--oversample", 3, "--num-atoms", 2, "--num-steps", 2))
+    assert result.exit_code == 0, result.output
+    assert len(ase.io.read(out, ":")) == 6
+    best = ase.io.read(tmp_path / "out-best.extxyz", ":")
+    assert len(best) == 2
+    assert best[0].info["scores"]["score"] <= best[1].info["scores"]["score"]
+    assert "2 structures in" in result.output
+    broken = run(*command(weights, tmp_path / "no.extxyz", "-n", 1, "--relax", "bogus"))
+    assert_one_line(broken, 1, "bogus")
+    assert not (tmp_path / "no.extxyz").exists()

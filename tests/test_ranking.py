@@ -141,3 +141,33 @@ def test_there_must_be_something_to_rank_by(generator: DOSGenerator, tmp_path: P
         Ranking(distance=0)
     with pytest.raises(ValueError, match="not negative"):
         Ranking(energy=-1)
+
+
+class _Broken(LennardJones):
+    def calculate(self, *_: Any, **__: Any) -> None:
+        raise RuntimeError("the potential broke down")
+
+
+def test_a_relaxation_that_broke_down_is_not_ranked_by_its_start(copper: TargetDOS) -> None:
+    (atoms,) = score([bulk("Cu")], {0: copper}, relax=_Broken())
+    assert "broke down" in atoms.info["relaxation"]["reason"]
+    assert atoms.info["scores"]["score"] is None
+
+
+def test_elements_without_labels_are_not_the_surest() -> None:
+    ranked = score([bulk("Po", "sc", a=3.3), bulk("Cu")], {}, ranking=Ranking(distance=0, uncertainty=1))
+    assert [atoms.symbols[0] for atoms in ranked] == ["Cu", "Po"]
+
+
+def test_best_takes_rejected_crystals_last_of_their_formula_without_a_crash() -> None:
+    broken = bulk("Cu")
+    broken.cell[:] = 0.0
+    assert len(best([broken, bulk("Cu")], 2)) == 2
+
+
+def test_a_calculator_that_cannot_be_loaded_is_told_before_the_work(
+    generator: DOSGenerator, copper: TargetDOS, tmp_path: Path
+) -> None:
+    with pytest.raises((ValueError, OSError), match="bogus"):
+        generator.generate(copper, 1, relax="bogus", out=tmp_path / "none.extxyz")
+    assert not (tmp_path / "none.extxyz").exists()

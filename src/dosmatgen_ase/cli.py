@@ -259,18 +259,22 @@ def generate(
 
     from .generator import DOSGenerator
     from .predictor import DEFAULT_PREDICTOR, DOSPredictor
-    from .ranking import Ranking
+    from .ranking import Ranking, score
 
-    how = {"relax": relax, "ranking": Ranking(energy=energy_weight), "progress": relax is not None}
+    how: dict[str, Any] = {"relax": relax, "ranking": Ranking(energy=energy_weight), "progress": relax is not None}
+    total = target if target.kind == "total" else None
+    sites = {} if total else dict.fromkeys(settings["sites"] or [0], target)
+    best_file = out if oversample == 1 and relax is None else out.with_name(f"{out.stem}-best{out.suffix}")
+    _writable(best_file, (".extxyz", ".xyz"))
     generator = DOSGenerator(weights, device=device)
     forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
     made = 0
+    # A calculator that cannot be loaded is told before the work.
+    score([], sites, total, predictor=forward, **{**how, "progress": False})
     try:
         for _ in generator.generate_iter(target, n * oversample, **settings, progress=True, out=out):
             made += 1
-        total = target if target.kind == "total" else None
-        sites = {} if total else dict.fromkeys(settings["sites"] or [0], target)
-        _report(out, n, n * oversample, sites, total, forward, plot, how)
+        _report(out, best_file, n, n * oversample, sites, total, forward, plot, how)
     except KeyboardInterrupt:
         kept = f"{made} of {n * oversample} structures are kept in {out}"
         _say(f"interrupted: {kept}; the same command goes on from there", "yellow")
@@ -280,6 +284,7 @@ def generate(
 
 def _report(
     out: Path,
+    best_file: Path,
     n: int,
     draws: int,
     sites: dict[int, TargetDOS],
@@ -288,9 +293,12 @@ def _report(
     plot: Path | None,
     how: dict[str, Any],
 ) -> None:
-    """Rank the structures drawn into `out`; print the table, keep and draw the best."""
+    """Rank the structures drawn into `out`; print the table, keep the best in `best_file` and draw them."""
+    import io
+
     import ase.io
 
+    from .files import write_atomic
     from .ranking import best, predicted_for_targets, score
 
     drawn = ase.io.read(out, ":", format="extxyz")
@@ -298,12 +306,13 @@ def _report(
         atoms.info["frame"] = frame
     drawn = [atoms for atoms in drawn if atoms.info["dosmatgen"]["index"] < draws]
     found = best(score(drawn, sites, total, predictor=forward, **how), n)
-    if draws > n or how["relax"] is not None:
-        out = out.with_name(f"{out.stem}-best{out.suffix}")
+    if best_file != out:
         for frame, atoms in enumerate(found):
             atoms.info["frame"] = frame
-        ase.io.write(out, found, format="extxyz")
-    table = Table(title=f"{len(found)} structures in {out}, best first")
+        text = io.StringIO()
+        ase.io.write(text, found, format="extxyz")
+        write_atomic(best_file, text.getvalue().encode())
+    table = Table(title=f"{len(found)} structures in {best_file}, best first")
     energies = how["ranking"].energy > 0
     for name in ("frame", "formula", "with the DOS", "atoms", "Å³/atom", "predicted distance", "expected error"):
         table.add_column(name, justify="left" if name in ("formula", "with the DOS") else "right")
@@ -449,7 +458,10 @@ def train(
     data: Data = Path("data"),
     pseudo_labels: Annotated[
         str | None,
-        typer.Option(help="File of predicted DOS for structures without a label, or 'auto' to make it once in OUT."),
+        typer.Option(
+            help="File of predicted DOS for structures without a label, or 'auto' to make it once in OUT. For the "
+            "judge of the benchmarks to stay independent, --predictor must be benchmarks/ranker.safetensors."
+        ),
     ] = None,
     predictor: Predictor = None,
     init: Annotated[
@@ -533,11 +545,11 @@ def train_predictor(
     out.mkdir(parents=True, exist_ok=True)
     paths = {name: out / f"{name}.safetensors" for name in ROLES}
     figures = train_predictors(data / "site_dos", paths, seed=seed, progress=True)
-    table = Table(title="error on the test split: normalised L1, mean over sites")
+    table = Table(title="error on the test split (val if there is none): normalised L1, mean over sites")
     for column in ("predictor", "error", "per-element mean", "structures", "weights"):
         table.add_column(column, overflow="fold")
     for name, path in paths.items():
-        test = figures[name]["test"]
+        test = figures[name].get("test", figures[name]["val"])
         error, element = _figure(test["mean"]), _figure(test["element_mean"])
         table.add_row(name, error, element, f"{test['structures']:.0f}", str(path))
     Console().print(table)

@@ -337,7 +337,7 @@ class DOSGenerator:
             Relax what was drawn (`relaxation.relax`), then rank.
         ranking : Ranking, optional
             What makes a structure good; the predicted distance to the DOS by default. Given, relaxed or oversampled
-            structures come best first, distinct ones before duplicates, with ``info["scores"]``.
+            structures come best first, a duplicate only where too few others are left, with ``info["scores"]``.
 
         Returns
         -------
@@ -359,7 +359,7 @@ class DOSGenerator:
             from .ranking import best, score  # brings CHGNet, which plain generation does without
 
             total, targets = _targets(dos, sites)
-            score([], targets, total, ranking=ranking)  # what cannot be ranked is told before the work
+            score([], targets, total, ranking=ranking, relax=relax)  # what cannot be is told before the work
         made = self.generate_iter(
             dos, wanted * oversample if ranked else wanted, num_atoms=num_atoms, sites=sites, template=template,
             strength=strength, fixed_species=fixed_species, fixed_sites=fixed_sites, fixed_cell=fixed_cell,

@@ -221,7 +221,7 @@ class SitePrediction(NamedTuple):
     known : (n, 151) bool
         False where fewer than 3 labelled structures tell the DOS of this element at this energy.
     error : (n,) float32
-        Normalised L1 to be expected of each site, from the ensemble's relative spread.
+        Normalised L1 to be expected of each site, from the ensemble's relative spread; NaN where nothing is known.
     reason : str
         Why there is no prediction (then all is zero and unknown), else empty.
     """
@@ -301,6 +301,7 @@ class DOSPredictor:
         known = (support[rows] >= MIN_LABELS).numpy()
         slope, offset_error = self.calibration["error"]
         error = offset_error + slope * _relative_spread(mean, spread, known)
+        error[~known.any(axis=1)] = np.nan
         spread = spread * self.calibration["spread"]
         start = 0
         for i, feature in readable.items():
@@ -321,7 +322,7 @@ class DOSPredictor:
 
     @classmethod
     def load(cls, path: str | Path = DEFAULT_PREDICTOR) -> DOSPredictor:
-        """Load what `save` wrote; the shipped ranking predictor by default.
+        """Load what `save` wrote; the one that ships by default.
 
         Raises
         ------
@@ -640,6 +641,8 @@ def evaluate(
     from scipy.stats import spearmanr
 
     rows = [i for i in np.flatnonzero(labels.split == split).tolist() if not isinstance(features[i], str)]
+    if not rows:
+        raise ValueError(f"no labels of split {split!r} to measure by: add some")
     found, target, known = _compared(predictor, labels, features, np.array(rows))
     numbers = np.concatenate([labels.atoms(i).numbers for i in rows])
     figures: dict[str, Any] = {"structures": len(rows), "sites": len(target)}
@@ -719,7 +722,7 @@ def train_predictors(
     Returns
     -------
     dict
-        Per role `evaluate` on "val" (which picked the epochs and calibrated) and "test".
+        Per role `evaluate` on "val" (which picked the epochs and calibrated) and, where there are labels, "test".
     """
     labels = load_site_dos(label_directory)
     features = site_features([labels.atoms(i) for i in range(len(labels))], progress=progress)
@@ -729,5 +732,6 @@ def train_predictors(
             settings: dict[str, Any] = {"fold": fold, "config": config, "seed": seed + number}
             predictor = train_predictor(labels, features, **settings, progress=progress)
             predictor.save(paths[name])
-            figures[name] = {split: evaluate(predictor, labels, features, split) for split in ("val", "test")}
+            splits = [split for split in ("val", "test") if (labels.split == split).any()]
+            figures[name] = {split: evaluate(predictor, labels, features, split) for split in splits}
     return figures

@@ -96,7 +96,7 @@ def score(
     ranking : Ranking, optional
         Weights; by default the predicted distance alone.
     relax : ASE calculator, "chgnet", or the path or name of a MACE model, optional
-        Relax first (`relaxation.relax`); what collapses comes last. None leaves structures as they are.
+        Relax first (`relaxation.relax`); what breaks down comes last. None leaves structures as they are.
     predictor : DOSPredictor, optional
         By default the one that ships.
     progress : bool
@@ -112,6 +112,8 @@ def score(
     ------
     ValueError
         If distances count and there is no target; as `relaxation.relax`.
+    IndexError
+        If a candidate lacks a site that has a target.
     """
     ranking = ranking or Ranking()
     if ranking.distance and not sites and total is None:
@@ -126,7 +128,7 @@ def score(
     if ranking.energy:
         hull, energies = load_hull(), chgnet_energies(found, progress=progress)
         above = [hull.above(atoms.numbers, float(e)) for atoms, e in zip(found, energies, strict=True)]
-    conditioned = list(sites) if total is None else slice(None)
+    conditioned = list(sites) if sites and total is None else slice(None)
     for atoms, prediction, energy in zip(found, predictions, above, strict=True):
         costs = {
             "distance": predicted_distance(prediction, sites, total),
@@ -135,22 +137,24 @@ def score(
         }
         weights = (ranking.distance, ranking.uncertainty, ranking.energy)
         parts = [(weight, cost) for weight, cost in zip(weights, costs.values(), strict=False) if weight]
-        known = screen(atoms).accepted and not any(cost is None for _, cost in parts)
+        broken = relax is not None and atoms.info["relaxation"]["energy"] is None  # it kept its starting geometry
+        known = not broken and screen(atoms).accepted and not any(cost is None for _, cost in parts)
         atoms.info["scores"] = {"score": sum(w * cost for w, cost in parts if cost) if known else None, **costs}
     order = [atoms.info["scores"]["score"] for atoms in found]
     return [found[i] for i in sorted(range(len(found)), key=lambda i: (order[i] is None, order[i] or 0.0, i))]
 
 
 def best(ranked: Sequence[Atoms], n: int) -> list[Atoms]:
-    """Return the first ``n``, best first; of crystals that are the same the first is kept, while others are left."""
+    """Return ``n`` of them, best first; a crystal that came before is taken only where too few others are left."""
     seen = KnownCrystals()
     kept: list[int] = []
     twins: list[int] = []
     for i, atoms in enumerate(ranked):
-        if screen(atoms).accepted and seen.find(atoms) is not None:
-            twins.append(i)
-            continue
-        seen.add(atoms, str(i))
+        if screen(atoms).accepted:
+            if seen.find(atoms) is not None:
+                twins.append(i)
+                continue
+            seen.add(atoms, str(i))
         kept.append(i)
         if len(kept) == n:
             break
