@@ -118,10 +118,10 @@ def plot(figures: dict[str, Any], curve: dict[str, Any] | None, path: Path) -> N
     left.set_ylabel("median normalised L1")
     left.set_title(f"test, elements with 3 sites or more, {len(order)} of them", fontsize="small")
     for name, points in (curve or {}).items():
-        right.plot([p["labels"] for p in points], [p["ratio"] for p in points], "o-", label=name, ms=4)
+        right.plot([p["labels"] for p in points], [p["mean"] for p in points], "o-", label=name, ms=4)
     if curve:
         right.set_xlabel("labelled training structures")
-        right.set_ylabel("error / per-element mean's")
+        right.set_ylabel("normalised L1, mean over sites")
         right.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
 
@@ -157,11 +157,12 @@ def markdown(report: dict[str, Any]) -> str:
             f"{v['per-element mean, shifted']:.2f}. "
         )
     if report.get("curve"):
-        points = [f"{p['ratio']:.2f} with {p['labels']}" for p in report["curve"]["random"]]
+        points = [f"{p['mean']:.3f} with {p['labels']}" for p in report["curve"]["random"]]
         chosen = report["curve"]["by uncertainty"][1]
         text += (
-            f"Ratio with part of the labels: {', '.join(points)}; {chosen['ratio']:.2f} with {chosen['labels']} of "
-            "which the second half was chosen for its expected error. "
+            f"With part of the labels: {', '.join(points)}; {chosen['mean']:.3f} with {chosen['labels']} of which the "
+            f"second half was chosen for its expected error (pooled {chosen['pooled']:.3f} instead of "
+            f"{report['curve']['random'][1]['pooled']:.3f}). "
         )
     text += (
         "The features come from CHGNet, which was trained on energies, forces, stresses and moments of most Materials "
