@@ -13,8 +13,9 @@ from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dosmatgen_ase import stability
 from dosmatgen_ase.relaxation import relax
-from dosmatgen_ase.stability import Hull, energy_above_hull, load_hull
+from dosmatgen_ase.stability import DEFAULT_HULL, Hull, energy_above_hull, load_hull
 
 torch.set_num_threads(1)
 
@@ -76,6 +77,7 @@ def test_above_is_none_where_it_is_unknown() -> None:
     assert hull.above([11, 17], -3.0) == pytest.approx(0.5)
     assert hull.above([11, 17], None) is None
     assert hull.above([11, 19], -3.0) is None
+    assert hull.above([11, 17], float("nan")) is None
 
 
 def test_a_hull_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -87,12 +89,22 @@ def test_a_hull_comes_back_from_its_file(tmp_path: Path) -> None:
     assert back.energy == pytest.approx(hull.energy, abs=1e-6)
 
 
+def cut(folder: Path, size: int) -> Path:
+    """The first bytes of the hull that ships."""
+    path = folder / "cut.npz"
+    path.write_bytes(DEFAULT_HULL.read_bytes()[:size])
+    return path
+
+
 @pytest.mark.parametrize(
     ("call", "error", "fragment"),
     [
         (lambda path: Hull.load(path / "none.npz"), FileNotFoundError, "build_hull.py"),
         (lambda path: Hull.load(Path(__file__)), ValueError, "is not a hull"),
+        (lambda path: Hull.load(cut(path, 0)), ValueError, "is not a hull"),
+        (lambda path: Hull.load(cut(path, 1000)), ValueError, "is not a hull"),
         (lambda path: energy_above_hull(bulk("Po", "sc", a=3.3)), ValueError, "no elemental Po"),
+        (lambda path: energy_above_hull(bulk("Am", "fcc", a=4.9)), ValueError, "no elemental Am"),
         (lambda path: energy_above_hull("NaCl"), TypeError, "takes ase.Atoms"),  # type: ignore[arg-type]
         (lambda path: made({"Na": -1.0, "NaCl": -3.0}).energy_at([11, 17]), ValueError, "no elemental Cl"),
     ],
@@ -102,11 +114,35 @@ def test_what_cannot_be_answered_raises(call: Any, error: type[Exception], fragm
         call(tmp_path)
 
 
-def test_what_chgnet_cannot_read_is_not_a_number_and_does_not_cost_the_others() -> None:
-    above = energy_above_hull([bulk("NaCl", "rocksalt", a=0.5), bulk("NaCl", "rocksalt", a=5.6)])
+@pytest.mark.parametrize("relax", [False, True])
+def test_what_chgnet_cannot_read_is_not_a_number_and_does_not_cost_the_others(relax: bool) -> None:
+    lost = bulk("NaCl", "rocksalt", a=5.6)
+    lost.positions[0] = np.nan
+    cluster = bulk("NaCl", "rocksalt", a=5.6)
+    cluster.pbc = False
+    broken = [*(bulk("NaCl", "rocksalt", a=a) for a in (0.5, 1.3, 25.0)), lost, cluster]
+    above = energy_above_hull([*broken, bulk("NaCl", "rocksalt", a=5.6)], relax=relax)
     assert isinstance(above, np.ndarray)
-    assert np.isnan(above[0])
-    assert abs(above[1]) < 0.05
+    assert np.isnan(above[:-1]).all()
+    assert abs(above[-1]) < 0.05
+
+
+def test_a_relaxation_that_broke_down_has_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken_down(structures: list[Atoms], progress: bool) -> list[Atoms]:
+        for atoms in structures:
+            atoms.info["relaxation"] = {"energy": None}
+        return structures
+
+    salt = bulk("NaCl", "rocksalt", a=5.6)
+    assert np.isfinite(energy_above_hull(salt))
+    monkeypatch.setattr(stability, "relax_atoms", broken_down)
+    assert np.isnan(energy_above_hull(salt, relax=True))
+
+
+def test_a_sparse_element_is_no_collapse() -> None:
+    caesium = bulk("Cs", "bcc", a=6.1)
+    assert caesium.get_volume() > 100
+    assert abs(energy_above_hull(caesium)) < 0.1
 
 
 def test_every_element_of_the_shipped_hull_has_a_reference() -> None:

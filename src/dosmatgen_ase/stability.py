@@ -8,6 +8,9 @@ within its elements: the cheapest mixture that adds up to it.
 
 from __future__ import annotations
 
+import math
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +30,7 @@ from .files import write_npz
 from .predictor import MAX_ATOMIC_NUMBER, chgnet_graph, load_chgnet
 from .relaxation import quick_blas
 from .relaxation import relax as relax_atoms
+from .screening import screen
 
 DEFAULT_HULL = Path(__file__).parent / "references" / "hull.npz"
 
@@ -83,11 +87,11 @@ class Hull:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no hull at {path}: build one with scripts/build_hull.py")
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 counts = np.zeros((len(file["name"]), MAX_ATOMIC_NUMBER + 1), dtype=np.uint8)
                 counts[file["row"], file["atomic_number"]] = file["count"]
                 return cls(file["name"], file["split"], counts, file["energy"].astype(float), file["relaxed"])
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} is not a hull: build one with scripts/build_hull.py ({error})") from error
 
     def save(self, path: str | Path) -> None:
@@ -124,12 +128,13 @@ class Hull:
         """
         wanted = np.bincount(np.asarray(numbers), minlength=self.counts.shape[1])
         elements = np.flatnonzero(wanted)
-        inside = self.counts[:, elements].sum(1) == self.counts.sum(1)
-        counts = self.counts[np.ix_(inside, elements)].astype(float)
-        pure = (counts == counts.sum(1, keepdims=True)).any(0)
+        held = self.counts > 0
+        pure = np.isin(elements, np.nonzero(held[held.sum(1) == 1])[1])
         if not pure.all():
             missing = ", ".join(chemical_symbols[z] for z in elements[~pure])
             raise ValueError(f"the hull has no elemental {missing}: the energy above it is unknown")
+        inside = self.counts[:, elements].sum(1) == self.counts.sum(1)
+        counts = self.counts[np.ix_(inside, elements)].astype(float)
         fractions = counts / counts.sum(1, keepdims=True)
         result = linprog(self.energy[inside], A_eq=fractions.T, b_eq=wanted[elements] / wanted.sum(), method="highs")
         if result.status != 0:
@@ -137,9 +142,11 @@ class Hull:
         return float(result.fun)
 
     def above(self, numbers: ArrayLike, energy: float | None) -> float | None:
-        """How far an energy lies above the hull, eV/atom; None without one, or where the hull lacks an element."""
+        """How far an energy lies above the hull, eV/atom; None if it is not finite or the hull lacks an element."""
+        if energy is None or not math.isfinite(energy):
+            return None
         try:
-            return None if energy is None else energy - self.energy_at(numbers)
+            return energy - self.energy_at(numbers)
         except ValueError:
             return None
 
@@ -170,7 +177,7 @@ def energy_above_hull(
     -------
     float, or array (n,) for a sequence
         Negative where the atoms lie below every mixture of known phases. NaN for a structure that the potential cannot
-        describe: collapsed, with isolated atoms, not finite.
+        describe (collapsed, with isolated atoms, not finite, not periodic, left-handed), or that broke down in `relax`.
 
     Raises
     ------
@@ -187,18 +194,23 @@ def energy_above_hull(
     hull = hull or load_hull()
     at_hull = np.array([hull.energy_at(item.numbers) for item in structures])
     if relax:
-        structures = relax_atoms(structures, progress=progress)
-    above = chgnet_energies(structures, progress=progress) - at_hull
+        relaxed: list[Atoms] = relax_atoms(structures, progress=progress)
+        energies = np.array([item.info["relaxation"]["energy"] for item in relaxed], dtype=float)  # None becomes NaN
+    else:
+        energies = chgnet_energies(structures, progress=progress)
+    above = energies - at_hull
     return float(above[0]) if single else above
 
 
 def chgnet_energies(structures: Sequence[Atoms], batch_size: int = 16, progress: bool = False) -> np.ndarray:
-    """CHGNet energies, shape (n,), eV/atom; NaN where it cannot read a structure (collapsed, isolated atoms)."""
+    """CHGNet energies, shape (n,), eV/atom; NaN for what is screened out as `relax` does, and for isolated atoms."""
     energies = np.full(len(structures), np.nan)
     starts = range(0, len(structures), batch_size)
     for start in tqdm(starts, disable=not progress, unit="batch", desc="CHGNet energies"):
         graphs, rows = [], []
         for i in range(start, min(start + batch_size, len(structures))):
+            if not screen(structures[i], max_volume_per_atom=1000.0).accepted:  # caesium has more than 100 A^3 per atom
+                continue
             try:
                 graphs.append(chgnet_graph(structures[i]))
                 rows.append(i)
