@@ -17,7 +17,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ from _common import RESULTS, ROOT, write_results
 from ase import Atoms
 from ase.build import bulk
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
 from dosmatgen_ase.data import load_site_dos, load_structures
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA
 from dosmatgen_ase.files import read_records
+from dosmatgen_ase.generator import _digest
 from dosmatgen_ase.metrics import bootstrap_interval, median, quantile
 from dosmatgen_ase.relaxation import relax
 from dosmatgen_ase.screening import KnownCrystals, charge_balanced, screen_many
@@ -53,19 +55,24 @@ PROTOTYPES = {
 
 
 def relax_all(named: dict[str, Atoms], cache: Path) -> dict[str, dict[str, Any]]:
-    """Relax one by one with the defaults; keep energy (eV/atom), outcome and CPU seconds in the cache; return them."""
+    """Relax one by one with the defaults; keep energies (eV/atom), outcome and CPU seconds in the cache; return them.
+
+    "relaxed" is None unless it converged, as in `scripts/build_hull.py`, for only such energies may enter a hull.
+    "reached" is where the relaxation ended, None if it broke down; a converged record of that script does without.
+    """
     known = read_records(cache)
     cache.parent.mkdir(parents=True, exist_ok=True)
     with cache.open("a") as file:
         file.write("\n")  # after a line torn by an interruption
         for name, atoms in tqdm(named.items(), unit="structure", desc="relax"):
-            if "relaxed" in known.get(name, {}):
+            if "reached" in known.get(name, {}) or known.get(name, {}).get("relaxed") is not None:
                 continue
             start, wall = time.process_time(), time.perf_counter()
             relaxed = relax(atoms)
             report = relaxed.info["relaxation"]
             record = {
-                "relaxed": report["energy"],
+                "relaxed": report["energy"] if report["converged"] else None,
+                "reached": report["energy"],
                 "steps": report["steps"],
                 "reason": report["reason"],
                 "cpu": round(time.process_time() - start, 3),
@@ -75,7 +82,7 @@ def relax_all(named: dict[str, Atoms], cache: Path) -> dict[str, dict[str, Any]]
             known.setdefault(name, {}).update(record)
             file.write(json.dumps({"id": name, **record}) + "\n")
             file.flush()
-    return {name: known[name] for name in named}
+    return {name: {**known[name], "reached": known[name].get("reached", known[name]["relaxed"])} for name in named}
 
 
 def draw(count: int, seed: int) -> list[Atoms]:
@@ -95,17 +102,17 @@ def draw(count: int, seed: int) -> list[Atoms]:
     return made
 
 
-def above(hull: Hull, energies: Sequence[tuple[np.ndarray, float | None]]) -> list[float]:
-    """Energies above a hull, eV/atom, of (atomic numbers, eV/atom); infinite where there is no energy."""
+def above(hull: Hull, energies: Iterable[tuple[ArrayLike, float | None]]) -> list[float]:
+    """Energies above a hull, eV/atom, of (atomic numbers, eV/atom); infinite where unknown."""
     return [np.inf if (value := hull.above(*entry)) is None else value for entry in energies]
 
 
 def figures(above: Sequence[float]) -> dict[str, Any]:
-    """Median with its interval, quartiles, and shares; a structure without an energy counts as infinitely high."""
+    """Median with its interval, quartiles, and shares; one without an energy or an element of the hull is infinite."""
     values = np.where(np.isfinite(above), above, np.inf)
     return {
         "structures": len(values),
-        "no_energy": int(np.isinf(values).sum()),
+        "unknown": int(np.isinf(values).sum()),
         "median": median(values),
         "median_interval": bootstrap_interval(values, median),
         "quartiles": quantile(values, (0.25, 0.75)).tolist(),
@@ -142,12 +149,15 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["", "| prototype, relaxed | eV/atom above the hull |", "|--|--:|"]
     lines += [f"| {name} | {above:.3f} |" for name, above in report["prototypes"].items()]
     cost, candidates, hull = report["relaxation"], report["candidates"], report["hull"]
+    unknown = ", ".join(str(row["unknown"]) for row in report["rows"].values())
     lines += [
         "",
         f"Real crystals are of split `test`. Energies of atoms and hull: CHGNet 0.3.0; of the hull's "
         f"{hull['formulas']} formulas {hull['relaxed']} are relaxed with it, the others stand in the geometry of the "
-        f"data. Generated: one draw per target, every site conditioned; {candidates['valid_unique_new']:.2f} of them "
-        f"are valid, unique and new, {candidates['valid_unique_new_metastable']:.2f} are so and at most 0.1 eV/atom "
+        f"data. Of the rows, {unknown} structures have no energy or an element that the hull lacks, and count as "
+        f"infinitely high. Generated: one draw per target, every site conditioned; "
+        f"{candidates['valid_unique_new']:.2f} of them are valid, unique and new, "
+        f"{candidates['valid_unique_new_metastable']:.2f} are so and at most 0.1 eV/atom "
         f"above the hull once relaxed; of {candidates['with_charges']} that are not all metal "
         f"{candidates['balanced']} balance common charges.",
         "",
@@ -179,13 +189,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     rows = np.random.default_rng(options.seed).permutation(len(data))[: options.num_real].tolist()
     real = {str(data.material_id[i]): data.atoms(i) for i in rows}
     energies = relax_all(real, options.cache / "hull.jsonl")
-    stood = [(real[name].numbers, record["relaxed"]) for name, record in energies.items()]
+    stood = [(real[name].numbers, record["reached"]) for name, record in energies.items()]
 
     made = draw(options.num_draws, options.seed)
-    raw = chgnet_energies(made, progress=True) - [hull.energy_at(atoms.numbers) for atoms in made]
+    raw = above(hull, zip((atoms.numbers for atoms in made), chgnet_energies(made, progress=True), strict=True))
     sha = made[0].info["dosmatgen"]["weights"][:12]
-    done = relax_all({f"{options.seed}-{k}": a for k, a in enumerate(made)}, options.cache / f"stability_{sha}.jsonl")
-    after = above(hull, [(atoms.numbers, r["relaxed"]) for atoms, r in zip(made, done.values(), strict=True)])
+    # The targets change as labels are added, and with them what a seed draws: the atoms belong to the name.
+    draws = {f"{options.seed}-{k}-{_digest(atoms)[:12]}": atoms for k, atoms in enumerate(made)}
+    done = relax_all(draws, options.cache / f"stability_{sha}.jsonl")
+    after = above(hull, [(record["crystal"][0], record["reached"]) for record in done.values()])
 
     relaxed = [Atoms(z, cell=cell, positions=x, pbc=True) for z, cell, x in (r["crystal"] for r in done.values())]
     prototypes = [(atoms.numbers, relax(atoms).info["relaxation"]["energy"]) for atoms in PROTOTYPES.values()]
@@ -201,7 +213,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "rows": {
             "real, hull": figures(above(hull, stood)),
             "real, hull of other formulas": figures(above(others, stood)),
-            "generated": figures(raw.tolist()),
+            "generated": figures(raw),
             "generated, relaxed": figures(after),
         },
         "prototypes": dict(zip(PROTOTYPES, above(hull, prototypes), strict=True)),
