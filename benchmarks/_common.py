@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ase import Atoms
 
+from dosmatgen_ase import stability
 from dosmatgen_ase.checkpoint import DEFAULT_WEIGHTS
 from dosmatgen_ase.conditioning import ConditionalDenoiser, DOSCondition, Guidance
 from dosmatgen_ase.constraints import Constraints
 from dosmatgen_ase.files import write_atomic
-from dosmatgen_ase.predictor import DOSPredictor, chgnet_graph, load_chgnet
+from dosmatgen_ase.predictor import DOSPredictor
 from dosmatgen_ase.sampler import Randomness, SamplerConfig, sample
 
 ROOT = Path(__file__).parents[1]
@@ -81,21 +81,9 @@ def draw(
     return sample(denoise, model.denoiser.lattice, constraints, randomness, config).crystals.to_atoms()
 
 
-def chgnet_energies(structures: Sequence[Atoms], batch_size: int = 16) -> np.ndarray:
+def chgnet_energies(structures: Sequence[Atoms]) -> np.ndarray:
     """CHGNet energies, shape (n,), eV/atom; infinite where it cannot read a structure (collapsed, isolated atoms)."""
-    energies = np.full(len(structures), np.inf)
-    for start in range(0, len(structures), batch_size):
-        graphs, rows = [], []
-        for i in range(start, min(start + batch_size, len(structures))):
-            try:
-                graphs.append(chgnet_graph(structures[i]))
-                rows.append(i)
-            except ValueError:
-                continue
-        if graphs:
-            with torch.no_grad():
-                energies[rows] = load_chgnet()(graphs, task="e")["e"].numpy()
-    return np.where(np.isfinite(energies), energies, np.inf)
+    return np.nan_to_num(stability.chgnet_energies(structures), nan=np.inf)
 
 
 def write_results(folder: Path, name: str, report: dict[str, Any], markdown: str) -> None:
