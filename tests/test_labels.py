@@ -124,7 +124,7 @@ def test_labels_are_packed_with_what_failed_and_nothing_is_done_twice(tmp_path: 
     np.testing.assert_allclose(read.atoms(i).cell, given["x-1"].cell, atol=1e-6)
     expected = computed(given["x-1"]).sites[0].on_grid()
     np.testing.assert_allclose(read.values[i, 0], np.where(expected.known, expected.values, 0), atol=0.01)
-    assert sorted(p.name for p in (tmp_path / "shards" / "unpacked").iterdir()) == ["lock"]
+    assert sorted(p.name for p in (tmp_path / "shards" / "unpacked").iterdir()) == [".lock"]
 
     again = label(given, tmp_path / "shards")
     assert again == LabelReport([], 0, {}, report.skipped, 8)
@@ -268,6 +268,31 @@ def test_a_formula_stays_in_its_split(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match=r"d cannot be in the split 'train': .* which are in test"):
         label({"d": bulk("Cu")}, shards, split={"d": "train"})
+    with pytest.raises(ValueError, match=r"f cannot be in the split 'test': .* which are in val"):
+        label({"e": bulk("Al"), "f": bulk("Al", cubic=True)}, shards, split={"e": "val", "f": "test"})
+
+
+def test_a_formula_of_the_table_without_a_label_stays_in_its_split(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    table = load_structures(ROOT / "data" / "structures.parquet", split="val")
+    row = table.reduced_formula.tolist().index("AlNi3")
+    stand_in_engine(tmp_path / "log")
+    label({"mine": table.atoms(row), "al": bulk("Al")}, tmp_path, table=table)
+    read = load_site_dos(tmp_path)
+    assert dict(zip(read.material_id.tolist(), read.split.tolist(), strict=True)) == {"mine": "val", "al": "train"}
+    with pytest.raises(ValueError, match="which are in val"):
+        label({"other": table.atoms(row)}, tmp_path / "more", table=table, split={"other": "train"})
+
+
+def test_an_id_is_that_of_one_crystal(tmp_path: Path) -> None:
+    stand_in_engine(tmp_path / "log")
+    label({"POSCAR": bulk("Cu"), "lock": bulk("Ni")}, tmp_path / "shards")
+    assert label({"POSCAR": bulk("Cu")}, tmp_path / "shards").done_before == 1
+    with pytest.raises(ValueError, match=r"POSCAR \(Al\) has the id of another crystal in .*, Cu: rename it"):
+        label({"POSCAR": bulk("Al")}, tmp_path / "shards")
+    label({"POSCAR": bulk("Au")}, tmp_path / "failed")
+    with pytest.raises(ValueError, match=r"POSCAR \(Al\) .*, Au: rename it"):
+        label({"POSCAR": bulk("Al")}, tmp_path / "failed")
 
 
 @pytest.mark.parametrize(
@@ -351,6 +376,15 @@ def test_the_command_takes_the_table_with_its_splits(tmp_path: Path) -> None:
     split = dict(zip(given.material_id.tolist(), given.split.tolist(), strict=True))
     assert split == dict(zip(made.material_id.tolist(), made.split.tolist(), strict=True))
     assert run("label", tmp_path / "few.parquet", tmp_path / "x.cif").exit_code == 1
+
+    data = tmp_path / "data"  # files go where the table beside the label set says
+    data.mkdir()
+    (tmp_path / "few.parquet").rename(data / "structures.parquet")
+    row = given.split.tolist().index("val")
+    ase.io.write(tmp_path / "mine.cif", given.atoms(row))
+    result = run("label", tmp_path / "mine.cif", "--shards", data / "site_dos")
+    assert result.exit_code == 0, result.output
+    assert load_site_dos(data / "site_dos").split.tolist() == ["val"]
 
 
 # -- FireWorks ---------------------------------------------------------------------------------------------------------

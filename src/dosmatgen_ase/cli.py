@@ -739,7 +739,8 @@ def label(
     """Compute site DOS labels for training and pack them into shards, with the recipe of data/README.md.
 
     A run that was stopped or killed goes on where it was: give the same command again. What has a label or failed once
-    is not tried again; the reasons of failures are in the shards.
+    is not tried again; the reasons of failures are in the shards. Files of a formula that has labels, or is in the
+    structures.parquet beside SHARDS, go into its split, others into train.
     """
     from collections import Counter
 
@@ -751,10 +752,12 @@ def label(
     if tables and len(structures) > 1:
         raise ValueError(f"give {tables[0]} alone: a table and other files cannot be labelled in one run")
     given: Any = load_structures(tables[0]) if tables else _read_structures(structures)
+    beside = shards.parent / "structures.parquet"
+    splits = load_structures(beside) if not tables and beside.is_file() else None
     settings = EspressoSettings(pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher, nice=19)
     chosen = order if order in ("cost", "coverage") else _first_words(Path(order))
     try:
-        done = run(given, shards, settings, workers=workers, limit=limit, order=chosen, progress=True)
+        done = run(given, shards, settings, workers=workers, limit=limit, order=chosen, table=splits, progress=True)
     except KeyboardInterrupt:
         _say(f"interrupted: the labels made so far are in {shards}; the same command goes on from there", "yellow")
         raise typer.Exit(INTERRUPTED) from None

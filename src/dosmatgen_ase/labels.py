@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import spglib
 from ase import Atoms
+from numpy.typing import ArrayLike
 
 from .data import MAX_ATOMS, SHARD_UNIT, Structures
 from .electronic import (
@@ -75,6 +76,7 @@ def label(
     limit: int | None = None,
     order: Sequence[str] | str = "cost",
     split: Mapping[str, str] | None = None,
+    table: Structures | None = None,
     unpacked: str | Path | None = None,
     progress: bool = False,
 ) -> LabelReport:
@@ -98,7 +100,10 @@ def label(
         "cost": a fixed random order in which cheap structures come first more often. "coverage": as that, after those
         that hold an element with fewer than 15 labels. Or the ids that come first.
     split : mapping of id to "train", "val" or "test", optional
-        `Structures` bring their own. By default that of the labels of the same formula, or else "train".
+        `Structures` bring their own. By default that of the labels of the same formula, or else of `table`, or else
+        "train".
+    table : Structures, optional
+        Crystals, such as those of data/structures.parquet, whose formulas keep their split.
     unpacked : path, optional
         Folder of results that are in no shard yet, SHARDS/unpacked by default; for one run at a time.
     progress : bool
@@ -109,8 +114,8 @@ def label(
     FileNotFoundError
         If the programs or the pseudopotentials' folder are not there.
     ValueError
-        If another run works in this folder, a split contradicts the labels there are, or an argument is none of the
-        above.
+        If another run works in this folder, a split contradicts that of another structure of the formula, an id is
+        that of another crystal's label, or an argument is none of the above.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1")
@@ -120,15 +125,20 @@ def label(
     with _alone_in(work):
         set_ = _LabelSet.read(folder)
         _tidy(work, set_.done)
-        candidates = {c.name: c for c in _candidates(structures, split, set_.split)}
+        candidates = {c.name: c for c in _candidates(structures, split, {**_splits(table), **set_.split})}
         made: set[str] = set()  # by a run that was killed
         failed: dict[str, str] = {}
         for path in work.glob("*.json"):
             record = read_record(path) if path.stem in candidates else None
             if record is not None:
+                set_.formula[path.stem] = _formula(record["structure"]["numbers"])
                 made.add(path.stem)
                 if "failed" in record:
                     failed[path.stem] = record["failed"]
+        for name in set_.formula.keys() & candidates.keys():
+            own, other = _formula(candidates[name].atoms.numbers), set_.formula[name]
+            if own != other:
+                raise ValueError(f"{name} ({own}) has the id of another crystal in {folder}, {other}: rename it")
         before = len((set_.done | set(failed)) & set(candidates))
         skipped = _skipped(candidates, settings)
         waiting = {n: c for n, c in candidates.items() if n not in set_.done | set(failed) | set(skipped)}
@@ -196,21 +206,30 @@ def _candidates(
         for i, (name, own, number) in enumerate(rows):
             yield _Candidate(name, structures.atoms(i), own, number)
         return
+    known = dict(split_of_formula)
     for name, atoms in structures.items():
-        labelled = split_of_formula.get(_formula(atoms.numbers))
-        wanted = (split or {}).get(name, labelled or "train")
-        if wanted not in ("train", "val", "test") or wanted != (labelled or wanted):
-            among = (
-                "train, val and test" if labelled is None else f"the labels of this formula, which are in {labelled}"
-            )
-            raise ValueError(f"{name} cannot be in the split {wanted!r}: choose among {among}")
+        formula = _formula(atoms.numbers)
+        wanted = (split or {}).get(name, known.get(formula, "train"))
+        if wanted not in ("train", "val", "test"):
+            raise ValueError(f"{name} cannot be in the split {wanted!r}: choose among train, val and test")
+        if known.setdefault(formula, wanted) != wanted:
+            among = f"the others of its formula, which are in {known[formula]}"
+            raise ValueError(f"{name} cannot be in the split {wanted!r}: it must be among {among}")
         found = spglib.get_symmetry_dataset(
             (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=1e-3
         )
         yield _Candidate(name, atoms, wanted, 1 if found is None else found.number)
 
 
-def _formula(numbers: np.ndarray) -> str:
+def _splits(table: Structures | None) -> dict[str, str]:
+    """Split of each formula."""
+    if table is None:
+        return {}
+    rows = np.unique(table.reduced_formula, return_index=True)[1].tolist()
+    return {_formula(table.atomic_numbers[i, : table.num_atoms[i]]): str(table.split[i]) for i in rows}
+
+
+def _formula(numbers: ArrayLike) -> str:
     return str(Atoms(numbers).symbols.formula.reduce()[0].format("hill"))
 
 
@@ -276,15 +295,19 @@ def unsound(result: ElectronicStructure) -> str | None:
 
 @dataclass(frozen=True)
 class _LabelSet:
-    """What is in the shards of a folder: ids with a label or a failure, labels per element, split of each formula."""
+    """What is in the shards of a folder.
+
+    Ids with a label or a failure; number of labels by element, split by formula, formula by the id of a label.
+    """
 
     done: set[str]
     elements: Counter[str]
     split: dict[str, str]
+    formula: dict[str, str]
 
     @classmethod
     def read(cls, folder: Path) -> _LabelSet:
-        known = cls(set(), Counter(), {})
+        known = cls(set(), Counter(), {}, {})
         for path in sorted(folder.glob("*.npz")):
             with np.load(path, allow_pickle=False) as shard:
                 ids, failed = shard["material_id"].tolist(), shard["failed_id"].tolist() if "failed_id" in shard else []
@@ -292,15 +315,16 @@ class _LabelSet:
                 for name, split, numbers in zip(ids, shard["split"].tolist(), sites, strict=True):
                     if name not in known.done:
                         known.elements.update(set(Atoms(numbers).symbols))
-                        known.split[_formula(numbers)] = split
+                        known.formula[name] = _formula(numbers)
+                        known.split[known.formula[name]] = split
                 known.done.update(ids, failed)
         return known
 
 
 @contextlib.contextmanager
 def _alone_in(work: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process however that ends."""
-    with (work / "lock").open("w") as file:
+    """Hold the folder's lock, which ends with the process however that ends. No structure can have its name."""
+    with (work / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
