@@ -257,6 +257,17 @@ def test_equal_dos_are_at_distance_zero_and_half_of_it_at_one_half() -> None:
     assert compare(half, max_distance=0.6).reason is None
 
 
+def test_energies_stay_where_nothing_is_relaxed_and_go_where_another_engine_relaxes() -> None:
+    before = candidate_doc().model_copy(update={"energy_per_atom": -3.0, "energy_above_hull": 0.1})
+    for relaxation, energies in (
+        ({"structure": COPPER}, (-3.0, 0.1)),
+        ({"structure": COPPER, "energy": -5.0}, (-5.0, None)),
+    ):
+        dos = DOSDoc(engine="exact", site_dos=[TARGET.on_grid()])
+        done = CompareDOSMaker().make.original(CompareDOSMaker(), {"0": TARGET}, before, relaxation, dos)
+        assert (done.energy_per_atom, done.energy_above_hull) == energies
+
+
 def test_a_target_far_from_the_gap_has_no_near_gap_figure() -> None:
     deep = TargetDOS.from_peaks([(-6.0, 8.0, 0.5)], window=(-8.0, -4.0)).on_grid()
     make = CompareDOSMaker().make.original

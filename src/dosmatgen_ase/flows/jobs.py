@@ -332,8 +332,9 @@ class CompareDOSMaker(Maker):
         """
         done = CandidateDoc.model_validate(candidate).model_copy(deep=True)
         relaxed = RelaxDoc.model_validate(relaxation) if relaxation is not None else RelaxDoc(structure=None)
-        done.structure, done.energy_per_atom = relaxed.structure, relaxed.energy
-        done.energy_above_hull = relaxed.energy_above_hull
+        done.structure = relaxed.structure
+        if relaxed.energy is not None:  # what is computed again as it is keeps the energies that it came with
+            done.energy_per_atom, done.energy_above_hull = relaxed.energy, relaxed.energy_above_hull
         if relaxed.structure is None:
             done.reason = f"relaxation failed: {relaxed.reason or 'see the log of its job'}"
             return done
