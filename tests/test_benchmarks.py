@@ -338,10 +338,10 @@ def test_the_curve_of_candidates_runs_and_resumes(
     small = ["--val", "--num-targets=2", "--candidates=5", "--num-steps=2", f"--cache={tmp_path}/kept"]
     report = candidates.main([*files, *small, f"--out={tmp_path}"])
     assert report["numbers"] == [1, 2, 5]
-    for name in ("picked", "oracle"):
-        assert len(report["curves"][name]) == 3
-    oracle = [f["value"] for f in report["curves"]["oracle"]]
-    assert oracle == sorted(oracle, reverse=True)
+    for part in report["given"].values():
+        oracle = [f["value"] for f in part["oracle"]]
+        assert oracle == sorted(oracle, reverse=True)
+        assert len(part["picked"]) == 3
     assert report["affordable"] > 1
     monkeypatch.delattr(candidates, "draws")
     assert candidates.main([*files, *small, f"--out={tmp_path}"]) == report
