@@ -118,8 +118,8 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        f"{report['targets']} targets of split `{report['split']}` with at most {report['max_atoms']} atoms; normalised "
-        "L1 by the judge on the sites given, mean over targets [95 % bootstrap interval]. By the judge, "
+        f"{report['targets']} targets of split `{report['split']}` with at most {report['max_atoms']} atoms; "
+        "normalised L1 by the judge on the sites given, mean over targets [95 % bootstrap interval]. By the judge, "
         f"{'; '.join(told)}. "
         "CPU time on one thread: drawing, screening, features and both predictors; that of one 4-atom structure by the "
         f"published sampler in a batch of 16 ({report['published_seconds']:.1f} s) pays for "

@@ -5,8 +5,8 @@
 
 Real: near-stable structures of split `test`, relaxed as the hull is. "Hull" holds their own formulas too, as the one
 that ships does; "other formulas" is the hull of `train`, `val` and the elements, where no entry has the formula that is
-asked about, so that a stable crystal lies below it. Generated: one candidate of 4 to 7 atoms per draw, conditioned on every
-site of a labelled `test` structure, as it comes from the generator and relaxed. Everything by CHGNet 0.3.0.
+asked about, so that a stable crystal lies below it. Generated: one candidate of 4 to 7 atoms per draw, conditioned on
+every site of a labelled `test` structure, as it comes from the generator and relaxed. Everything by CHGNet 0.3.0.
 
 Stopped runs go on: what was relaxed is kept in `data/cache/` (real crystals beside those of `scripts/build_hull.py`).
 """
