@@ -41,7 +41,6 @@ from round_trip import Candidates, Target, cached, interval, judge_candidates, m
 from tqdm import tqdm
 
 from dosmatgen_ase.data import load_site_dos
-from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.generator import DOSGenerator
 from dosmatgen_ase.metrics import site_distances
@@ -155,13 +154,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     def draw_and_judge(target: Target, which: str) -> Candidates:
         start = time.process_time()
-        dos = {
-            int(i): TargetDOS(MODEL_GRID.energies, target.dos[i], target.known, target.reference, MODEL_SIGMA)
-            for i in np.flatnonzero(target.sites(which))
-        }
         rngs = [rng_for(options.seed, target.material_id, k) for k in range(options.candidates)]
         size = len(target.atoms)
-        found = judge_candidates(draws(generator, request(dos, num_atoms=size), size, rngs, config), judge, ranker, 1)
+        found = judge_candidates(
+            draws(generator, request(target.targets(which), num_atoms=size), size, rngs, config), judge, ranker, 1
+        )
         spent = json.loads(cost.read_text()) if cost.exists() else {}
         spent[f"{target.material_id} {which}"] = time.process_time() - start
         write_atomic(cost, json.dumps(spent).encode())

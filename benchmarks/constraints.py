@@ -60,7 +60,7 @@ from tqdm import tqdm
 from dosmatgen_ase import DOSGenerator, TargetDOS
 from dosmatgen_ase.crystal import minimum_image
 from dosmatgen_ase.data import load_site_dos
-from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, NEAR_GAP, normalised_l1_arrays
+from dosmatgen_ase.dos import NEAR_GAP, normalised_l1_arrays
 from dosmatgen_ase.generator import BATCH_PAIRS, Request
 from dosmatgen_ase.predictor import DOSPredictor
 from dosmatgen_ase.sampler import SamplerConfig
@@ -113,11 +113,7 @@ def draws(
 
 def site_targets(target: Target, condition: Condition) -> dict[int, TargetDOS] | None:
     """What is given of a target's DOS."""
-    sites = np.flatnonzero(target.sites(condition.sites))
-    whole = {
-        int(i): TargetDOS(MODEL_GRID.energies, target.dos[i], target.known, target.reference, MODEL_SIGMA, "site")
-        for i in sites
-    }
+    whole = target.targets(condition.sites)
     return {i: t if condition.window is None else t.window(*condition.window) for i, t in whole.items()} or None
 
 

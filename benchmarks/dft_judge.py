@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 import ase.io
 import numpy as np
 import torch
-from _common import RESULTS, ROOT, add_options, sampler_config, split_of, write_results
+from _common import JUDGE, RESULTS, ROOT, add_options, sampler_config, split_of, write_results
 from ase import Atoms
 from ase.spacegroup.symmetrize import refine_symmetry
 from matplotlib.figure import Figure
@@ -52,13 +52,9 @@ TIME_LIMIT = 1800.0  # seconds for one crystal
 def picks(target: Target, made: list[Atoms], predictor: DOSPredictor) -> list[Atoms]:
     """The first of the conditional draws by the predictor, and the first fit unconditional one."""
     half = len(made) // 2
-    wanted = {
-        i: TargetDOS(MODEL_GRID.energies, values, target.known, target.reference, MODEL_SIGMA)
-        for i, values in enumerate(target.dos)
-    }
     labelled = predictor.tables["support"].numpy().max(axis=1) >= MIN_LABELS
     fit = [a for a in made[half:] if screen(a).accepted and labelled[a.numbers].all()]
-    return [score(made[:half], wanted, predictor=predictor)[0], *fit[:1]]
+    return [score(made[:half], target.targets("all"), predictor=predictor)[0], *fit[:1]]
 
 
 def settle(atoms: Atoms) -> Atoms:
@@ -145,7 +141,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Generate, pick, relax, compute, compare, write."""
     parser = argparse.ArgumentParser(description="DOS round trip judged by Quantum ESPRESSO.")
     add_options(parser)
-    parser.add_argument("--judge", type=Path, default=Path(__file__).parent / "judge.safetensors")
+    parser.add_argument("--judge", type=Path, default=JUDGE)
     parser.add_argument("--num-targets", type=int, default=24)
     parser.add_argument("--max-atoms", type=int, default=6, help="largest target: what DFT costs")
     parser.add_argument("--candidates", type=int, default=20)

@@ -34,7 +34,9 @@ from round_trip import MODES, Target, candidate_figures, generate, interval, jud
 from tqdm import tqdm
 
 from dosmatgen_ase.checkpoint import load_model
+from dosmatgen_ase.conditioning import ConditionalDenoiser
 from dosmatgen_ase.data import load_site_dos
+from dosmatgen_ase.predictor import DOSPredictor
 from dosmatgen_ase.stability import chgnet_energies, load_hull
 
 USED = ("conditional", "site with DOS", "site without DOS")
@@ -45,14 +47,14 @@ SETTINGS = [*((g, TEMPERATURES[0]) for g in SCALES), *((g, t) for t in TEMPERATU
 
 def measure(
     targets: list[Target],
+    model: ConditionalDenoiser,
+    judge: DOSPredictor,
+    ranker: DOSPredictor,
     options: argparse.Namespace,
-    parser: argparse.ArgumentParser,
     scale: float,
     temperature: float,
 ) -> dict[str, Any]:
     """Figures of one setting."""
-    model, _ = load_model(options.weights)
-    judge, ranker = load_predictors(parser, options)
     config, hull = replace(sampler_config(options), species_temperature=temperature), load_hull()
     right, sites, accepted, different, above = [], [], [], [], []
     table: dict[str, list[dict[str, float]]] = {name: [] for name in USED}
@@ -128,15 +130,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
+    model, header = load_model(options.weights)
+    judge, ranker = load_predictors(parser, options)
     labels = load_site_dos(ROOT / "data" / "site_dos")
     rows = np.random.default_rng(options.seed).permutation(np.flatnonzero(labels.split == "val"))
     targets = [Target.from_label(labels, row, options.seed) for row in rows[: options.num_targets].tolist()]
     report = {
-        "weights": load_model(options.weights)[1]["sha256"],
+        "weights": header["sha256"],
         "targets": len(targets),
         "candidates": options.candidates,
         "seed": options.seed,
-        "rows": [measure(targets, options, parser, g, t) for g, t in SETTINGS],
+        "rows": [measure(targets, model, judge, ranker, options, g, t) for g, t in SETTINGS],
     }
     out = options.out or RESULTS
     table = markdown(report)

@@ -113,6 +113,13 @@ class Target:
         reference = "vbm" if labels.band_gap[row] > 0 else "fermi"
         return cls(name, atoms, labels.values[row, : len(atoms)].astype(float), labels.known[row], reference, site)
 
+    def targets(self, which: str) -> dict[int, TargetDOS]:
+        """The DOS of "all" sites, "none", or the drawn "site", as `DOSGenerator.generate` takes them."""
+        return {
+            int(i): TargetDOS(MODEL_GRID.energies, self.dos[i], self.known, self.reference, MODEL_SIGMA)
+            for i in np.flatnonzero(self.sites(which))
+        }
+
 
 @dataclass(frozen=True)
 class Candidates:

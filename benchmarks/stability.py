@@ -30,11 +30,11 @@ from ase import Atoms
 from ase.build import bulk
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
+from round_trip import Target
 from tqdm import tqdm
 
-from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase import DOSGenerator
 from dosmatgen_ase.data import load_site_dos, load_structures
-from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA
 from dosmatgen_ase.files import read_records
 from dosmatgen_ase.generator import _digest
 from dosmatgen_ase.metrics import bootstrap_interval, median, quantile
@@ -93,12 +93,8 @@ def draw(count: int, seed: int) -> list[Atoms]:
     generator, made = DOSGenerator(), []
     for k in range(count):
         i = int(rows[k % len(rows)])
-        reference = "vbm" if labels.band_gap[i] > 0 else "fermi"
-        dos = [
-            TargetDOS(MODEL_GRID.energies, values, labels.known[i], reference, MODEL_SIGMA, "site")
-            for values in labels.values[i, : labels.num_atoms[i]].astype(float)
-        ]
-        made.append(generator.generate(dos, seed=(seed << 16) + k))
+        dos = Target.from_label(labels, i, seed).targets("all")
+        made.append(generator.generate(list(dos.values()), seed=(seed << 16) + k))
     return made
 
 

@@ -60,6 +60,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def files(folder: Path) -> list[str]:
+    """Options that name the weights in `folder`."""
+    names = {"weights": "generator", "judge": "judge", "predictor": "predictor"}
+    return [f"--{option}={folder}/{name}.safetensors" for option, name in names.items()]
+
+
+@pytest.fixture(scope="module")
 def model(folder: Path) -> ConditionalDenoiser:
     return load_model(folder / "generator.safetensors")[0]
 
@@ -242,12 +249,10 @@ def test_rejected_candidates_have_no_dos(folder: Path) -> None:
 
 
 def test_the_round_trip_runs_and_resumes(
-    folder: Path, labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: list[str], labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(round_trip, "load_site_dos", lambda path: labels)
     monkeypatch.setattr(round_trip, "bootstrap_interval", partial(bootstrap_interval, samples=20))
-    names = {"weights": "generator", "judge": "judge", "predictor": "predictor"}
-    files = [f"--{option}={folder}/{name}.safetensors" for option, name in names.items()]
     small = ["--val", "--num-targets=2", "--candidates=2", "--num-steps=2", f"--cache={tmp_path}/kept"]
     report = round_trip.main([*files, *small, f"--out={tmp_path}"])
     assert report["targets"] == len(list((tmp_path / "kept").glob("*/*.npz"))) == 2
@@ -327,14 +332,12 @@ def test_the_pick_of_k_draws_is_exact() -> None:
 
 
 def test_the_curve_of_candidates_runs_and_resumes(
-    folder: Path, labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: list[str], labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import candidates
 
     monkeypatch.setattr(candidates, "load_site_dos", lambda path: labels)
     monkeypatch.setattr(round_trip, "bootstrap_interval", partial(bootstrap_interval, samples=20))
-    names = {"weights": "generator", "judge": "judge", "predictor": "predictor"}
-    files = [f"--{option}={folder}/{name}.safetensors" for option, name in names.items()]
     small = ["--val", "--num-targets=2", "--candidates=5", "--num-steps=2", f"--cache={tmp_path}/kept"]
     report = candidates.main([*files, *small, f"--out={tmp_path}"])
     assert report["numbers"] == [1, 2, 5]
@@ -348,15 +351,13 @@ def test_the_curve_of_candidates_runs_and_resumes(
 
 
 def test_the_guidance_curve_runs(
-    folder: Path, labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: list[str], labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import guidance
 
     monkeypatch.setattr(guidance, "load_site_dos", lambda path: labels)
     monkeypatch.setattr(guidance, "SETTINGS", [(1.0, 0.7), (2.0, 0.7)])
     monkeypatch.setattr(round_trip, "bootstrap_interval", partial(bootstrap_interval, samples=20))
-    names = {"weights": "generator", "judge": "judge", "predictor": "predictor"}
-    files = [f"--{option}={folder}/{name}.safetensors" for option, name in names.items()]
     report = guidance.main([*files, "--num-targets=2", "--candidates=2", "--num-steps=2", f"--out={tmp_path}"])
     assert [row["guidance_scale"] for row in report["rows"]] == [1.0, 2.0]
     assert all(0 <= row["elements"] <= 1 and row["accepted"] > 0 for row in report["rows"])
