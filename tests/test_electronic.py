@@ -300,7 +300,9 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         ("echo 'JOB DONE.'", "", 9.0, "did not converge", "scf.out"),
         ("echo ' Error in routine readpp (1):'; echo '  not found'; exit 1", "", 9.0, "readpp .* not found", "scf.out"),
         ("exit 3", "", 9.0, "exit code 3", "scf.out"),
-        ("exec sleep 20", "", 0.3, "time limit of 0.3 s", "scf.out"),
+        ("exec sleep 20", "", 0.1, "time limit of 0.1 s", "scf.out"),  # hangs: ten times as long by the clock
+        ("while :; do :; done", "", 0.3, "time limit of 0.3 s", "scf.out"),  # works on: CPU time, in whole seconds
+        ("sleep 0.5; exit 3", "", 0.3, "exit code 3", "scf.out"),  # waits for a core: not counted
         (CONVERGED, "exit 2", 9.0, "projwfc.x .projwfc. failed: exit code 2", "projwfc.out"),
         (CONVERGED, "echo JOB DONE", 9.0, "does not list the states", "atomic_proj.xml"),
         ("echo 'convergence has been achieved JOB DONE'", "", 9.0, "is this version supported", None),

