@@ -61,7 +61,7 @@ from dosmatgen_ase import DOSGenerator, TargetDOS
 from dosmatgen_ase.crystal import minimum_image
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.dos import NEAR_GAP, normalised_l1_arrays
-from dosmatgen_ase.generator import BATCH_PAIRS, Request
+from dosmatgen_ase.generator import BATCH_PAIRS, WINDOW_GUIDANCE, Request
 from dosmatgen_ase.predictor import DOSPredictor
 from dosmatgen_ase.sampler import SamplerConfig
 from dosmatgen_ase.screening import screen
@@ -103,12 +103,18 @@ def request(dos: Any = None, **settings: Any) -> Request:
 
 
 def draws(
-    generator: DOSGenerator, wanted: Request, size: int, rngs: list[np.random.Generator], config: SamplerConfig
+    generator: DOSGenerator,
+    wanted: Request,
+    size: int,
+    rngs: list[np.random.Generator],
+    config: SamplerConfig,
+    scale: float | None = None,
 ) -> list[Atoms]:
-    """One first draw per generator of random numbers."""
+    """One first draw per generator of random numbers; guided as by default if no scale is given."""
+    scale = wanted.guidance_scale() if scale is None else scale
     room = max(1, BATCH_PAIRS // size**2)
     parts = (rngs[i : i + room] for i in range(0, len(rngs), room))
-    return [atoms for part in parts for atoms in generator._draw(wanted, [size] * len(part), part, config, 1.0)[0]]
+    return [atoms for part in parts for atoms in generator._draw(wanted, [size] * len(part), part, config, scale)[0]]
 
 
 def site_targets(target: Target, condition: Condition) -> dict[int, TargetDOS] | None:
@@ -309,7 +315,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"{report['targets']} targets of split `{report['split']}`, {report['sampler']['num_steps']} steps, "
-        "guidance_scale 1; mean over targets [95 % bootstrap interval]. Normalised L1 by the judge; *compositions*: "
+        f"guidance_scale as by default (1; {WINDOW_GUIDANCE:g} for the window); mean over targets [95 % bootstrap "
+        "interval]. Normalised L1 by the judge; *compositions*: "
         "different ones, as a share of the accepted candidates. Strength 0 "
         f"{'returns' if templates['strength 0 is the template'] else 'DOES NOT RETURN'} the template; strength 1 "
         f"against noise, Kolmogorov-Smirnov p: {tests}. For the judge the nickel site of Au3Ni itself lies at "

@@ -2,9 +2,10 @@
 
     python benchmarks/guidance.py              # 60 targets of `val`, 10 draws per setting: ten minutes on one core
 
-Per setting: share of right elements and distance with the DOS of every site; control beyond the element (one site, its
-element pinned, with its DOS against without); accepted draws, different compositions, energy above the hull of the raw
-crystals.
+Of a window: the DOS of every site on [-2, 2] eV only, inside it, by scale, against the whole range at scale 1.
+Else, per setting: share of right elements and distance with the DOS of every site; control beyond the element (one
+site, its element pinned, with its DOS against without); accepted draws, different compositions, energy above the hull
+of the raw crystals.
 """
 
 from __future__ import annotations
@@ -25,15 +26,26 @@ from _common import (
     add_options,
     add_predictors,
     load_predictors,
+    rng_for,
     sampler_config,
     write_results,
 )
-from constraints import diversity
+from constraints import CONDITIONS, diversity, draws, request, site_targets
 from matplotlib.figure import Figure
-from round_trip import MODES, Target, candidate_figures, generate, interval, judge_candidates, ratio_of_means, text
+from round_trip import (
+    MODES,
+    Target,
+    candidate_figures,
+    generate,
+    interval,
+    judge_candidates,
+    ratio_of_means,
+    ratios,
+    text,
+)
 from tqdm import tqdm
 
-from dosmatgen_ase.checkpoint import load_model
+from dosmatgen_ase import DOSGenerator
 from dosmatgen_ase.conditioning import ConditionalDenoiser
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.predictor import DOSPredictor
@@ -43,6 +55,47 @@ USED = ("conditional", "site with DOS", "site without DOS")
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
 TEMPERATURES = (0.7, 0.5, 0.35)
 SETTINGS = [*((g, TEMPERATURES[0]) for g in SCALES), *((g, t) for t in TEMPERATURES[1:] for g in (1.0, 1.5))]
+WINDOW_SCALES = (1.0, 1.5, 2.0, 3.0)
+WHOLE, WINDOW = "every site", "every site, [-2, 2] eV"  # of `CONDITIONS`
+
+
+def measure_window(
+    targets: list[Target],
+    generator: DOSGenerator,
+    judge: DOSPredictor,
+    ranker: DOSPredictor,
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Distances inside the window by scale, their ratio to those with the whole range given, and what it costs."""
+    config = sampler_config(options)
+
+    def row(name: str, scale: float) -> tuple[list[dict[str, float]], float, float]:
+        figures, accepted, different = [], [], []
+        for t in tqdm(targets, unit="target", desc=f"{name}, guidance {scale:g}"):
+            wanted = request(site_targets(t, CONDITIONS[name]), num_atoms=len(t.atoms))
+            rngs = [rng_for(options.seed, t.material_id, k) for k in range(options.candidates)]
+            made = draws(generator, wanted, len(t.atoms), rngs, config, scale)
+            found = judge_candidates(made, judge, ranker, 1)
+            figures.append(candidate_figures(t, found, 0, t.sites("all")))
+            accepted.append(found.accepted[0].mean())
+            different.append(diversity(found))
+        return figures, float(np.mean(accepted)), float(np.nanmean(different))
+
+    whole, rows = row(WHOLE, 1.0)[0], []
+    for scale in WINDOW_SCALES:
+        figures, accepted, different = row(WINDOW, scale)
+        against = ratios({WINDOW: figures, WHOLE: whole}, WINDOW, WHOLE)
+        rows.append(
+            {
+                "guidance_scale": scale,
+                "inside": float(np.nanmean([f["near_gap mean"] for f in figures])),
+                "ratio": against["near_gap mean"],
+                "ratio of the best": against["near_gap best"],
+                "accepted": accepted,
+                "compositions": different,
+            }
+        )
+    return rows
 
 
 def measure(
@@ -99,10 +152,21 @@ def markdown(report: dict[str, Any]) -> str:
         )
     lines += [
         "",
+        "| a window: guidance | distance inside, mean | over that of the whole range: mean | best | accepted | "
+        "compositions |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in report["window"]:
+        cells = [f"{r['inside']:.2f}", text(r["ratio"]), text(r["ratio of the best"])]
+        cells += [f"{r['accepted']:.3f}", f"{r['compositions']:.2f}"]
+        lines.append(f"| {r['guidance_scale']:g} | {' | '.join(cells)} |")
+    lines += [
+        "",
         f"{report['targets']} targets of split `val`, {report['candidates']} draws each. Distances: normalised L1 by "
         "the judge, the DOS of every site given. Control: one site, its element pinned, the rest free, with its DOS "
-        "against without, at one temperature. Compositions: different ones, as a share. Above the hull: median of the "
-        "raw crystals. A scale other than 1 takes two network passes per step.",
+        "against without, at one temperature. A window: the DOS of every site on [-2, 2] eV only, against that on "
+        "[-10, 5] eV at guidance 1, both inside the window. Compositions: different ones, as a share. Above the hull: "
+        "median of the raw crystals. A scale other than 1 takes two network passes per step.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -130,7 +194,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
-    model, header = load_model(options.weights)
+    generator = DOSGenerator(options.weights, device="cpu")
+    model, header = generator.model, generator.header
     judge, ranker = load_predictors(parser, options)
     labels = load_site_dos(ROOT / "data" / "site_dos")
     rows = np.random.default_rng(options.seed).permutation(np.flatnonzero(labels.split == "val"))
@@ -140,6 +205,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "targets": len(targets),
         "candidates": options.candidates,
         "seed": options.seed,
+        "window": measure_window(targets, generator, judge, ranker, options),
         "rows": [measure(targets, model, judge, ranker, options, g, t) for g, t in SETTINGS],
     }
     out = options.out or RESULTS

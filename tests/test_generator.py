@@ -156,6 +156,18 @@ def test_the_record_says_how_a_structure_was_made(generator: DOSGenerator) -> No
     assert info["forbidden_elements"] == ["Pu"]
 
 
+def test_a_window_is_guided_more_unless_told(generator: DOSGenerator) -> None:
+    whole = TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-9, 3))
+    window, other = whole.window(-2, 2), whole.window(-1, 1)
+
+    def scale(dos: Any, **settings: Any) -> float:
+        return float(record(make(generator, dos, n=1, **settings)[0])["guidance_scale"])
+
+    assert [scale(dos) for dos in (whole, window, None)] == [1.0, 2.0, 1.0]
+    assert [scale({0: whole, 1: window}), scale({0: other, 1: window})] == [1.0, 2.0]
+    assert scale(window, guidance_scale=1.0) == 1.0
+
+
 TEMPLATE = bulk("Cu", cubic=True)
 REQUESTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "site": (TARGET, {}),

@@ -203,8 +203,12 @@ def generate(
         str | None, typer.Option(help="Sites of the template that keep element and position: 0,2.")
     ] = None,
     guidance_scale: Annotated[
-        float, typer.Option(help="0 ignores the DOS, 1 is the plain conditional model, larger amplifies.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="0 ignores the DOS, 1 is the plain conditional model, larger amplifies. "
+            "Default: 1, or 2 where less than half of the energies are known."
+        ),
+    ] = None,
     oversample: Annotated[
         int, typer.Option(min=1, help="Draw so many times -n; the best by predicted DOS go to OUT-best.extxyz.")
     ] = 1,

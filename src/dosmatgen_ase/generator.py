@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 DOSInput = TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS] | None
 MAX_ATTEMPTS = 5  # draws per structure before the generator gives up on it
+WINDOW_GUIDANCE = 2.0  # by default, where the targets know less than half of the model's energies; else 1
 BATCH_PAIRS = 2048  # a batch of b crystals of N sites has b N^2 at most this: bounds memory
 
 
@@ -181,6 +182,12 @@ class Request:
         """Sites that stay where the template has them."""
         return list(range(len(self.template or ()))) if self.strength == 0 else sorted(self.fixed_sites)
 
+    def guidance_scale(self) -> float:
+        """The default: amplified where a window is all that is known, for it leaves the elements open."""
+        targets = [*self.site_targets.values(), *([] if self.total_target is None else [self.total_target])]
+        known = [float(_on_model_grid(target)[1].float().mean()) for target in targets]
+        return WINDOW_GUIDANCE if known and np.mean(known) < 0.5 else 1.0
+
     def condition(self, sizes: Sequence[int]) -> DOSCondition | None:
         """Targets on the model's grid for crystals of these sizes; None if there are none."""
         if not self.site_targets and self.total_target is None:
@@ -282,7 +289,7 @@ class DOSGenerator:
         composition: str | Mapping[str, int] | None = None,
         elements: Sequence[str] | None = None,
         exclude_elements: Sequence[str] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         num_steps: int = SamplerConfig.num_steps,
         seed: int | None = None,
         progress: bool = False,
@@ -320,8 +327,9 @@ class DOSGenerator:
             Formula of the cell, or of a unit that divides ``num_atoms``.
         elements, exclude_elements : sequence of str, optional
             Elements that may, or may not, appear.
-        guidance_scale : float
-            0 ignores the DOS, 1 is the plain conditional model, larger amplifies.
+        guidance_scale : float, optional
+            0 ignores the DOS, 1 is the plain conditional model, larger amplifies. By default 1, or 2 where less than
+            half of [-10, 5] eV is known of the DOS (a window, a sketch). Anything but 0 and 1 doubles the cost.
         num_steps : int
             Sampler steps from pure noise.
         seed : int, optional
@@ -386,7 +394,7 @@ class DOSGenerator:
         composition: str | Mapping[str, int] | None = None,
         elements: Sequence[str] | None = None,
         exclude_elements: Sequence[str] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         num_steps: int = SamplerConfig.num_steps,
         seed: int | None = None,
         progress: bool = False,
@@ -403,9 +411,10 @@ class DOSGenerator:
             raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1 to 10000")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
             raise ValueError(f"seed={seed!r} must be a whole number of at least 0")
-        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-            raise ValueError(f"guidance_scale={guidance_scale} must be a finite number, 0 or larger")
         request.condition([request.smallest])  # a target outside of the model's grid is told now, before any file
+        scale = request.guidance_scale() if guidance_scale is None else float(guidance_scale)
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(f"guidance_scale={guidance_scale} must be a finite number, 0 or larger")
         writer = None if out is None else _Stream(Path(out))
         if seed is None and writer is not None:
             seed = writer.seed()
@@ -416,7 +425,7 @@ class DOSGenerator:
             "version": __version__,
             "weights": self.header["sha256"],
             "seed": int(seed),
-            "guidance_scale": float(guidance_scale),
+            "guidance_scale": scale,
             "num_steps": int(num_steps),
             "num_atoms": None if request.sizes is None else list(request.sizes),
             **request.record(),

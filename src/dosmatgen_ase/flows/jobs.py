@@ -85,7 +85,7 @@ class GenerateMaker(Maker):
     composition: str | None = None
     elements: list[str] | None = None
     exclude_elements: list[str] | None = None
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
     num_steps: int | None = None
     seed: int = 0
     weights: str = "default"
