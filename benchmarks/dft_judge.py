@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from _common import JUDGE, RESULTS, ROOT, add_options, sampler_config, split_of, write_results
 from ase import Atoms
-from ase.spacegroup.symmetrize import refine_symmetry
 from matplotlib.figure import Figure
 from round_trip import Library, Target, crystal_figures, generate, interval, mean_of, ratio_of_means, text
 from tqdm import tqdm
@@ -39,7 +38,7 @@ from dosmatgen_ase.metrics import site_distances
 from dosmatgen_ase.plotting import plot_dos
 from dosmatgen_ase.predictor import MIN_LABELS, DOSPredictor, default_predictor
 from dosmatgen_ase.ranking import score
-from dosmatgen_ase.relaxation import relax
+from dosmatgen_ase.relaxation import relax, symmetrized
 from dosmatgen_ase.screening import screen
 
 MODES = ("conditional", "unconditional")  # of the round trip
@@ -55,13 +54,6 @@ def picks(target: Target, made: list[Atoms], predictor: DOSPredictor) -> list[At
     labelled = predictor.tables["support"].numpy().max(axis=1) >= MIN_LABELS
     fit = [a for a in made[half:] if screen(a).accepted and labelled[a.numbers].all()]
     return [score(made[:half], target.targets("all"), predictor=predictor)[0], *fit[:1]]
-
-
-def settle(atoms: Atoms) -> Atoms:
-    """Relax with CHGNet and refine the symmetry."""
-    relaxed = relax(atoms)
-    refine_symmetry(relaxed, SYMMETRY)
-    return relaxed
 
 
 def kept(path: Path, make: Any) -> list[Atoms]:
@@ -171,7 +163,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
         raw[t.material_id] = kept(folder / f"{t.material_id}-raw.extxyz", draw_and_pick)
         settled[t.material_id] = kept(
-            folder / f"{t.material_id}-relaxed.extxyz", lambda t=t: [settle(a) for a in raw[t.material_id]]
+            folder / f"{t.material_id}-relaxed.extxyz",
+            lambda t=t: [symmetrized(a, SYMMETRY) for a in relax(raw[t.material_id])],
         )
     names = {(t.material_id, k): f"{t.material_id}-{k}" for t in targets for k in range(len(settled[t.material_id]))}
     structures = {name: settled[m][k] for (m, k), name in names.items()}

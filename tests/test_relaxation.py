@@ -12,6 +12,7 @@ from typing import Any
 import ase.io
 import numpy as np
 import pytest
+import spglib
 import torch
 from ase import Atoms
 from ase.build import bulk
@@ -21,7 +22,7 @@ from ase.constraints import FixAtoms
 from typer.testing import CliRunner
 
 from dosmatgen_ase.cli import app
-from dosmatgen_ase.relaxation import _mace_environment, relax
+from dosmatgen_ase.relaxation import _mace_environment, relax, symmetrized
 
 torch.set_num_threads(1)
 
@@ -258,3 +259,21 @@ def test_the_command_relaxes_files_and_tells_failures(tmp_path: Path) -> None:
     same = CliRunner().invoke(app, ["relax", files[0], files[0], "-o", str(out)])
     assert same.exit_code == 1
     assert "two structures would be named salt" in same.output
+
+
+def test_symmetry_within_the_tolerance_is_made_exact_and_no_other() -> None:
+    exact = bulk("NaCl", "rocksalt", a=5.64, cubic=True)[[4, 1, 2, 3, 0, 5, 6, 7]]
+    rattled = exact.copy()
+    rattled.rattle(0.02, seed=1)
+    before = rattled.positions.copy()
+
+    def operations(atoms: Atoms) -> int:
+        cell = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
+        return len(spglib.get_symmetry(cell, symprec=1e-4)["rotations"])
+
+    refined = symmetrized(rattled)
+    assert (operations(rattled), operations(refined), operations(exact)) == (1, 192, 192)
+    assert np.array_equal(refined.numbers, exact.numbers)
+    assert np.abs(refined.get_all_distances(mic=True) - exact.get_all_distances(mic=True)).max() < 0.05
+    assert operations(symmetrized(rattled, 1e-3)) == 1
+    assert np.array_equal(rattled.positions, before)

@@ -83,6 +83,7 @@ def test_computed_curves_replace_predicted_ones_and_failures_are_told(
 
     drawn: list[list[str]] = []
     monkeypatch.setitem(nickel["main"].__globals__, "compute_many", engine)
+    monkeypatch.setitem(nickel["main"].__globals__, "relax", lambda atoms, **_: [a.copy() for a in atoms])
     monkeypatch.setitem(nickel["main"].__globals__, "plot_dos", lambda _, labels, ax: drawn.append(labels[1:]))
     command = ["--out", str(tmp_path), "--weights", str(tiny_weights), "--candidates", "2", "--num-steps", "1"]
     report = nickel["main"]([*command, "--dense", "--dft", "--time-limit", "77"])
@@ -93,6 +94,8 @@ def test_computed_curves_replace_predicted_ones_and_failures_are_told(
     assert "dft_distance" not in picked.pop("masked_5")
     assert [r["dft_distance"] for r in picked.values()] == pytest.approx([1.0] * 7)
     assert drawn.count(["DFT"]) == 7
+    kept = ase.io.read(tmp_path / "relaxed.extxyz", ":")
+    assert all(np.allclose(a.positions, b.positions) for a, b in zip(kept, seen.values(), strict=True))
 
 
 class _Fixed:

@@ -8,9 +8,10 @@ the first site is to have that DOS and the others are free; the same on one site
 with the species of that site held (cobalt), beside cobalt without a target. Into the folder go the structures of each
 task (extxyz), `report.json` with what the printed table shows, and `figure.png` in the form of the paper's Fig. 4.
 
-Each task's representative is picked by the predictor that ships, among crystals of elements that it knows. Distances
-and curves come from the other predictor, the judge; with `--dft` the curves come from Quantum ESPRESSO where that
-succeeds. A run that was killed goes on where it stopped: give the same command again.
+Each task's representative is picked by the ranking predictor, among crystals of elements that it knows. Distances and
+curves come from the other predictor, the judge. With `--dft` the representatives are relaxed with CHGNet, their
+symmetry is made exact, and their curves come from Quantum ESPRESSO where that succeeds: minutes to an hour each. A run
+that was killed goes on where it stopped: give the same command again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are loaded: a second thread slows small cells
 
+import ase.io
 import numpy as np
 import torch
 from ase import Atoms
@@ -42,6 +44,7 @@ from dosmatgen_ase.electronic import ElectronicStructureError, EspressoSettings,
 from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.plotting import draw_crystal, plot_dos
 from dosmatgen_ase.predictor import DOSPredictor, SitePrediction
+from dosmatgen_ase.relaxation import relax, symmetrized
 from dosmatgen_ase.sampler import SamplerConfig
 from dosmatgen_ase.screening import KnownCrystals, screen_many
 
@@ -99,12 +102,18 @@ TASKS = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task made: structures, the judge's DOS of the site (n, G; NaN where there is none), pick and figures."""
+    """What a task made: structures, the judge's DOS of the site (n, G; NaN where there is none), pick, figures."""
 
     structures: list[Atoms]
     values: np.ndarray
     pick: int
     figures: dict[str, Any]
+    relaxed: Atoms | None = None
+
+    @property
+    def representative(self) -> Atoms:
+        """The pick, relaxed if it was."""
+        return self.structures[self.pick] if self.relaxed is None else self.relaxed
 
 
 def site_values(predictions: Sequence[SitePrediction], site: int) -> np.ndarray:
@@ -172,12 +181,24 @@ def table(outcomes: dict[str, Outcome]) -> str:
     return "\n".join(lines)
 
 
+def relaxed(outcomes: dict[str, Outcome], file: Path) -> dict[str, Outcome]:
+    """The outcomes with a target, their representatives relaxed; kept in a file, as DFT goes on with the same ones."""
+    chosen = {task.name: outcomes[task.name] for task in TASKS if task.with_dos}
+    if not file.exists():
+        made = relax([outcome.representative for outcome in chosen.values()], progress=True)
+        text = io.StringIO()
+        ase.io.write(text, [symmetrized(atoms) for atoms in made], format="extxyz")
+        write_atomic(file, text.getvalue().encode())
+    crystals = ase.io.read(file, ":")
+    return {name: replace(chosen[name], relaxed=atoms) for name, atoms in zip(chosen, crystals, strict=True)}
+
+
 def dft_curves(
     outcomes: dict[str, Outcome], folder: Path, settings: EspressoSettings, workers: int
 ) -> dict[str, TargetDOS]:
     """The computed DOS of each representative's site; a calculation that fails is told and left out."""
     tasks = [task for task in TASKS if task.with_dos]
-    representatives = {task.name: outcomes[task.name].structures[outcomes[task.name].pick] for task in tasks}
+    representatives = {task.name: outcomes[task.name].representative for task in tasks}
     computed = compute_many(representatives, folder, settings, workers=workers, progress=True)
     curves = {}
     for task in tasks:
@@ -198,7 +219,7 @@ def draw(outcomes: dict[str, Outcome], target: TargetDOS, computed: dict[str, Ta
     for i, task in enumerate(tasks):
         left, right = axes[i % lines, 2 * (i // lines) :][:2]
         outcome = outcomes[task.name]
-        atoms, values = outcome.structures[outcome.pick], outcome.values[outcome.pick]
+        atoms, values = outcome.representative, outcome.values[outcome.pick]
         curves, finite = {"Ni in Au$_3$Ni (target)": target}, np.isfinite(values)
         if task.name in computed:
             curves["DFT"] = computed[task.name]
@@ -227,9 +248,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--judge", type=Path, default=JUDGE, help="judges, and is drawn")
     parser.add_argument("--structures", type=Path, default=ROOT / "data" / "structures.parquet", help="what is not new")
     parser.add_argument("--dense", action="store_true", help="the target of denser meshes, data/ni_in_au3ni.npz")
-    parser.add_argument("--dft", action="store_true", help="compute the representatives' DOS, up to an hour each")
+    parser.add_argument("--dft", action="store_true", help="relax the representatives and compute their DOS")
     parser.add_argument("--workers", type=int, default=1, help="calculations at a time (default %(default)s)")
-    parser.add_argument("--time-limit", type=float, default=3600.0, help="of one, in seconds (default %(default)s)")
+    parser.add_argument(
+        "--time-limit", type=float, default=3600.0, help="CPU seconds of a program (default %(default)s)"
+    )
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
@@ -261,6 +284,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     computed: dict[str, TargetDOS] = {}
     if options.dft:
+        outcomes |= relaxed(outcomes, options.out / "relaxed.extxyz")
         settings = replace(engine, time_limit=options.time_limit)
         computed = dft_curves(outcomes, options.out / "dft", settings, options.workers)
     for name, dos in computed.items():

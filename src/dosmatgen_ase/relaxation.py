@@ -25,6 +25,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesian
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
+from ase.spacegroup.symmetrize import refine_symmetry
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -92,6 +93,23 @@ def relax(
     finished = relax_each(structures, calculator, fmax, max_steps, time_limit, processes)
     relaxed = list(tqdm(finished, total=len(structures), disable=not progress, unit="structure", desc="relax"))
     return relaxed[0] if single else relaxed
+
+
+def symmetrized(atoms: Atoms, tolerance: float = 0.1) -> Atoms:
+    """Return a copy in which the symmetry found within a tolerance is exact; the order of the sites stays.
+
+    A relaxation leaves displacements of a few hundredths of an Angstrom, and DFT of a crystal without symmetry costs
+    ten times the k-points.
+
+    Parameters
+    ----------
+    atoms : Atoms
+    tolerance : float
+        Angstrom, as spglib's ``symprec``.
+    """
+    copy = atoms.copy()
+    refine_symmetry(copy, tolerance)
+    return copy
 
 
 def relax_each(
