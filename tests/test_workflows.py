@@ -73,29 +73,46 @@ def test_computed_curves_replace_predicted_ones_and_failures_are_told(
 ) -> None:
     seen: dict[str, Atoms] = {}
     target = TargetDOS.from_file(ROOT / "data" / "ni_in_au3ni.npz", site=3)
-    doubled = replace(target, values=2 * target.values)
 
     def engine(structures: dict[str, Atoms], folder: Path, settings: EspressoSettings, **_: Any) -> dict[str, Any]:
         seen.update(structures)
         assert (folder, settings.time_limit, settings.ecutwfc) == (tmp_path / "dft", 77.0, 60.0)  # as the target's
-        results: dict[str, Any] = {name: SimpleNamespace(sites=[doubled] * len(a)) for name, a in structures.items()}
-        return results | {"masked_5": ElectronicStructureError("no pseudopotential for Pu")}
+        near, far = (replace(target, values=factor * target.values) for factor in (1.5, 3.0))
+        results: dict[str, Any] = {
+            name: SimpleNamespace(sites=[near if name.endswith("-1") else far] * len(a))
+            for name, a in structures.items()
+        }
+        failed = {name: ElectronicStructureError("no pseudopotential for Pu") for name in seen if "masked_5" in name}
+        return results | failed
+
+    def converge(structures: list[Atoms], **_: Any) -> list[Atoms]:
+        copies = [atoms.copy() for atoms in structures]
+        for i, atoms in enumerate(copies):
+            atoms.info["relaxation"] = {"converged": i != 1, "rmsd": 0.1}
+        return copies
 
     drawn: list[list[str]] = []
-    monkeypatch.setitem(nickel["main"].__globals__, "compute_many", engine)
-    monkeypatch.setitem(nickel["main"].__globals__, "relax", lambda atoms, **_: [a.copy() for a in atoms])
-    monkeypatch.setitem(nickel["main"].__globals__, "plot_dos", lambda _, labels, ax: drawn.append(labels[1:]))
-    command = ["--out", str(tmp_path), "--weights", str(tiny_weights), "--candidates", "2", "--num-steps", "1"]
-    report = nickel["main"]([*command, "--dense", "--dft", "--time-limit", "77"])
-    assert "masked, 5 atoms: no DFT, no pseudopotential for Pu" in capsys.readouterr().out
-    assert list(seen) == [task.name for task in nickel["TASKS"] if task.with_dos]
-    picked = {name: report["tasks"][name]["representative"] for name in seen}
-    assert {name: a.get_chemical_formula() for name, a in seen.items()} == {n: r["formula"] for n, r in picked.items()}
-    assert "dft_distance" not in picked.pop("masked_5")
-    assert [r["dft_distance"] for r in picked.values()] == pytest.approx([1.0] * 7)
+    main_globals = nickel["main"].__globals__
+    monkeypatch.setitem(main_globals, "compute_many", engine)
+    monkeypatch.setitem(main_globals, "relax", converge)
+    monkeypatch.setitem(main_globals, "plot_dos", lambda _, labels, ax: drawn.append(labels[1:]))
+    command = ["--out", str(tmp_path), "--weights", str(tiny_weights), "--candidates", "4", "--num-steps", "1"]
+    command += ["--dense", "--dft", "2", "--time-limit", "77"]
+    report = nickel["main"](command)
+    assert "masked, 5 atoms: no DFT of " in capsys.readouterr().out
+    tasks = [task.name for task in nickel["TASKS"] if task.with_dos]
+    assert list(seen) == [f"{name}-{k}" for name in tasks for k in range(2)]
+    picked = {name: report["tasks"][name]["representative"] for name in tasks}
+    assert set(picked.pop("masked_5")) == {"index", "formula"}  # nothing could be computed: the predictor's choice
+    for name, chosen in picked.items():
+        assert chosen["formula"] == seen[f"{name}-1"].get_chemical_formula()
+        assert chosen["dft_distance"] == pytest.approx(0.5)  # the nearer of the two, the second by the predictor
+        assert len(ase.io.read(tmp_path / "relaxed" / f"{name}.extxyz", ":")) == 3  # of 4, one did not converge
     assert drawn.count(["DFT"]) == 7
-    kept = ase.io.read(tmp_path / "relaxed.extxyz", ":")
-    assert all(np.allclose(a.positions, b.positions) for a, b in zip(kept, seen.values(), strict=True))
+
+    monkeypatch.setitem(main_globals, "relax", None)  # the relaxed ones are kept
+    again = nickel["main"](command)["tasks"]
+    assert {name: again[name]["representative"] for name in picked} == picked
 
 
 class _Fixed:
