@@ -26,12 +26,12 @@ from electronic import OCCUPIED, SHIFTS, in_shape, vasp_elements
 from tqdm import tqdm
 
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
-from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
+from dosmatgen_ase.dos import MODEL_GRID, normalised_l1_arrays
 from dosmatgen_ase.electronic import (
     MAGNETIC,
     ElectronicStructure,
     EspressoSettings,
-    _IrreducibleMesh,
+    IrreducibleMesh,
     compute_many,
     dos_kpoint_density,
 )
@@ -45,7 +45,7 @@ def cost(atoms: Atoms, num_electrons: float) -> float:
     bands = num_electrons / 2 + 2 + 3 * len(atoms)
     spins = 2 if set(atoms.symbols) & set(MAGNETIC) else 1
     densities = {2 * dos_kpoint_density(atoms): 1, DENSE["scf_kpoint_density"]: 4}
-    sweeps = sum(n * len(_IrreducibleMesh.of(atoms, density).points) for density, n in densities.items())
+    sweeps = sum(n * len(IrreducibleMesh.of(atoms, density).points) for density, n in densities.items())
     return SECONDS * sweeps * spins * bands * atoms.get_volume()
 
 
@@ -96,15 +96,6 @@ def cutoff_error(labels: SiteDOSLabels, i: int, folder: Path) -> float | None:
     return compare(labels, i, result)["l1"] if isinstance(result, ElectronicStructure) else None
 
 
-def label_targets(labels: SiteDOSLabels, i: int) -> list[TargetDOS]:
-    """The sites of a label as the model sees them."""
-    zero = "vbm" if labels.band_gap[i] > 0 else "fermi"
-    return [
-        TargetDOS(MODEL_GRID.energies, values, labels.known[i], zero, MODEL_SIGMA, "site", {})
-        for values in labels.values[i, : labels.num_atoms[i]].astype(float)
-    ]
-
-
 def compare(labels: SiteDOSLabels, i: int, result: ElectronicStructure) -> dict[str, Any]:
     """Normalised L1 of each site of a label to the dense result, and where it comes from.
 
@@ -116,7 +107,7 @@ def compare(labels: SiteDOSLabels, i: int, result: ElectronicStructure) -> dict[
     error = normalised_l1_arrays(values, theirs, known)
 
     def shifted(shift: float) -> float:
-        moved = [dos.shift(shift).on_grid() for dos in label_targets(labels, i)]
+        moved = [dos.shift(shift).on_grid() for dos in labels.targets(i)]
         both = known & np.array([dos.known for dos in moved])
         return float(np.nanmean(normalised_l1_arrays(np.array([dos.values for dos in moved]), theirs, both)))
 
@@ -146,7 +137,7 @@ def against_vasp(labels: SiteDOSLabels, path: Path) -> list[dict[str, Any]]:
         found = np.flatnonzero(labels.material_id == name)
         if not found.size:
             continue
-        ours = label_targets(labels, int(found[0]))[0]
+        ours = labels.targets(int(found[0]))[0]
         everywhere = np.ones_like(OCCUPIED)
         tried = [in_shape(ours.shift(float(s)), theirs, everywhere) for s in SHIFTS]
         shift = float(SHIFTS[int(np.argmin(tried))])

@@ -33,11 +33,11 @@ from dosmatgen_ase.electronic import (
     ElectronicStructureError,
     EspressoSettings,
     InterruptedCalculation,
+    IrreducibleMesh,
     _Bands,
     _densities,
     _fermi_level,
     _gap,
-    _IrreducibleMesh,
     _mesh_size,
     _refined,
     _Run,
@@ -68,7 +68,7 @@ def orthorhombic() -> Atoms:
 
 @pytest.mark.parametrize("atoms", [bulk("Si"), bulk("Mg"), orthorhombic(), bulk("Fe")], ids=["fcc", "hcp", "o", "bcc"])
 def test_irreducible_points_unfold_to_the_full_mesh(atoms: Atoms) -> None:
-    mesh = _IrreducibleMesh.of(atoms, 0.9)
+    mesh = IrreducibleMesh.of(atoms, 0.9)
     assert mesh.weights.sum() == pytest.approx(1)
     assert len(mesh.points) < mesh.size.prod()
     # A function with the symmetry of the lattice: cosines over all vectors of the shortest shells.
@@ -88,7 +88,7 @@ def test_irreducible_points_unfold_to_the_full_mesh(atoms: Atoms) -> None:
 
 def test_the_mesh_follows_the_reciprocal_cell() -> None:
     assert _mesh_size(Atoms("H", cell=np.diag([2 * np.pi, np.pi, 40.0]), pbc=True), 2.9).tolist() == [3, 6, 1]
-    assert len(_IrreducibleMesh.of(bulk("Al"), None).points) == 35, "as in the label set"
+    assert len(IrreducibleMesh.of(bulk("Al"), None).points) == 35, "as in the label set"
 
 
 # -- Fermi level, gap, DOS ---------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_equivalent_sites_get_their_mean() -> None:
 
 def test_a_cosine_band_has_its_van_hove_edges() -> None:
     chain = Atoms("H", cell=np.diag([2.0, 300.0, 300.0]), pbc=True)
-    mesh = _IrreducibleMesh.of(chain, 30.0)
+    mesh = IrreducibleMesh.of(chain, 30.0)
     band = -2.0 * np.cos(2 * np.pi * mesh.points[:, :1])
     bands = np.concatenate([band, band + 20, band + 21, band + 22], axis=1)
     projections = np.zeros((1, len(band), 1, 4, 4))

@@ -341,7 +341,7 @@ class _Run:
     stop: threading.Event  # set from another thread to end the run
 
     def electronic_structure(self, atoms: Atoms) -> ElectronicStructure:
-        mesh = _IrreducibleMesh.of(atoms, self.settings.dos_kpoint_density)
+        mesh = IrreducibleMesh.of(atoms, self.settings.dos_kpoint_density)
         spin = any(symbol in MAGNETIC for symbol in self.pseudos)
 
         scf_mesh = _mesh_size(atoms, self.settings.scf_kpoint_density)
@@ -481,7 +481,7 @@ def dos_kpoint_density(atoms: Atoms) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _IrreducibleMesh:
+class IrreducibleMesh:
     """Gamma-centred mesh and its irreducible points; time reversal is always a symmetry."""
 
     size: np.ndarray  # (3,)
@@ -491,7 +491,8 @@ class _IrreducibleMesh:
     equivalent_sites: np.ndarray  # (sites,), first site of each one's orbit
 
     @classmethod
-    def of(cls, atoms: Atoms, density: float | None) -> _IrreducibleMesh:
+    def of(cls, atoms: Atoms, density: float | None) -> IrreducibleMesh:
+        """Reduce the mesh of a density by the crystal's symmetry; points per 1/A, None for `dos_kpoint_density`."""
         cell = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
         symmetry = _symmetry(atoms)
         size = _mesh_size(atoms, density or dos_kpoint_density(atoms))
@@ -531,7 +532,7 @@ class _Bands:
     projections: Array  # (spins, k, sites, 4, bands)
     weights: Array  # (k,), sum 1
     num_electrons: float
-    mesh: _IrreducibleMesh | None = None  # None: the k-points as they are, without interpolation
+    mesh: IrreducibleMesh | None = None  # None: the k-points as they are, without interpolation
 
     def dense(self, field: Array) -> Array:
         """(k, bands) as it is sampled for the DOS, (K, bands)."""
@@ -712,7 +713,7 @@ def read_espresso(
     """
     proj, output = _existing(atomic_proj), _existing(projwfc_output)
     bands = _read_projections(proj, output.read_text(errors="replace"), len(atoms))
-    dos = _densities(bands, _IrreducibleMesh.of(atoms, 0.1).equivalent_sites, sigma)
+    dos = _densities(bands, IrreducibleMesh.of(atoms, 0.1).equivalent_sites, sigma)
     return dos.targets({"source": f"Quantum ESPRESSO {proj.name}, {len(bands.weights)} k-points, Loewdin projections"})
 
 
@@ -748,7 +749,7 @@ def read_abinit(prefix: str | os.PathLike[str], atoms: Atoms) -> tuple[tuple[Tar
     energies, columns, fermi = _abinit_table(_existing(f"{os.fspath(prefix)}_DOS_TOTAL"))
     total = columns[:, 0]
     spheres = [_abinit_table(_existing(f"{os.fspath(prefix)}_DOS_AT{i + 1:04d}"))[1][:, :5] for i in range(len(atoms))]
-    equivalent = _IrreducibleMesh.of(atoms, 0.1).equivalent_sites
+    equivalent = IrreducibleMesh.of(atoms, 0.1).equivalent_sites
     projected = np.array(spheres).sum(2)
     projected = np.array([projected[equivalent == i].mean(0) for i in equivalent])
     structure = Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions())

@@ -18,7 +18,7 @@ import numpy as np
 from ase import Atoms
 from ase.formula import Formula
 
-from dosmatgen_ase.dos import resample, scale_sites_to_total
+from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, resample, scale_sites_to_total
 
 MAX_ATOMS = 20
 LABEL_SIGMA = 0.1  # eV, broadening of the stored labels
@@ -189,6 +189,14 @@ class SiteDOSLabels(_Crystals):
     values: np.ndarray
     known: np.ndarray
     band_gap: np.ndarray
+
+    def targets(self, i: int) -> list[TargetDOS]:
+        """Return the DOS of each site of crystal `i`, at sigma 0.2 eV on `dos.MODEL_GRID`."""
+        reference = "vbm" if self.band_gap[i] > 0 else "fermi"
+        return [
+            TargetDOS(MODEL_GRID.energies, values, self.known[i], reference, MODEL_SIGMA)
+            for values in self.values[i, : self.num_atoms[i]].astype(float)
+        ]
 
 
 def load_site_dos(directory: str | Path) -> SiteDOSLabels:
