@@ -58,6 +58,7 @@ from scipy.stats import ks_2samp
 from tqdm import tqdm
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase.conditioning import Guidance
 from dosmatgen_ase.crystal import minimum_image
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.dos import NEAR_GAP, normalised_l1_arrays
@@ -108,13 +109,13 @@ def draws(
     size: int,
     rngs: list[np.random.Generator],
     config: SamplerConfig,
-    scale: float | None = None,
+    guidance: Guidance | None = None,
 ) -> list[Atoms]:
-    """One first draw per generator of random numbers; guided as by default if no scale is given."""
-    scale = wanted.guidance_scale() if scale is None else scale
+    """One first draw per generator of random numbers, guided as by default if not told."""
+    guidance = guidance or wanted.guidance()
     room = max(1, BATCH_PAIRS // size**2)
     parts = (rngs[i : i + room] for i in range(0, len(rngs), room))
-    return [atoms for part in parts for atoms in generator._draw(wanted, [size] * len(part), part, config, scale)[0]]
+    return [atoms for part in parts for atoms in generator._draw(wanted, [size] * len(part), part, config, guidance)[0]]
 
 
 def site_targets(target: Target, condition: Condition) -> dict[int, TargetDOS] | None:
@@ -315,8 +316,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"{report['targets']} targets of split `{report['split']}`, {report['sampler']['num_steps']} steps, "
-        f"guidance_scale as by default (1; {WINDOW_GUIDANCE:g} for the window); mean over targets [95 % bootstrap "
-        "interval]. Normalised L1 by the judge; *compositions*: "
+        f"guidance_scale as by default (1; {WINDOW_GUIDANCE.scale:g} for the window, until the species are settled); "
+        "mean over targets [95 % bootstrap interval]. Normalised L1 by the judge; *compositions*: "
         "different ones, as a share of the accepted candidates. Strength 0 "
         f"{'returns' if templates['strength 0 is the template'] else 'DOES NOT RETURN'} the template; strength 1 "
         f"against noise, Kolmogorov-Smirnov p: {tests}. For the judge the nickel site of Au3Ni itself lies at "
@@ -330,7 +331,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Constraints on held-out formulas.")
     add_options(parser)
     add_predictors(parser)
-    parser.add_argument("--num-targets", type=int, default=60, help="at most this many (default %(default)s)")
+    parser.add_argument("--num-targets", type=int, default=200, help="at most this many (default %(default)s)")
     parser.add_argument("--draws", type=int, default=None, help="at most this many per target and row of a table")
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "constraints", help="candidates are kept there")
     options = parser.parse_args(arguments)
@@ -344,7 +345,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     labels = load_site_dos(ROOT / "data" / "site_dos")
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(labels.split == split))[: options.num_targets]
     targets = [Target.from_label(labels, row, seed) for row in rows.tolist()]
-    key = hashlib.sha256(json.dumps([asdict(config), seed, options.draws]).encode())
+    key = hashlib.sha256(json.dumps([asdict(config), seed, options.draws, asdict(WINDOW_GUIDANCE)]).encode())
     for path in (options.weights, options.judge, options.predictor):
         key.update(path.read_bytes())
     folder = options.cache / key.hexdigest()[:16]

@@ -46,8 +46,9 @@ from round_trip import (
 from tqdm import tqdm
 
 from dosmatgen_ase import DOSGenerator
-from dosmatgen_ase.conditioning import ConditionalDenoiser
+from dosmatgen_ase.conditioning import ConditionalDenoiser, Guidance
 from dosmatgen_ase.data import load_site_dos
+from dosmatgen_ase.generator import WINDOW_GUIDANCE
 from dosmatgen_ase.predictor import DOSPredictor
 from dosmatgen_ase.stability import chgnet_energies, load_hull
 
@@ -55,7 +56,7 @@ USED = ("conditional", "site with DOS", "site without DOS")
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
 TEMPERATURES = (0.7, 0.5, 0.35)
 SETTINGS = [*((g, TEMPERATURES[0]) for g in SCALES), *((g, t) for t in TEMPERATURES[1:] for g in (1.0, 1.5))]
-WINDOW_SCALES = (1.0, 1.5, 2.0, 3.0)
+WINDOW_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 WHOLE, WINDOW = "every site", "every site, [-2, 2] eV"  # of `CONDITIONS`
 
 
@@ -69,21 +70,21 @@ def measure_window(
     """Distances inside the window by scale, their ratio to those with the whole range given, and what it costs."""
     config = sampler_config(options)
 
-    def row(name: str, scale: float) -> tuple[list[dict[str, float]], float, float]:
+    def row(name: str, guidance: Guidance) -> tuple[list[dict[str, float]], float, float]:
         figures, accepted, different = [], [], []
-        for t in tqdm(targets, unit="target", desc=f"{name}, guidance {scale:g}"):
+        for t in tqdm(targets, unit="target", desc=f"{name}, guidance {guidance.scale:g}"):
             wanted = request(site_targets(t, CONDITIONS[name]), num_atoms=len(t.atoms))
             rngs = [rng_for(options.seed, t.material_id, k) for k in range(options.candidates)]
-            made = draws(generator, wanted, len(t.atoms), rngs, config, scale)
+            made = draws(generator, wanted, len(t.atoms), rngs, config, guidance)
             found = judge_candidates(made, judge, ranker, 1)
             figures.append(candidate_figures(t, found, 0, t.sites("all")))
             accepted.append(found.accepted[0].mean())
             different.append(diversity(found))
         return figures, float(np.mean(accepted)), float(np.nanmean(different))
 
-    whole, rows = row(WHOLE, 1.0)[0], []
+    whole, rows = row(WHOLE, Guidance())[0], []
     for scale in WINDOW_SCALES:
-        figures, accepted, different = row(WINDOW, scale)
+        figures, accepted, different = row(WINDOW, replace(WINDOW_GUIDANCE, scale=scale))
         against = ratios({WINDOW: figures, WHOLE: whole}, WINDOW, WHOLE)
         rows.append(
             {
@@ -165,8 +166,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['targets']} targets of split `val`, {report['candidates']} draws each. Distances: normalised L1 by "
         "the judge, the DOS of every site given. Control: one site, its element pinned, the rest free, with its DOS "
         "against without, at one temperature. A window: the DOS of every site on [-2, 2] eV only, against that on "
-        "[-10, 5] eV at guidance 1, both inside the window. Compositions: different ones, as a share. Above the hull: "
-        "median of the raw crystals. A scale other than 1 takes two network passes per step.",
+        "[-10, 5] eV at guidance 1, both inside the window; guided until the species are settled. Compositions: "
+        "different ones, as a share. Above the hull: median of the raw crystals. A scale other than 1 takes two network "
+        "passes per step.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -19,6 +19,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase.conditioning import Guidance
 from dosmatgen_ase.crystal import MAX_ATOMIC_NUMBER
 from dosmatgen_ase.generator import Request
 from dosmatgen_ase.sampler import SamplerConfig
@@ -142,7 +143,7 @@ def test_every_promise_is_kept_in_any_combination(asked: Asked, seed: int, gener
     names += ("composition", "elements", "exclude_elements")
     request = Request.parse(**(dict.fromkeys(names) | {"strength": 1.0, "fixed_cell": False} | asked.arguments))
     rngs = [np.random.default_rng((seed, 0))]
-    for made in generator._draw(request, [asked.size], rngs, SamplerConfig(num_steps=2), 1.0)[0]:
+    for made in generator._draw(request, [asked.size], rngs, SamplerConfig(num_steps=2), Guidance())[0]:
         check(made, asked)
 
 

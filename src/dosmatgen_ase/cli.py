@@ -206,7 +206,7 @@ def generate(
         float | None,
         typer.Option(
             help="0 ignores the DOS, 1 is the plain conditional model, larger amplifies. "
-            "Default: 1, or 2 where less than half of the energies are known."
+            "Default: 1; 3 until the species are settled where less than half of the energies are known."
         ),
     ] = None,
     oversample: Annotated[

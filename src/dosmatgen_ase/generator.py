@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 DOSInput = TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS] | None
 MAX_ATTEMPTS = 5  # draws per structure before the generator gives up on it
-WINDOW_GUIDANCE = 2.0  # by default, where the targets know less than half of the model's energies; else 1
+# The default where the targets know less than half of the model's energies, while species are open; else plain.
+WINDOW_GUIDANCE = Guidance(3.0, (SamplerConfig.species_end, 1.0))
 BATCH_PAIRS = 2048  # a batch of b crystals of N sites has b N^2 at most this: bounds memory
 
 
@@ -182,11 +183,13 @@ class Request:
         """Sites that stay where the template has them."""
         return list(range(len(self.template or ()))) if self.strength == 0 else sorted(self.fixed_sites)
 
-    def guidance_scale(self) -> float:
-        """The default: amplified where a window is all that is known, for it leaves the elements open."""
+    def guidance(self, scale: float | None = None) -> Guidance:
+        """By the scale that the user gave, or the default: a window leaves the elements open, so it is amplified."""
+        if scale is not None:
+            return Guidance(float(scale))
         targets = [*self.site_targets.values(), *([] if self.total_target is None else [self.total_target])]
         known = [float(_on_model_grid(target)[1].float().mean()) for target in targets]
-        return WINDOW_GUIDANCE if known and np.mean(known) < 0.5 else 1.0
+        return WINDOW_GUIDANCE if known and np.mean(known) < 0.5 else Guidance()
 
     def condition(self, sizes: Sequence[int]) -> DOSCondition | None:
         """Targets on the model's grid for crystals of these sizes; None if there are none."""
@@ -328,8 +331,9 @@ class DOSGenerator:
         elements, exclude_elements : sequence of str, optional
             Elements that may, or may not, appear.
         guidance_scale : float, optional
-            0 ignores the DOS, 1 is the plain conditional model, larger amplifies. By default 1, or 2 where less than
-            half of [-10, 5] eV is known of the DOS (a window, a sketch). Anything but 0 and 1 doubles the cost.
+            0 ignores the DOS, 1 is the plain conditional model, larger amplifies; all but 0 and 1 double the cost. By
+            default 1; where less than half of [-10, 5] eV is known of the DOS (a window, a sketch), 3 until the species
+            are settled.
         num_steps : int
             Sampler steps from pure noise.
         seed : int, optional
@@ -412,8 +416,8 @@ class DOSGenerator:
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
             raise ValueError(f"seed={seed!r} must be a whole number of at least 0")
         request.condition([request.smallest])  # a target outside of the model's grid is told now, before any file
-        scale = request.guidance_scale() if guidance_scale is None else float(guidance_scale)
-        if not (math.isfinite(scale) and scale >= 0):
+        guidance = request.guidance(guidance_scale)
+        if not (math.isfinite(guidance.scale) and guidance.scale >= 0):
             raise ValueError(f"guidance_scale={guidance_scale} must be a finite number, 0 or larger")
         writer = None if out is None else _Stream(Path(out))
         if seed is None and writer is not None:
@@ -425,7 +429,8 @@ class DOSGenerator:
             "version": __version__,
             "weights": self.header["sha256"],
             "seed": int(seed),
-            "guidance_scale": scale,
+            "guidance_scale": guidance.scale,
+            "guidance_interval": list(guidance.interval),
             "num_steps": int(num_steps),
             "num_atoms": None if request.sizes is None else list(request.sizes),
             **request.record(),
@@ -454,7 +459,8 @@ class DOSGenerator:
             raise ValueError("weights, target or template are not those of the record: give the same ones again")
         config = SamplerConfig(num_steps=info["num_steps"])
         rng = np.random.default_rng((info["seed"], info["index"], info["attempt"]))
-        made, _ = self._draw(request, [len(atoms)], [rng], config, info["guidance_scale"])
+        guidance = Guidance(info["guidance_scale"], tuple(info["guidance_interval"]))
+        made, _ = self._draw(request, [len(atoms)], [rng], config, guidance)
         made[0].info["dosmatgen"] = dict(info)
         return made[0]
 
@@ -468,6 +474,7 @@ class DOSGenerator:
         out: _Stream | None,
     ) -> Iterator[Atoms]:
         seed = record["seed"]
+        guidance = Guidance(record["guidance_scale"], tuple(record["guidance_interval"]))
         ready = {} if out is None else {a.info["dosmatgen"]["index"]: a for a in out.resume(record)}
         yield from (a for i, a in ready.items() if i < n)
         sizes = self._sizes(request, n, seed)
@@ -479,7 +486,7 @@ class DOSGenerator:
                 batch = [w for w in waiting if sizes[w[0]] == size][:room]
                 waiting = [w for w in waiting if w not in batch]
                 rngs = [np.random.default_rng((seed, i, attempt)) for i, attempt in batch]
-                made, calls = self._draw(request, [size] * len(batch), rngs, config, record["guidance_scale"])
+                made, calls = self._draw(request, [size] * len(batch), rngs, config, guidance)
                 for (i, attempt), atoms in zip(batch, made, strict=True):
                     result = screen(atoms)
                     if not result.accepted:
@@ -502,13 +509,13 @@ class DOSGenerator:
         sizes: list[int],
         rngs: list[np.random.Generator],
         config: SamplerConfig,
-        scale: float,
+        guidance: Guidance,
     ) -> tuple[list[Atoms], int]:
         """One batch through the sampler."""
         constraints = request.constraints(sizes)
         randomness = Randomness.draw(constraints.start.num_atoms, rngs).to(self.device)
         condition = request.condition(sizes)
-        denoise = Guidance(scale).wrap(self.model, condition if condition is None else condition.to(self.device))
+        denoise = guidance.wrap(self.model, condition if condition is None else condition.to(self.device))
         lattice = self.model.denoiser.lattice
         result = sample(denoise, lattice, constraints.to(self.device), randomness, config, strength=request.strength)
         structures = result.crystals.to_atoms()
