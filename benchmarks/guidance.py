@@ -167,8 +167,8 @@ def markdown(report: dict[str, Any]) -> str:
         "the judge, the DOS of every site given. Control: one site, its element pinned, the rest free, with its DOS "
         "against without, at one temperature. A window: the DOS of every site on [-2, 2] eV only, against that on "
         "[-10, 5] eV at guidance 1, both inside the window; guided until the species are settled. Compositions: "
-        "different ones, as a share. Above the hull: median of the raw crystals. A scale other than 1 takes two network "
-        "passes per step.",
+        "different ones, as a share. Above the hull: median of the raw crystals. A scale other than 1 takes two "
+        "network passes per step.",
     ]
     return "\n".join(lines) + "\n"
 

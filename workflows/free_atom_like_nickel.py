@@ -10,9 +10,9 @@ task (extxyz), `report.json` with what the printed table shows, and `figure.png`
 
 Each task's representative is picked by the ranking predictor, among crystals of elements that it knows. Distances and
 curves come from the other predictor, the judge. With `--dft 3` the best 12 of each task are relaxed with CHGNet and
-their symmetry is made exact, the best 3 of those, by the same predictor, are computed by Quantum ESPRESSO, a minute or
-two each, and the nearest to the target is the representative. A run that was killed goes on where it stopped: give the
-same command again.
+their symmetry is made exact, the best 3 different ones, by the same predictor, are computed by Quantum ESPRESSO, a
+minute or two each, and the nearest to the target is the representative. A run that was killed goes on where it stopped:
+give the same command again.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from dosmatgen_ase.electronic import ElectronicStructureError, EspressoSettings,
 from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.plotting import draw_crystal, plot_dos
 from dosmatgen_ase.predictor import DOSPredictor, SitePrediction
+from dosmatgen_ase.ranking import best
 from dosmatgen_ase.relaxation import relax, symmetrized
 from dosmatgen_ase.sampler import SamplerConfig
 from dosmatgen_ase.screening import KnownCrystals, screen_many
@@ -231,8 +232,8 @@ def compute(
     candidates: dict[str, Atoms] = {}
     for name, task in tasks.items():
         crystals = relaxed(outcomes[name], RELAXED * count, folder / "relaxed" / f"{name}.extxyz")
-        best = ranked(ranker, crystals, task.site, target.on_grid())[:count] if crystals else []
-        candidates |= {f"{name}-{k}": crystals[i] for k, i in enumerate(best)}
+        order = ranked(ranker, crystals, task.site, target.on_grid()) if crystals else []
+        candidates |= {f"{name}-{k}": atoms for k, atoms in enumerate(best([crystals[i] for i in order], count))}
     results = compute_many(candidates, folder / "dft", settings, workers=workers, progress=True)
     chosen = {}
     for name, task in tasks.items():
