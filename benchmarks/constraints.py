@@ -62,7 +62,7 @@ from dosmatgen_ase.conditioning import Guidance
 from dosmatgen_ase.crystal import minimum_image
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.dos import NEAR_GAP, normalised_l1_arrays
-from dosmatgen_ase.generator import BATCH_PAIRS, WINDOW_GUIDANCE, Request
+from dosmatgen_ase.generator import BATCH_PAIRS, WINDOW_GUIDANCE, WINDOW_TEMPERATURE, Request
 from dosmatgen_ase.predictor import DOSPredictor
 from dosmatgen_ase.sampler import SamplerConfig
 from dosmatgen_ase.screening import screen
@@ -112,7 +112,8 @@ def draws(
     guidance: Guidance | None = None,
 ) -> list[Atoms]:
     """One first draw per generator of random numbers, guided as by default if not told."""
-    guidance = guidance or wanted.guidance()
+    default, config = wanted.sampling(config)
+    guidance = guidance or default
     room = max(1, BATCH_PAIRS // size**2)
     parts = (rngs[i : i + room] for i in range(0, len(rngs), room))
     return [atoms for part in parts for atoms in generator._draw(wanted, [size] * len(part), part, config, guidance)[0]]
@@ -316,7 +317,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"{report['targets']} targets of split `{report['split']}`, {report['sampler']['num_steps']} steps, "
-        f"guidance_scale as by default (1; {WINDOW_GUIDANCE.scale:g} for the window, until the species are settled); "
+        f"guidance_scale 1 (as by default, {WINDOW_GUIDANCE.scale:g} until the species are settled for the window, and "
+        f"species at a temperature of {WINDOW_TEMPERATURE:g} instead of {report['sampler']['species_temperature']:g}); "
         "mean over targets [95 % bootstrap interval]. Normalised L1 by the judge; *compositions*: "
         "different ones, as a share of the accepted candidates. Strength 0 "
         f"{'returns' if templates['strength 0 is the template'] else 'DOES NOT RETURN'} the template; strength 1 "
@@ -345,7 +347,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     labels = load_site_dos(ROOT / "data" / "site_dos")
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(labels.split == split))[: options.num_targets]
     targets = [Target.from_label(labels, row, seed) for row in rows.tolist()]
-    key = hashlib.sha256(json.dumps([asdict(config), seed, options.draws, asdict(WINDOW_GUIDANCE)]).encode())
+    defaults = [asdict(WINDOW_GUIDANCE), WINDOW_TEMPERATURE]
+    key = hashlib.sha256(json.dumps([asdict(config), seed, options.draws, *defaults]).encode())
     for path in (options.weights, options.judge, options.predictor):
         key.update(path.read_bytes())
     folder = options.cache / key.hexdigest()[:16]

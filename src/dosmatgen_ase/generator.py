@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 DOSInput = TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS] | None
 MAX_ATTEMPTS = 5  # draws per structure before the generator gives up on it
-# The default where the targets know less than half of the model's energies, while species are open; else plain.
-WINDOW_GUIDANCE = Guidance(3.0, (SamplerConfig.species_end, 1.0))
+# The defaults where the targets know less than half of the model's energies; the guidance ends with the species.
+WINDOW_GUIDANCE, WINDOW_TEMPERATURE = Guidance(3.0, (SamplerConfig.species_end, 1.0)), 0.35
 BATCH_PAIRS = 2048  # a batch of b crystals of N sites has b N^2 at most this: bounds memory
 
 
@@ -183,13 +183,13 @@ class Request:
         """Sites that stay where the template has them."""
         return list(range(len(self.template or ()))) if self.strength == 0 else sorted(self.fixed_sites)
 
-    def guidance(self, scale: float | None = None) -> Guidance:
-        """By the scale that the user gave, or the default: a window leaves the elements open, so it is amplified."""
-        if scale is not None:
-            return Guidance(float(scale))
+    def sampling(self, config: SamplerConfig) -> tuple[Guidance, SamplerConfig]:
+        """Default guidance and the sampler's settings: a window leaves the elements open, so they are sharpened."""
         targets = [*self.site_targets.values(), *([] if self.total_target is None else [self.total_target])]
         known = [float(_on_model_grid(target)[1].float().mean()) for target in targets]
-        return WINDOW_GUIDANCE if known and np.mean(known) < 0.5 else Guidance()
+        if not known or np.mean(known) >= 0.5:
+            return Guidance(), config
+        return WINDOW_GUIDANCE, replace(config, species_temperature=WINDOW_TEMPERATURE)
 
     def condition(self, sizes: Sequence[int]) -> DOSCondition | None:
         """Targets on the model's grid for crystals of these sizes; None if there are none."""
@@ -333,7 +333,7 @@ class DOSGenerator:
         guidance_scale : float, optional
             0 ignores the DOS, 1 is the plain conditional model, larger amplifies; all but 0 and 1 double the cost. By
             default 1; where less than half of [-10, 5] eV is known of the DOS (a window, a sketch), 3 until the species
-            are settled.
+            are settled. There the species are also drawn at a lower temperature.
         num_steps : int
             Sampler steps from pure noise.
         seed : int, optional
@@ -416,7 +416,8 @@ class DOSGenerator:
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
             raise ValueError(f"seed={seed!r} must be a whole number of at least 0")
         request.condition([request.smallest])  # a target outside of the model's grid is told now, before any file
-        guidance = request.guidance(guidance_scale)
+        guidance, config = request.sampling(SamplerConfig(num_steps=int(num_steps)))
+        guidance = guidance if guidance_scale is None else Guidance(float(guidance_scale))
         if not (math.isfinite(guidance.scale) and guidance.scale >= 0):
             raise ValueError(f"guidance_scale={guidance_scale} must be a finite number, 0 or larger")
         writer = None if out is None else _Stream(Path(out))
@@ -424,7 +425,6 @@ class DOSGenerator:
             seed = writer.seed()
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
-        config = SamplerConfig(num_steps=int(num_steps))
         record = {
             "version": __version__,
             "weights": self.header["sha256"],
@@ -457,7 +457,7 @@ class DOSGenerator:
         )  # fmt: skip
         if self.header["sha256"] != info["weights"] or request.record() != {k: info[k] for k in request.record()}:
             raise ValueError("weights, target or template are not those of the record: give the same ones again")
-        config = SamplerConfig(num_steps=info["num_steps"])
+        _, config = request.sampling(SamplerConfig(num_steps=info["num_steps"]))
         rng = np.random.default_rng((info["seed"], info["index"], info["attempt"]))
         guidance = Guidance(info["guidance_scale"], tuple(info["guidance_interval"]))
         made, _ = self._draw(request, [len(atoms)], [rng], config, guidance)
