@@ -183,13 +183,15 @@ class Request:
         """Sites that stay where the template has them."""
         return list(range(len(self.template or ()))) if self.strength == 0 else sorted(self.fixed_sites)
 
-    def sampling(self, config: SamplerConfig) -> tuple[Guidance, SamplerConfig]:
-        """Default guidance and the sampler's settings: a window leaves the elements open, so they are sharpened."""
+    def sampling(self, config: SamplerConfig, scale: float | None = None) -> tuple[Guidance, SamplerConfig]:
+        """Guidance (by the given scale or the default) and settings: a window leaves elements open, so is sharpened."""
         targets = [*self.site_targets.values(), *([] if self.total_target is None else [self.total_target])]
         known = [float(_on_model_grid(target)[1].float().mean()) for target in targets]
-        if not known or np.mean(known) >= 0.5:
-            return Guidance(), config
-        return WINDOW_GUIDANCE, replace(config, species_temperature=WINDOW_TEMPERATURE)
+        window = bool(known) and np.mean(known) < 0.5
+        guidance = (WINDOW_GUIDANCE if window else Guidance()) if scale is None else Guidance(float(scale))
+        if window and guidance.scale != 0:  # scale 0 ignores the target in everything
+            config = replace(config, species_temperature=WINDOW_TEMPERATURE)
+        return guidance, config
 
     def condition(self, sizes: Sequence[int]) -> DOSCondition | None:
         """Targets on the model's grid for crystals of these sizes; None if there are none."""
@@ -416,8 +418,7 @@ class DOSGenerator:
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
             raise ValueError(f"seed={seed!r} must be a whole number of at least 0")
         request.condition([request.smallest])  # a target outside of the model's grid is told now, before any file
-        guidance, config = request.sampling(SamplerConfig(num_steps=int(num_steps)))
-        guidance = guidance if guidance_scale is None else Guidance(float(guidance_scale))
+        guidance, config = request.sampling(SamplerConfig(num_steps=int(num_steps)), guidance_scale)
         if not (math.isfinite(guidance.scale) and guidance.scale >= 0):
             raise ValueError(f"guidance_scale={guidance_scale} must be a finite number, 0 or larger")
         writer = None if out is None else _Stream(Path(out))
@@ -457,7 +458,7 @@ class DOSGenerator:
         )  # fmt: skip
         if self.header["sha256"] != info["weights"] or request.record() != {k: info[k] for k in request.record()}:
             raise ValueError("weights, target or template are not those of the record: give the same ones again")
-        _, config = request.sampling(SamplerConfig(num_steps=info["num_steps"]))
+        _, config = request.sampling(SamplerConfig(num_steps=info["num_steps"]), info["guidance_scale"])
         rng = np.random.default_rng((info["seed"], info["index"], info["attempt"]))
         guidance = Guidance(info["guidance_scale"], tuple(info["guidance_interval"]))
         made, _ = self._draw(request, [len(atoms)], [rng], config, guidance)
