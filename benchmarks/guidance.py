@@ -48,7 +48,7 @@ from tqdm import tqdm
 from dosmatgen_ase import DOSGenerator
 from dosmatgen_ase.conditioning import ConditionalDenoiser, Guidance
 from dosmatgen_ase.data import load_site_dos
-from dosmatgen_ase.generator import WINDOW_GUIDANCE
+from dosmatgen_ase.generator import WINDOW_GUIDANCE, WINDOW_TEMPERATURE
 from dosmatgen_ase.predictor import DOSPredictor
 from dosmatgen_ase.stability import chgnet_energies, load_hull
 
@@ -166,9 +166,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['targets']} targets of split `val`, {report['candidates']} draws each. Distances: normalised L1 by "
         "the judge, the DOS of every site given. Control: one site, its element pinned, the rest free, with its DOS "
         "against without, at one temperature. A window: the DOS of every site on [-2, 2] eV only, against that on "
-        "[-10, 5] eV at guidance 1, both inside the window; guided until the species are settled. Compositions: "
-        "different ones, as a share. Above the hull: median of the raw crystals. A scale other than 1 takes two "
-        "network passes per step.",
+        "[-10, 5] eV at guidance 1, both inside the window; guided until the species are settled, which are "
+        f"drawn at a temperature of {WINDOW_TEMPERATURE:g}. Compositions: different ones, as a share. Above the hull: "
+        "median of the raw crystals. A scale other than 1 takes two network passes per step.",
     ]
     return "\n".join(lines) + "\n"
 
