@@ -358,8 +358,11 @@ def test_the_guidance_curve_runs(
     monkeypatch.setattr(guidance, "load_site_dos", lambda path: labels)
     monkeypatch.setattr(guidance, "SETTINGS", [(1.0, 0.7), (2.0, 0.7)])
     monkeypatch.setattr(guidance, "WINDOW_SCALES", (1.0, 3.0))
+    monkeypatch.setattr(guidance, "WINDOW_DRAWS", 2)
     monkeypatch.setattr(round_trip, "bootstrap_interval", partial(bootstrap_interval, samples=20))
-    report = guidance.main([*files, "--num-targets=2", "--candidates=2", "--num-steps=2", f"--out={tmp_path}"])
+    report = guidance.main(
+        [*files, "--num-targets=2", "--window-targets=2", "--candidates=2", "--num-steps=2", f"--out={tmp_path}"]
+    )
     assert [row["guidance_scale"] for row in report["rows"]] == [1.0, 2.0]
     assert all(0 <= row["elements"] <= 1 and row["accepted"] > 0 for row in report["rows"])
     one, three = report["window"]

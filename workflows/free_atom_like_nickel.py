@@ -305,6 +305,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "--time-limit", type=float, default=3600.0, help="CPU seconds of a program (default %(default)s)"
     )
     options = parser.parse_args(arguments)
+    if options.dft < 0:
+        parser.error("--dft must be at least 0")
 
     torch.set_num_threads(1)
     generator = DOSGenerator(options.weights)
