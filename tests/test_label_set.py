@@ -120,6 +120,11 @@ def test_no_structure_comes_twice_and_none_both_failed_and_has_a_label(shards: d
     assert not set(made) & set(failed)
 
 
+def test_no_failure_names_a_path(shards: dict[str, Any]) -> None:
+    reasons = [str(reason) for shard in shards.values() for reason in shard.get("failed_reason", [])]
+    assert not [reason for reason in reasons if "/" in reason]
+
+
 def test_sites_sum_to_at_most_the_total_below_zero(shards: dict[str, Any]) -> None:
     assert {name: x for name, label in labels(shards) if (x := surplus(label)) > 0} == {}
 

@@ -367,7 +367,9 @@ def _pack(
         "total_dos": integers([r.total.values for r in results], np.uint32),
         "spin_polarised": [r.spin_polarised for r in results],
         "num_kpoints_ibz": np.array([r.num_kpoints for r in results], np.int16),
-        "failed_id": np.array(list(new), np.str_), "failed_reason": np.array(list(new.values()), np.str_),
+        "failed_id": np.array(list(new), np.str_),
+        # Without the log, which is of this machine and not kept.
+        "failed_reason": np.array([reason.split(" (see ")[0] for reason in new.values()], np.str_),
     }  # fmt: skip
     names = ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment")
     for key, name in (*zip(names, names, strict=True), ("efermi", "fermi_level")):
