@@ -467,6 +467,27 @@ def test_a_missing_program_fails_the_job_and_a_failed_calculation_does_not(
         run(DOSMaker().make(COPPER), tmp_path)
 
 
+def test_dft_sees_the_symmetry_that_a_relaxation_blurred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dosmatgen_ase import electronic
+
+    seen = []
+
+    def look(atoms: Any, *arguments: Any, directory: str) -> None:
+        seen.append(to_structure(atoms))
+        raise electronic.ElectronicStructureError("seen")
+
+    monkeypatch.setattr(electronic, "compute_dos", look)
+    blurred = to_atoms(COPPER)
+    blurred.rattle(0.01, seed=1)
+    for tolerance in (0.1, 0.0):
+        run(DOSMaker(symmetry_tolerance=tolerance).make(to_structure(blurred)), tmp_path)
+    groups = [structure.get_space_group_info(symprec=1e-4)[1] for structure in seen]
+    assert groups == [225, 1]
+    overlapping = Structure(COPPER.lattice, ["Cu", "Cu"], [[0, 0, 0], [0.01, 0, 0]])
+    assert "atoms are closer" in DOSDoc.model_validate(run(DOSMaker().make(overlapping), tmp_path)).reason
+    assert len(seen) == 2
+
+
 def test_a_disk_that_fills_up_gives_one_line_and_what_was_finished_stays(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -277,3 +277,5 @@ def test_symmetry_within_the_tolerance_is_made_exact_and_no_other() -> None:
     assert np.abs(refined.get_all_distances(mic=True) - exact.get_all_distances(mic=True)).max() < 0.05
     assert operations(symmetrized(rattled, 1e-3)) == 1
     assert np.array_equal(rattled.positions, before)
+    with pytest.raises(ValueError, match=r"within 0.1 A: atoms are closer"):
+        symmetrized(Atoms("Cu2", positions=[[0, 0, 0], [0.03, 0, 0]], cell=[3, 3, 3], pbc=True))

@@ -24,6 +24,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesian
 from ase.filters import FrechetCellFilter
+from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 from ase.spacegroup.symmetrize import refine_symmetry
 from threadpoolctl import threadpool_limits
@@ -106,7 +107,14 @@ def symmetrized(atoms: Atoms, tolerance: float = 0.1) -> Atoms:
     atoms : Atoms
     tolerance : float
         Angstrom, as spglib's ``symprec``.
+
+    Raises
+    ------
+    ValueError
+        If atoms are closer to each other than that.
     """
+    if len(neighbor_list("i", atoms, tolerance)):
+        raise ValueError(f"no symmetry to be found within {tolerance:g} A: atoms are closer to each other")
     copy = atoms.copy()
     refine_symmetry(copy, tolerance)
     return copy

@@ -237,21 +237,32 @@ class DOSMaker(Maker):
     ----------
     settings
         Fields of `electronic.EspressoSettings` that differ from its defaults.
+    symmetry_tolerance
+        Angstrom. The symmetry found within it is made exact first (`relaxation.symmetrized`): a relaxation leaves small
+        displacements, and a crystal without symmetry costs ten times the k-points. 0 computes a structure as it is.
     """
 
     name: str = "dos"
     settings: dict[str, Any] = field(default_factory=dict)
+    symmetry_tolerance: float = 0.1
 
     @job(output_schema=DOSDoc, data=LARGE)
     def make(self, structure: Structure | None) -> DOSDoc:
         """Compute one structure, in a folder of its own below the current one, which is kept."""
         from dosmatgen_ase import electronic
+        from dosmatgen_ase.relaxation import symmetrized
 
         done = DOSDoc(engine="Quantum ESPRESSO", settings=self.settings)
         if structure is None:
             done.reason = "there is no structure: its relaxation failed"
             return done
         atoms, settings = to_atoms(structure), electronic.EspressoSettings(**self.settings)
+        if self.symmetry_tolerance:
+            try:
+                atoms = symmetrized(atoms, self.symmetry_tolerance)
+            except ValueError as error:
+                done.reason = str(error)
+                return done
         done.directory = tempfile.mkdtemp(prefix="espresso-", dir=Path.cwd())
         try:
             result = electronic.compute_dos(atoms, settings, directory=done.directory)
