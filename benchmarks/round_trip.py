@@ -295,6 +295,27 @@ def ratios(table: dict[str, list[dict[str, float]]], over: str, under: str) -> d
     return {name: interval(pair(name), ratio_of_means) for name in table[over][0]}
 
 
+def share_of_gain(rows: np.ndarray) -> float:
+    """What picking gains over the mean, as a share of what an oracle gains; columns mean, picked, best."""
+    mean, picked, best = rows.mean(axis=0)
+    return float((mean - picked) / (mean - best)) if mean > best else 0.0
+
+
+def ranked_picks(table: dict[str, list[dict[str, float]]], on: str, off: str) -> dict[str, Any]:
+    """What the ranked pick with DOS gains: over its mean, beside the oracle, over no DOS, over the element's mean."""
+
+    def columns(*cells: tuple[str, str]) -> np.ndarray:
+        return np.array([[f[name] for f in table[row]] for row, name in cells]).T
+
+    picked, mean, best = ((on, f"l1 {name}") for name in ("picked", "mean", "best"))
+    return {
+        "pick / mean": interval(columns(picked, mean), ratio_of_means),
+        "share of the oracle's gain": interval(columns(mean, picked, best), share_of_gain),
+        "pick / mean without DOS": interval(columns(picked, (off, "l1 mean")), ratio_of_means),
+        "pick / per-element mean": interval(columns(picked, ("per-element mean", "l1 mean")), ratio_of_means),
+    }
+
+
 def element_shares(targets: list[Target], found: list[Candidates], library: Library) -> dict[str, Any]:
     """Share of sites that come out as their true element, over all sites of all targets, whatever the screen says."""
     sites = np.array([len(t.atoms) for t in targets], dtype=float)
@@ -336,7 +357,11 @@ def markdown(report: dict[str, Any]) -> str:
             cells = [text(row[c]) if name in MODES or " / " in name or "mean" in c else "" for c in columns[:width]]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
-    lines += ["| sites that come out as their true element | share |", "|--|--:|"]
+    picks = report["ranked_picks"]
+    names = list(next(iter(picks.values())))
+    lines += [f"| ranked pick of {count}, with DOS | {' | '.join(names)} |", "|--|" + "--:|" * len(names)]
+    lines += [f"| {title} | {' | '.join(text(row[name]) for name in names)} |" for title, row in picks.items()]
+    lines += ["", "| sites that come out as their true element | share |", "|--|--:|"]
     lines += [f"| {name} | {text(figure)} |" for name, figure in report["elements"].items()]
     judge = report["judge"]
 
@@ -480,6 +505,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             title: summarise(table) | {f"{on} / {off}": ratios(table, on, off)}
             for title, (table, (on, off)) in tables.items()
         },
+        "ranked_picks": {title: ranked_picks(table, *pair) for title, (table, pair) in tables.items()},
         "elements": element_shares(targets, found, library),
         "per_target": {
             t.material_id: {"formula": t.atoms.get_chemical_formula(), **{k: v[i]["l1 mean"] for k, v in whole.items()}}

@@ -224,6 +224,26 @@ def test_mean_best_and_pick_of_known_candidates(labels: SiteDOSLabels, name: str
     assert np.isnan(list(round_trip.mode_figures(target, candidates, name).values())).all()
 
 
+def test_what_a_ranked_pick_gains_is_told_beside_the_oracle() -> None:
+    def rows(mean: float, picked: float, best: float) -> list[dict[str, float]]:
+        return [{"l1 mean": f * mean, "l1 picked": f * picked, "l1 best": f * best} for f in (1.0, 2.0)]
+
+    table = {"on": rows(0.8, 0.6, 0.4), "off": rows(1.2, 0.7, 0.5), "per-element mean": rows(1.0, 1.0, 1.0)}
+    table["on"].append(dict.fromkeys(table["on"][0], np.nan))  # a target of which all candidates were rejected
+    table["off"].append(table["off"][0])
+    table["per-element mean"].append(table["off"][0])
+    found = {name: figure["value"] for name, figure in round_trip.ranked_picks(table, "on", "off").items()}
+    assert found == pytest.approx(
+        {
+            "pick / mean": 0.75,
+            "share of the oracle's gain": 0.5,
+            "pick / mean without DOS": 0.5,
+            "pick / per-element mean": 0.6,
+        }
+    )
+    assert round_trip.share_of_gain(np.ones((3, 3))) == 0.0
+
+
 def test_a_library_that_holds_the_target_retrieves_it(labels: SiteDOSLabels) -> None:
     targets = [Target.from_label(labels, i, seed=0) for i in range(len(labels))]
     library = Library(labels)
