@@ -188,14 +188,18 @@ class ScreenMaker(Maker):
 
 def _keep_best(screening: ScreeningDoc, keep: int) -> None:
     """Give a reason to all but the `keep` survivors whose predicted DOS is nearest to the targets."""
+    from dosmatgen_ase.ranking import score
+
     survivors = screening.survivors
-    for candidate in survivors:
-        dos = _predict(candidate.generated)
-        if dos.reason is None:
-            candidate.predicted_distance = _distance(_achieved(screening.targets, dos, None), screening.targets)
-    survivors.sort(key=lambda c: (c.predicted_distance is None, c.predicted_distance or 0.0, c.index))
-    for place, candidate in enumerate(survivors[keep:], keep + 1):
-        candidate.reason = f"place {place} of {len(survivors)} by predicted DOS, {keep} go on"
+    crystals = [to_atoms(candidate.generated) for candidate in survivors]
+    for i, atoms in enumerate(crystals):
+        atoms.info["survivor"] = i
+    sites = {int(key): target for key, target in screening.targets.items() if key != "total"}
+    for place, atoms in enumerate(score(crystals, sites, screening.targets.get("total")), 1):
+        candidate = survivors[atoms.info["survivor"]]
+        candidate.predicted_distance = atoms.info["scores"]["distance"]
+        if place > keep:
+            candidate.reason = f"place {place} of {len(survivors)} by predicted DOS, {keep} go on"
 
 
 # -- relax and compute -------------------------------------------------------------------------------------------------
