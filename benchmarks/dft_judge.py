@@ -1,12 +1,13 @@
 """The round trip under real DFT: what a user gets for a DOS, relaxed, against the DOS that was asked for.
 
-    python benchmarks/dft_judge.py             # 24 targets of `test`; Quantum ESPRESSO, an hour on one core
+    python benchmarks/dft_judge.py             # 24 targets of `test`; Quantum ESPRESSO, an hour and a half on one core
     python benchmarks/dft_judge.py --jobs 2
 
-Per target two crystals: the first of 20 conditional draws by the predictor that ships, and one unconditional draw (the
-first that the screen accepts and whose elements are all among the labels, for others have no pseudopotential). Both are
-relaxed with CHGNet, their symmetry is refined, and their site DOS computed as the labels were. Everything is kept under
-`runs/dft_judge/`, so that an interrupted run goes on.
+Per target the crystals of four arms (`ARMS`). Every site with its DOS: the first of 20 draws by the predictor that
+ships, beside one draw without a DOS. One random site with its DOS and its element, all else free: the same two. A draw
+that is not ranked is the first that the screen accepts and whose elements are all among the labels, for others have no
+pseudopotential. All are relaxed with CHGNet, their symmetry is refined, and their site DOS computed as the labels were.
+Everything is kept under `runs/dft_judge/`, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,18 @@ import torch
 from _common import JUDGE, RESULTS, ROOT, add_options, sampler_config, split_of, write_results
 from ase import Atoms
 from matplotlib.figure import Figure
-from round_trip import Library, Target, crystal_figures, generate, interval, mean_of, ratio_of_means, text
+from round_trip import (
+    METRICS,
+    MODES,
+    Library,
+    Target,
+    crystal_figures,
+    generate,
+    interval,
+    mean_of,
+    ratio_of_means,
+    text,
+)
 from tqdm import tqdm
 
 from dosmatgen_ase.checkpoint import load_model
@@ -41,19 +54,44 @@ from dosmatgen_ase.ranking import score
 from dosmatgen_ase.relaxation import relax, symmetrized
 from dosmatgen_ase.screening import screen
 
-MODES = ("conditional", "unconditional")  # of the round trip
-ARMS = ("conditional, ranked", "unconditional")
+MEAN = "per-element mean"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A mode of the round trip, and whether its draws are ranked by the predictor or the first that is fit is taken."""
+
+    mode: str
+    ranked: bool
+
+
+ARMS = {
+    "conditional, ranked": Arm("conditional", True),
+    "unconditional": Arm("unconditional", False),
+    "site with DOS, ranked": Arm("site with DOS", True),
+    "site without DOS": Arm("site without DOS", False),
+}
+TABLES = {  # by what is judged: arms, and ratios of rows
+    "all sites": (tuple(ARMS)[:2], [("unconditional", "conditional, ranked"), ("conditional, ranked", MEAN)]),
+    "one site, its element pinned": (
+        tuple(ARMS)[2:],
+        [("site with DOS, ranked", "site without DOS"), ("site with DOS, ranked", MEAN)],
+    ),
+}
+BAR = {"unconditional / conditional, ranked": 3.0, f"site with DOS, ranked / {MEAN}": 0.7}
 SYMMETRY = 0.1  # Angstrom: relaxation leaves that much; a crystal without symmetry costs ten times the k-points
-INSULATOR = 3.0  # eV: gap classes are metal, semiconductor, insulator
+INSULATOR = 3.0  # eV
+CLASSES = ("metal", "semiconductor", "insulator")
 TIME_LIMIT = 1800.0  # seconds for one crystal
 
 
-def picks(target: Target, made: list[Atoms], predictor: DOSPredictor) -> list[Atoms]:
-    """The first of the conditional draws by the predictor, and the first fit unconditional one."""
-    half = len(made) // 2
+def pick(arm: Arm, target: Target, made: list[Atoms], predictor: DOSPredictor) -> list[Atoms]:
+    """The one draw of an arm that is computed; none if none is fit."""
     labelled = predictor.tables["support"].numpy().max(axis=1) >= MIN_LABELS
-    fit = [a for a in made[half:] if screen(a).accepted and labelled[a.numbers].all()]
-    return [score(made[:half], target.targets("all"), predictor=predictor)[0], *fit[:1]]
+    fit = [a for a in made if screen(a).accepted and labelled[a.numbers].all()]
+    if arm.ranked and fit:
+        fit = score(fit, target.targets(MODES[arm.mode].dos), predictor=predictor)
+    return fit[:1]
 
 
 def kept(path: Path, make: Any) -> list[Atoms]:
@@ -61,10 +99,10 @@ def kept(path: Path, make: Any) -> list[Atoms]:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part.extxyz")
-        ase.io.write(part, make())
-        write_atomic(path, part.read_bytes())
+        ase.io.write(part, made := make(), format="extxyz")
+        write_atomic(path, part.read_bytes() if made else b"")
         part.unlink()
-    return ase.io.read(path, ":")
+    return ase.io.read(path, ":") if path.stat().st_size else []
 
 
 def on_grid(result: ElectronicStructure) -> tuple[np.ndarray, np.ndarray]:
@@ -75,39 +113,79 @@ def on_grid(result: ElectronicStructure) -> tuple[np.ndarray, np.ndarray]:
 
 def gap_class(gap: float) -> str:
     """Metal, semiconductor or insulator."""
-    return "metal" if gap == 0 else "semiconductor" if gap < INSULATOR else "insulator"
+    return CLASSES[0 if gap == 0 else 1 if gap < INSULATOR else 2]
+
+
+@dataclass(frozen=True)
+class Made:
+    """The crystal of one arm for one target: as drawn, as relaxed, and its DOS by DFT on the model's grid, (n, 151)."""
+
+    raw: Atoms
+    relaxed: Atoms
+    values: np.ndarray
+    known: np.ndarray
+    band_gap: float
+
+
+def rows_of(title: str, targets: list[Target], made: dict[tuple[str, str], Made], library: Library) -> dict[str, Any]:
+    """Distances, target by target, of both arms of a table and of the baselines."""
+    arms, _ = TABLES[title]
+    which = MODES[ARMS[arms[0]].mode].judged
+    rows = {}
+    for arm in arms:
+        mine = [made[t.material_id, arm] for t in targets]
+        rows[arm] = [crystal_figures(m.values, t, which, m.known) for m, t in zip(mine, targets, strict=True)]
+    rows["retrieval"] = [library.retrieve(t, which) for t in targets]
+    rows[MEAN] = [crystal_figures(library.element_mean[t.atoms.numbers], t, which) for t in targets]
+    return {row: [{m: f[f"{m} mean"] for m in METRICS} for f in figures] for row, figures in rows.items()}
+
+
+def summary(title: str, rows: dict[str, Any]) -> dict[str, Any]:
+    """Means over targets and ratios of them, with their intervals."""
+
+    def columns(metric: str, *names: str) -> np.ndarray:
+        return np.array([[f[metric] for f in rows[name]] for name in names]).T
+
+    means = {row: {m: interval(columns(m, row)[:, 0], mean_of) for m in METRICS} for row in rows}
+    ratios = {
+        f"{over} / {under}": {m: interval(columns(m, over, under), ratio_of_means) for m in METRICS}
+        for over, under in TABLES[title][1]
+    }
+    return means | ratios
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The tables of the README."""
-    names = {"l1": "all sites", "pooled": "pooled", "near_gap": "near gap, pooled", "mae": "MAE, states/eV"}
-    lines = [f"| DFT | {' | '.join(names.values())} |", "|--|" + "--:|" * len(names)]
-    for row, figures in report["dft"].items():
-        lines.append(f"| {row} | {' | '.join(text(figures[m]) for m in names)} |")
-    lines += ["", "| forward model, all sites | raw | relaxed |", "|--|--:|--:|"]
+    lines = []
+    for title, table in report["tables"].items():
+        names = {"l1": title, "pooled": "pooled", "near_gap": "near gap, pooled", "mae": "MAE, states/eV"}
+        lines += [f"| DFT | {' | '.join(names.values())} |", "|--|" + "--:|" * len(names)]
+        lines += [f"| {row} | {' | '.join(text(figures[m]) for m in names)} |" for row, figures in table.items()]
+        lines.append("")
+    lines += ["| forward model, all sites | raw | relaxed |", "|--|--:|--:|"]
     for arm, figures in report["forward"].items():
         lines.append(f"| {arm} | {text(figures['raw'])} | {text(figures['relaxed'])} |")
-    classes = ("metal", "semiconductor", "insulator")
-    lines += ["", "| gap class of the target | generated: " + " | ".join(classes) + " |", "|--|" + "--:|" * 3]
-    for one in classes:
-        lines.append(f"| {one} | " + " | ".join(str(report["gap_classes"][one][other]) for other in classes) + " |")
+    lines += ["", "| gap class of the target | generated: " + " | ".join(CLASSES) + " |", "|--|" + "--:|" * 3]
+    for one in CLASSES:
+        lines.append(f"| {one} | " + " | ".join(str(report["gap_classes"][one][other]) for other in CLASSES) + " |")
     error = report["predictor_error"]
+    counts = " and ".join(str(len(table)) for table in report["per_target"].values())
     lines += [
         "",
-        f"{report['targets']} targets of split `{report['split']}` with at most {report['max_atoms']} atoms, each with "
-        "the best of 20 conditional draws by the predictor that ships, and one unconditional draw; number of atoms "
-        f"given, relaxed with CHGNet, symmetry refined within {SYMMETRY} A, site DOS by Quantum ESPRESSO as the labels "
+        f"{counts} targets of split `{report['split']}` with at most {report['max_atoms']} atoms. *Ranked*: the best "
+        f"of {report['candidates']} draws by the predictor that ships; else one draw. Number of atoms given, relaxed "
+        f"with CHGNet, symmetry refined within {SYMMETRY} A, site DOS by Quantum ESPRESSO as the labels "
         "were. Mean over targets [95 % bootstrap interval]; normalised L1, absolute, without a floor. Retrieval (the "
         "nearest label to each site) and the per-element mean compare labels with labels. The predictor's own error on "
-        f"these {error['mean']['targets']} generated crystals is {text(error['mean'])} in the mean, on the targets' "
-        f"own crystals {report['predictor_error_on_labels']:.2f}. The forward model of the second table is the judge "
+        f"these {error['targets']} generated crystals is {text(error)} in the mean, on the targets' "
+        f"own crystals {report['predictor_error_on_labels']:.2f}. The forward model of the third table is the judge "
         "of the round trip, whose labels the predictor that picked has seen; DFT is independent. "
-        f"Failed: {report['failed'] or 'none'}.",
+        f"Left out: {', '.join(report['failed']) or 'none'}.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def plot(targets: list[Target], computed: list[tuple[np.ndarray, np.ndarray]], l1: list[float], path: Path) -> None:
+def plot(targets: list[Target], computed: list[Made], l1: list[float], path: Path) -> None:
     """Target and DFT DOS of the generated crystal, site by site, for the best, the median and the worst target."""
     order = np.argsort(l1)
     chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
@@ -115,7 +193,7 @@ def plot(targets: list[Target], computed: list[tuple[np.ndarray, np.ndarray]], l
     figure = Figure(figsize=(3.4 * columns, 7.4), layout="constrained")
     axes = figure.subplots(3, columns, squeeze=False)
     for line, (name, i) in zip(axes, chosen.items(), strict=True):
-        target, (values, known) = targets[i], computed[i]
+        target, values, known = targets[i], computed[i].values, computed[i].known
         for site, ax in enumerate(line):
             if site >= len(target.atoms):
                 ax.set_axis_off()
@@ -154,100 +232,100 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = (header["sha256"], predictor.info, asdict(config), options.candidates, options.seed)
     folder = options.cache / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
-    raw: dict[str, list[Atoms]] = {}
-    settled: dict[str, list[Atoms]] = {}
+    raw: dict[tuple[str, str], Atoms] = {}
+    relaxed: dict[tuple[str, str], Atoms] = {}
+    failed: list[str] = []
     for t in tqdm(targets, unit="target", desc="generate and relax"):
+        for k, (name, arm) in enumerate(ARMS.items()):
 
-        def draw_and_pick(t: Target = t) -> list[Atoms]:
-            return picks(t, generate(model, t, options.candidates, config, 1.0, options.seed, MODES), predictor)
+            def drawn(t: Target = t, arm: Arm = arm) -> list[Atoms]:
+                made = generate(model, t, options.candidates, config, 1.0, options.seed, [arm.mode])
+                return pick(arm, t, made, predictor)
 
-        raw[t.material_id] = kept(folder / f"{t.material_id}-raw.extxyz", draw_and_pick)
-        settled[t.material_id] = kept(
-            folder / f"{t.material_id}-relaxed.extxyz",
-            lambda t=t: [symmetrized(a, SYMMETRY) for a in relax(raw[t.material_id])],
-        )
-    names = {(t.material_id, k): f"{t.material_id}-{k}" for t in targets for k in range(len(settled[t.material_id]))}
-    structures = {name: settled[m][k] for (m, k), name in names.items()}
-    engine = EspressoSettings(time_limit=TIME_LIMIT)
-    results = compute_many(structures, folder / "dft", engine, workers=options.jobs, progress=True)
-    failed = [name for name, result in results.items() if not isinstance(result, ElectronicStructure)]
-    failed += [f"{t.material_id}: no unconditional draw was fit" for t in targets if len(raw[t.material_id]) < 2]
+            def settled(found: list[Atoms]) -> list[Atoms]:
+                return [symmetrized(relax(atoms), SYMMETRY) for atoms in found]
 
-    def computed(t: Target, arm: int) -> ElectronicStructure | None:
-        result = results.get(f"{t.material_id}-{arm}")
-        return result if isinstance(result, ElectronicStructure) else None
+            first = kept(folder / f"{t.material_id}-{k}.extxyz", drawn)
+            after = kept(folder / f"{t.material_id}-{k}-relaxed.extxyz", partial(settled, first))
+            if first:
+                raw[t.material_id, name], relaxed[t.material_id, name] = first[0], after[0]
+            else:
+                failed.append(f"{name} of {t.material_id} (no draw was fit)")
+    order = list(ARMS)
+    results = compute_many(
+        {f"{material_id}-{order.index(arm)}": atoms for (material_id, arm), atoms in relaxed.items()},
+        folder / "dft",
+        EspressoSettings(time_limit=TIME_LIMIT),
+        workers=options.jobs,
+        progress=True,
+    )
+    made: dict[tuple[str, str], Made] = {}
+    for key, result in zip(relaxed, results.values(), strict=True):
+        if isinstance(result, ElectronicStructure):
+            made[key] = Made(raw[key], relaxed[key], *on_grid(result), result.band_gap)
+        else:
+            failed.append(f"{key[1]} of {key[0]} (DFT failed)")
 
-    whole = [t for t in targets if computed(t, 0) and computed(t, 1)]
-    table: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    forward: dict[str, dict[str, list[float]]] = {arm: {"raw": [], "relaxed": []} for arm in ARMS}
-    own: list[float] = []
-    for t in whole:
-        for k, arm in enumerate(ARMS):
-            values, known = on_grid(computed(t, k))  # type: ignore[arg-type]
-            table[arm].append({m: float(d) for m, d in site_distances(values, t.dos, known & t.known).items()})
-            for state, crystals in (("raw", raw), ("relaxed", settled)):
-                by_judge = judge.predict_arrays([crystals[t.material_id][k]])[0]
-                forward[arm][state].append(float(site_distances(by_judge.mean, t.dos, t.known)["l1"]))
-            guess = predictor.predict_arrays([settled[t.material_id][k]])[0]
-            own.append(float(site_distances(guess.mean, values, known)["l1"]))
-    table["retrieval"] = [{m: library.retrieve(t)[f"{m} mean"] for m in table[ARMS[0]][0]} for t in whole]
-    means = [crystal_figures(library.element_mean[t.atoms.numbers], t) for t in whole]
-    table["per-element mean"] = [{m: f[f"{m} mean"] for m in table[ARMS[0]][0]} for f in means]
-    metrics = list(table[ARMS[0]][0])
-    dft = {
-        row: {m: interval(np.array([f[m] for f in figures]), mean_of) for m in metrics}
-        for row, figures in table.items()
+    whole = {
+        title: [t for t in targets if all((t.material_id, arm) in made for arm in arms)]
+        for title, (arms, _) in TABLES.items()
     }
-    pairs = zip(table[ARMS[1]], table[ARMS[0]], strict=True)
-    both = [(a, b) for a, b in pairs]
-    dft[f"{ARMS[1]} / {ARMS[0]}"] = {
-        m: interval(np.array([[a[m], b[m]] for a, b in both]), ratio_of_means) for m in metrics
-    }
-    classes = ("metal", "semiconductor", "insulator")
-    confusion = {one: dict.fromkeys(classes, 0) for one in classes}
-    for t in whole:
-        confusion[gap_class(gaps[t.material_id])][gap_class(computed(t, 0).band_gap)] += 1  # type: ignore[union-attr]
+    table = {title: rows_of(title, some, made, library) for title, some in whole.items()}
+    (main_arm, other), full = TABLES["all sites"][0], whole["all sites"]
+
+    def by_judge(arm: str, state: str) -> dict[str, Any]:
+        predictions = judge.predict_arrays([getattr(made[t.material_id, arm], state) for t in full])
+        l1 = [site_distances(p.mean, t.dos, t.known)["l1"] for p, t in zip(predictions, full, strict=True)]
+        return interval(np.array(l1), mean_of)
+
+    confusion = {one: dict.fromkeys(CLASSES, 0) for one in CLASSES}
+    for t in full:
+        confusion[gap_class(gaps[t.material_id])][gap_class(made[t.material_id, main_arm].band_gap)] += 1
+    predictions = predictor.predict_arrays([m.relaxed for m in made.values()])
+    own = [site_distances(p.mean, m.values, m.known)["l1"] for p, m in zip(predictions, made.values(), strict=True)]
+    on_labels = [
+        site_distances(p.mean, t.dos, t.known)["l1"]
+        for t, p in zip(full, predictor.predict_arrays([t.atoms for t in full]), strict=True)
+    ]
     report = {
         "weights": header["sha256"],
         "predictor": predictor.info,
         "split": split,
-        "targets": len(whole),
+        "targets": len(full),
         "max_atoms": options.max_atoms,
         "candidates": options.candidates,
         "sampler": asdict(config),
         "seed": options.seed,
-        "bar": {f"{ARMS[1]} / {ARMS[0]}": 3.0},
-        "dft": dft,
-        "forward": {
-            arm: {state: interval(np.array(v), mean_of) for state, v in states.items()}
-            for arm, states in forward.items()
-        },
+        "bar": BAR,
+        "tables": {title: summary(title, rows) for title, rows in table.items()},
+        "forward": {arm: {state: by_judge(arm, state) for state in ("raw", "relaxed")} for arm in (main_arm, other)},
         "gap_classes": confusion,
-        "predictor_error": {"mean": interval(np.array(own), mean_of)},
-        "predictor_error_on_labels": float(
-            np.mean(
-                [
-                    site_distances(p.mean, t.dos, t.known)["l1"]
-                    for t, p in zip(whole, predictor.predict_arrays([t.atoms for t in whole]), strict=True)
-                ]
-            )
-        ),
+        "predictor_error": interval(np.array(own), mean_of),
+        "predictor_error_on_labels": float(np.mean(on_labels)),
         "failed": failed,
         "per_target": {
-            t.material_id: {
-                "target": t.atoms.get_chemical_formula(),
-                **{arm: settled[t.material_id][k].get_chemical_formula() for k, arm in enumerate(ARMS)},
-                "l1": {arm: table[arm][i]["l1"] for arm in ARMS},
+            title: {
+                t.material_id: {
+                    "target": t.atoms.get_chemical_formula(),
+                    **{
+                        arm: {
+                            "formula": made[t.material_id, arm].relaxed.get_chemical_formula(),
+                            "l1": table[title][arm][i]["l1"],
+                        }
+                        for arm in arms
+                    },
+                }
+                for i, t in enumerate(whole[title])
             }
-            for i, t in enumerate(whole)
+            for title, (arms, _) in TABLES.items()
         },
     }
     out = options.out or (ROOT / "runs" if options.val else RESULTS)
     tables = markdown(report)
     print(tables)
     write_results(out, "dft_judge", report, tables)
-    curves = [on_grid(computed(t, 0)) for t in whole]  # type: ignore[arg-type]
-    plot(whole, curves, [f["l1"] for f in table[ARMS[0]]], out / "dft_judge.png")
+    l1 = [f["l1"] for f in table["all sites"][main_arm]]
+    plot(full, [made[t.material_id, main_arm] for t in full], l1, out / "dft_judge.png")
     return report
 
 

@@ -299,7 +299,7 @@ def test_the_ranking_predictor_cannot_be_the_judge(folder: Path, capsys: pytest.
 def test_the_dft_judge_runs_and_counts(
     folder: Path, labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine that gives the sites of the first arm 1.1 times their target, and of the second 2.1 times."""
+    """An engine that gives the sites of the first arm 1.1 times their target, of the second 2.1 times, and so on."""
     import dft_judge
 
     from dosmatgen_ase.dos import TargetDOS
@@ -329,10 +329,21 @@ def test_the_dft_judge_runs_and_counts(
     small = ["--val", "--num-targets=2", "--candidates=2", "--num-steps=2", f"--cache={tmp_path}/kept"]
     report = dft_judge.main([*files, *small, f"--out={tmp_path}"])
     assert report["targets"] == 2
-    assert report["dft"]["conditional, ranked"]["l1"]["value"] == pytest.approx(0.1, abs=1e-3)
-    assert report["dft"]["unconditional"]["l1"]["value"] == pytest.approx(1.1, abs=1e-3)
+    found = {title: {r: f["l1"]["value"] for r, f in rows.items()} for title, rows in report["tables"].items()}
+    everywhere, one_site = found["all sites"], found["one site, its element pinned"]
+    assert everywhere["conditional, ranked"] == pytest.approx(0.1, abs=1e-3)
+    assert everywhere["unconditional"] == pytest.approx(1.1, abs=1e-3)
+    assert one_site["site with DOS, ranked"] == pytest.approx(2.1, abs=1e-3)
+    assert one_site["site with DOS, ranked / site without DOS"] == pytest.approx(2.1 / 3.1, abs=1e-3)
     assert sum(sum(row.values()) for row in report["gap_classes"].values()) == 2
     assert "| unconditional |" in (tmp_path / "dft_judge.md").read_text()
+
+    collapsed = bulk("Cu", a=0.5)
+    target = Target.from_label(labels, 0, seed=0)
+    for arm in dft_judge.ARMS.values():
+        assert dft_judge.pick(arm, target, [collapsed], predictor) == []
+    assert dft_judge.kept(tmp_path / "none.extxyz", list) == []
+    assert dft_judge.kept(tmp_path / "none.extxyz", lambda: [collapsed]) == []  # it was made once
 
     monkeypatch.delattr(dft_judge, "generate")  # what was made is kept
     assert dft_judge.main([*files, *small, f"--out={tmp_path}"])["per_target"] == report["per_target"]
