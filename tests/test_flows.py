@@ -770,7 +770,10 @@ def test_files_of_abinit_are_read_and_what_is_wrong_with_them_is_told(tmp_path: 
         abinit_file(Path(f"{out}_DOS_AT{i + 1:04d}"), energies, [np.column_stack([level, *[0 * level] * 9])])
 
     def validated(folder: str) -> CandidateDoc:
-        known = candidate_doc().model_copy(update={"structure": COPPER, "distance": 0.3})
+        first = {"distance": 0.3, "mae": 0.1, "near_gap_distance": 0.2, "achieved": {"0": TARGET}}
+        known = candidate_doc().model_copy(
+            update={**first, "structure": COPPER, "band_gap": 1.0, "engine": "another", "directory": "elsewhere"}
+        )
         result = InverseDesignDoc(targets={"0": TARGET}, candidates=[known], generation={})
         output = run(validate_candidates(result, AbinitMaker(folder=folder)), tmp_path, ensure_success=False)
         return InverseDesignDoc.model_validate(output).candidates[0]
@@ -781,7 +784,12 @@ def test_files_of_abinit_are_read_and_what_is_wrong_with_them_is_told(tmp_path: 
     assert done.distance != 0.3
     assert validated("").reason == "no DOS: see the log of its job"
     Path(f"{out}_DOS_AT0003").unlink()
-    assert "no file" in validated(str(tmp_path)).reason
+    failed = validated(str(tmp_path))
+    assert "no file" in failed.reason
+    assert failed.engine == "abinit"
+    assert failed.directory == f"myhost:{tmp_path}"
+    assert (failed.distance, failed.mae, failed.near_gap_distance, failed.band_gap) == (None,) * 4
+    assert failed.achieved == {}
 
 
 @pytest.mark.dft

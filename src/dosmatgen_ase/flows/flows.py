@@ -135,7 +135,10 @@ def read_abinit_dos(directory: str | None, structure: Structure | None) -> DOSDo
 def validate_candidates(result: InverseDesignDoc, dos_maker: Maker, keep: int = 3) -> Job:
     """Compute the best candidates of a finished run again by another engine, as they are, and rank them by that."""
     best = [candidate for candidate in result.candidates if candidate.distance is not None][:keep]
-    again = [candidate.model_copy(update={"generated": candidate.structure, "reason": None}) for candidate in best]
+    # What the first engine found must not stand under the name of the second where that fails.
+    found = ("achieved", "distance", "near_gap_distance", "mae", "band_gap", "engine", "directory", "reason")
+    forgotten = {name: CandidateDoc.model_fields[name].default for name in found}
+    again = [candidate.model_copy(update={**forgotten, "generated": candidate.structure}) for candidate in best]
     screening = ScreeningDoc(candidates=again, targets=result.targets, generation=result.generation)
     return evaluate_candidates(screening, None, dos_maker, CompareDOSMaker())
 
