@@ -468,6 +468,8 @@ def test_a_missing_program_fails_the_job_and_a_failed_calculation_does_not(
 
 
 def test_dft_sees_the_symmetry_that_a_relaxation_blurred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_electronic import some_result
+
     from dosmatgen_ase import electronic
 
     seen = []
@@ -483,6 +485,14 @@ def test_dft_sees_the_symmetry_that_a_relaxation_blurred(tmp_path: Path, monkeyp
         run(DOSMaker(symmetry_tolerance=tolerance).make(to_structure(blurred)), tmp_path)
     groups = [structure.get_space_group_info(symprec=1e-4)[1] for structure in seen]
     assert groups == [225, 1]
+    monkeypatch.setattr(electronic, "compute_dos", lambda *_, **__: some_result())
+    computed = DOSDoc.model_validate(run(DOSMaker().make(to_structure(blurred)), tmp_path))
+    assert computed.structure == seen[0]
+    kept = compare(computed, RelaxDoc(structure=to_structure(blurred)))
+    assert kept.reason is None
+    assert kept.structure == seen[0], "the next engine goes on with the crystal of this DOS"
+    as_it_is = DOSDoc.model_validate(run(DOSMaker(symmetry_tolerance=0.0).make(to_structure(blurred)), tmp_path))
+    assert as_it_is.structure is None
     overlapping = Structure(COPPER.lattice, ["Cu", "Cu"], [[0, 0, 0], [0.01, 0, 0]])
     assert "atoms are closer" in DOSDoc.model_validate(run(DOSMaker().make(overlapping), tmp_path)).reason
     assert len(seen) == 2

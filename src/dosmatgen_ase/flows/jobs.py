@@ -267,6 +267,7 @@ class DOSMaker(Maker):
             except ValueError as error:
                 done.reason = str(error)
                 return done
+            done.structure = to_structure(atoms)
         done.directory = tempfile.mkdtemp(prefix="espresso-", dir=Path.cwd())
         try:
             result = electronic.compute_dos(atoms, settings, directory=done.directory)
@@ -359,6 +360,7 @@ class CompareDOSMaker(Maker):
             dos = DOSDoc.model_validate(dos)
         if isinstance(dos, DOSDoc):
             done.engine, done.directory, done.band_gap = dos.engine, dos.directory, dos.band_gap
+            done.structure = dos.structure or done.structure
         if dos is None or (isinstance(dos, DOSDoc) and dos.reason is not None):
             done.reason = f"no DOS: {'see the log of its job' if dos is None else dos.reason}"
             return done

@@ -59,7 +59,7 @@ class CandidateDoc(BaseModel):
     generated: Crystal
     record: dict[str, Any] = Field(description="How the generator made it")
     predicted_distance: Figure = Field(default=None, description="Of the DOS predicted for it as generated")
-    structure: Crystal | None = Field(default=None, description="Relaxed; as generated where nothing was relaxed")
+    structure: Crystal | None = Field(default=None, description="As computed: relaxed, if it was, its symmetry exact")
     energy_per_atom: Figure = Field(default=None, description="eV/atom, of the calculator that relaxed")
     energy_above_hull: Figure = Field(default=None, description="eV/atom; known where CHGNet relaxed")
     relaxation: str | None = Field(default=None, description="How the relaxation ended, in words")
@@ -103,6 +103,7 @@ class DOSDoc(BaseModel):
     """The DOS of a structure, site by site."""
 
     engine: str
+    structure: Crystal | None = Field(default=None, description="What was computed, where it is not what was given")
     site_dos: list[DOS] = []
     total_dos: DOS | None = None
     electronic_structure: dict[str, Any] | None = Field(default=None, description="ElectronicStructure.to_dict()")
