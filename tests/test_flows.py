@@ -277,6 +277,17 @@ def test_a_target_far_from_the_gap_has_no_near_gap_figure() -> None:
     assert (done.distance, done.near_gap_distance, done.reason) == (0.0, None, None)
 
 
+def test_a_target_without_states_where_the_dos_is_known_is_told() -> None:
+    grid = TARGET.on_grid()
+    above = grid.energies > 0.5
+    target = replace(grid, values=np.where(above, 0.0, grid.values))
+    make = CompareDOSMaker().make.original
+    dos = DOSDoc(engine="x", site_dos=[replace(target, known=above & target.known)])
+    done = make(CompareDOSMaker(), {"0": target}, candidate_doc(), RelaxDoc(structure=COPPER), dos)
+    assert done.reason == "not comparable: the target holds no states where both are known"
+    assert (done.distance, done.mae) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("dos", "relaxation", "reason"),
     [

@@ -368,6 +368,8 @@ class CompareDOSMaker(Maker):
         try:
             done.achieved = _achieved(targets, dos, relaxed.structure)
             done.distance = _distance(done.achieved, targets)
+            if done.distance is None:
+                raise ValueError("the target holds no states where both are known")
             done.mae = sum(mae(done.achieved[key], target) for key, target in targets.items()) / len(targets)
         except ValueError as error:
             done.reason = f"not comparable: {error}"
