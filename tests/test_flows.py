@@ -729,6 +729,30 @@ def test_the_local_script_leaves_a_result_and_a_report(tiny_weights: Path, tmp_p
     assert [c.reason is None for c in result.candidates] == [True, False, False]
 
 
+def test_a_script_reports_what_failed_and_without_a_result_says_so(tiny_weights: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "workflows" / "inverse_design_local.py"), "--demo", *SMALL]
+    options = [*command, "--out", str(tmp_path), "--weights"]
+    without_programs = {**ENVIRONMENT, "PATH": str(tmp_path)}
+    done = subprocess.run([*options, str(tiny_weights)], capture_output=True, text=True, env=without_programs)
+    assert done.returncode == 0, done.stderr
+    result = InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes())
+    assert "no DOS: see the log of its job" in [candidate.reason for candidate in result.candidates]
+    assert (tmp_path / "report.html").exists()
+    hopeless = subprocess.run([*options, str(tmp_path / "none")], capture_output=True, text=True, env=ENVIRONMENT)
+    assert hopeless.returncode == 1
+    assert hopeless.stderr.splitlines()[-1] == "there is no result: the log above tells which job failed"
+
+
+def test_the_vasp_script_reports_what_failed(tmp_path: Path) -> None:
+    pytest.importorskip("atomate2")
+    known = candidate_doc().model_copy(update={"structure": COPPER, "distance": 0.3, "engine": "another"})
+    result = InverseDesignDoc(targets={"0": TARGET}, candidates=[known], generation={})
+    (tmp_path / "result.json").write_text(result.model_dump_json())
+    said = script("validate_with_vasp.py", str(tmp_path / "result.json"), "--out", str(tmp_path / "vasp"))
+    assert "another 0.300, VASP None no DOS: see the log of its job" in said  # there is no VASP here
+    assert (tmp_path / "vasp" / "report.html").exists()
+
+
 def test_the_vasp_script_writes_inputs(tmp_path: Path) -> None:
     pytest.importorskip("atomate2")
     script("validate_with_vasp.py", "--demo", "--out", str(tmp_path))

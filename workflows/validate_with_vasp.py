@@ -44,8 +44,11 @@ elif arguments.result is None:
 run = read_result(arguments.result)
 job = validate_candidates(run, maker, arguments.keep)
 store = JobStore(MemoryStore(), additional_stores={"data": MemoryStore()})
-run_locally(job, store=store, root_dir=arguments.out, create_folders=True, ensure_success=True)
-result = InverseDesignDoc.model_validate(store.get_output(job.output.uuid, load=True))
+run_locally(job, store=store, root_dir=arguments.out, create_folders=True)  # a job that fails costs its candidate
+try:
+    result = InverseDesignDoc.model_validate(store.get_output(job.output.uuid, load=True))
+except ValueError:
+    parser.exit(1, "there is no result: the log above tells which job failed\n")
 before = {candidate.index: candidate for candidate in run.candidates}
 for new in result.candidates:
     old = before[new.index]
