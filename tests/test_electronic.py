@@ -300,6 +300,7 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         ("echo 'JOB DONE.'", "", 9.0, "did not converge", "scf.out"),
         ("echo ' Error in routine readpp (1):'; echo '  not found'; exit 1", "", 9.0, "readpp .* not found", "scf.out"),
         ("exit 3", "", 9.0, "exit code 3", "scf.out"),
+        ("kill -8 $$", "", 9.0, "pw.x .scf. crashed with signal 8", "scf.out"),
         ("exec sleep 20", "", 0.1, "time limit of 0.1 s", "scf.out"),  # hangs: ten times as long by the clock
         ("while :; do :; done", "", 0.3, "time limit of 0.3 s", "scf.out"),  # works on: CPU time, in whole seconds
         ("sleep 0.5; exit 3", "", 0.3, "exit code 3", "scf.out"),  # waits for a core: not counted
@@ -355,6 +356,14 @@ def test_results_survive_json() -> None:
 def runs(tmp_path: Path) -> int:
     log = tmp_path / "runs"
     return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_a_crash_is_a_failure_of_its_structure(stand_in: Any, tmp_path: Path) -> None:
+    stand_in("kill -11 $$")
+    for _ in range(2):
+        (error,) = compute_many([SILICON], tmp_path / "out").values()
+        assert "crashed with signal 11" in str(error)
+    assert runs(tmp_path) == 1
 
 
 def test_failures_are_recorded_and_not_tried_twice(stand_in: Any, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ _FERMI_WIDTH = 0.02  # eV, Fermi-Dirac broadening under which the Fermi level is
 _LEAST_GAP = 0.05  # eV, smaller gaps between full and empty bands are within the error of the interpolation
 _POINTS_PER_AXIS = 20  # k-points along the shortest side of the interpolated mesh
 _STEP = 0.02  # eV, bins that states are gathered in before they are broadened
+_CRASHES = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL)  # of a program's own making
 _PATIENCE = 10.0  # seconds by the clock for one of CPU time, before a calculation counts as hanging
 
 
@@ -425,6 +426,8 @@ class _Run:
         if (unfinished and not self.stop.is_set()) or process.returncode == -signal.SIGXCPU:
             raise ElectronicStructureError(f"{program} ({name}) ran into the time limit of {limit:g} s", log)
         text = log.read_text(errors="replace")
+        if -process.returncode in _CRASHES:
+            raise ElectronicStructureError(f"{program} ({name}) crashed with signal {-process.returncode}", log)
         if process.returncode < 0:
             raise InterruptedCalculation(f"{program} ({name}) was stopped by signal {-process.returncode}", log)
         if "JOB DONE" not in text:
