@@ -38,7 +38,6 @@ class SamplerConfig:
     num_steps: int = 10
     coords_annealing: float = 10.0
     lattice_annealing: float = 0.0
-    lattice_exponent: float = 1.0
     species_end: float = 0.4
     species_temperature: float = 0.7
 
@@ -123,7 +122,7 @@ def sample(
 
     t_coords = level(strength, free_sites)
     x0 = lattice.encode(start.cell, start.num_atoms)
-    x, _ = lattice.noised(x0, randomness.lattice, level(strength**config.lattice_exponent, free_cell))
+    x, _ = lattice.noised(x0, randomness.lattice, level(strength, free_cell))
     frac, _ = coordinates.noised(start.frac_coords, randomness.coords, t_coords, mask)
     hidden = mask & ~constraints.fixed_species
     tau = randomness.reveal_time
@@ -132,13 +131,12 @@ def sample(
     numbers = constraints.admit(numbers) if steps else numbers
     calls = 0
     for t, s in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
-        t_lattice, s_lattice = t**config.lattice_exponent, s**config.lattice_exponent
-        state = NoisyCrystals(x, frac, numbers, start.num_atoms, level(t_lattice, free_cell), level(t, free_sites))
+        state = NoisyCrystals(x, frac, numbers, start.num_atoms, level(t, free_cell), level(t, free_sites))
         prediction, passes = denoise(state, t)
         calls += passes
         move = coordinates.step_factor(t, s, config.coords_annealing) * t
         frac = wrap(frac - move * coordinates.remove_mean(prediction.coords, free_sites, mask))
-        move = coordinates.step_factor(t_lattice, s_lattice, config.lattice_annealing) * t_lattice
+        move = coordinates.step_factor(t, s, config.lattice_annealing) * t
         x = torch.where(free_cell[:, None], x - move * prediction.lattice, x)
         now = (numbers == species.MASKED) & hidden & (tau >= _species_level(s, config))
         logits = prediction.species / config.species_temperature
