@@ -534,7 +534,6 @@ class DOSGenerator:
         with torch.no_grad():
             logits = self.model.encoder.size_logits(condition.to(self.device))[0].double().cpu()
         logits[: request.smallest] = -torch.inf
-        logits[0] = -torch.inf
         probability = torch.softmax(logits, 0).numpy()
         return [int(np.random.default_rng((seed, i, 0, 1)).choice(len(probability), p=probability)) for i in range(n)]
 
