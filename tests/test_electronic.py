@@ -233,8 +233,7 @@ def test_settings_are_checked(settings: dict[str, float], fragment: str) -> None
 
 # -- programs that fail ------------------------------------------------------------------------------------------------
 
-CONVERGED = """echo 'Program PWSCF v.6.7MaX starts'
-echo 'number of electrons       =         8.00'
+CONVERGED = """echo 'number of electrons       =         8.00'
 echo '!    total energy              =     -15.8 Ry'
 echo 'convergence has been achieved'
 echo 'JOB DONE.'"""
@@ -242,16 +241,20 @@ echo 'JOB DONE.'"""
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Put scripts named pw.x and projwfc.x, and a folder of pseudopotentials, where they will be found."""
+    """Put scripts named pw.x and projwfc.x, and a folder of pseudopotentials, where they will be found.
+
+    They begin as the programs do.
+    """
     binaries = tmp_path / "bin"
     binaries.mkdir()
     monkeypatch.setenv("PATH", f"{binaries}{os.pathsep}{os.environ['PATH']}")
     upf = pseudo_folder(tmp_path / "upf", "Si_r.upf", "H.UPF", "Ge-a.upf", "ge.upf")
     monkeypatch.setenv("ESPRESSO_PSEUDO", str(upf))
 
-    def write(pw: str, projwfc: str = "exit 0") -> None:
-        for name, body in (("pw.x", pw), ("projwfc.x", projwfc)):
-            (binaries / name).write_text(f"#!/bin/sh\necho run >> {tmp_path}/runs\n{body}\n")
+    def write(pw: str, projwfc: str = "exit 0", banner: bool = True) -> None:
+        for name, title, body in (("pw.x", "PWSCF", pw), ("projwfc.x", "PROJWFC", projwfc)):
+            start = f"echo run >> {tmp_path}/runs\n" + f"echo 'Program {title} v.6.7MaX starts'\n" * banner
+            (binaries / name).write_text(f"#!/bin/sh\n{start}{body}\n")
             (binaries / name).chmod(0o755)
 
     write("exit 0")
@@ -327,6 +330,37 @@ def test_failures_name_the_log_and_keep_it(
 def test_a_killed_program_says_nothing_about_the_structure(stand_in: Any, tmp_path: Path) -> None:
     stand_in("kill -9 $$")
     with pytest.raises(InterruptedCalculation, match="stopped by signal 9"):
+        compute_dos(SILICON, directory=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "fragment"),
+    [
+        (15, InterruptedCalculation, "stopped by signal 15"),
+        (11, ElectronicStructureError, "crashed with signal 11"),
+        (24, ElectronicStructureError, "time limit of 300 s"),
+    ],
+)
+def test_a_launcher_tells_of_signals_by_its_exit_code(
+    stand_in: Any, tmp_path: Path, number: int, error: type[Exception], fragment: str
+) -> None:
+    stand_in(f"exit {128 + number}")
+    with pytest.raises(error, match=fragment) as caught:
+        compute_dos(SILICON, EspressoSettings(launcher="env"), directory=tmp_path / "run")
+    assert type(caught.value) is error
+    with pytest.raises(ElectronicStructureError, match=f"exit code {128 + number}"):
+        compute_dos(SILICON, directory=tmp_path / "run")
+
+
+@pytest.mark.parametrize("end", ["exit 127", "kill -4 $$", "exec sleep 20"])
+def test_a_program_that_does_not_start_ends_the_run_and_is_no_failure(stand_in: Any, tmp_path: Path, end: str) -> None:
+    stand_in(f"echo 'libmpi.so.40: cannot open shared object file' >&2; {end}", banner=False)
+    with pytest.raises(RuntimeError, match=r"pw.x \(scf\) did not start: libmpi.so.40: cannot open") as caught:
+        compute_many([SILICON, SILICON], tmp_path / "out", EspressoSettings(time_limit=0.1))
+    assert not isinstance(caught.value, ElectronicStructureError)
+    assert not list((tmp_path / "out").glob("*.json"))
+    stand_in("exit 0", banner=False)
+    with pytest.raises(RuntimeError, match="did not start: exit code 0"):
         compute_dos(SILICON, directory=tmp_path / "run")
 
 

@@ -62,6 +62,7 @@ _LEAST_GAP = 0.05  # eV, smaller gaps between full and empty bands are within th
 _POINTS_PER_AXIS = 20  # k-points along the shortest side of the interpolated mesh
 _STEP = 0.02  # eV, bins that states are gathered in before they are broadened
 _CRASHES = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL)  # of a program's own making
+_BANNERS = {"pw.x": "Program PWSCF", "projwfc.x": "Program PROJWFC"}  # the first that they print
 _PATIENCE = 10.0  # seconds by the clock for one of CPU time, before a calculation counts as hanging
 
 
@@ -248,6 +249,8 @@ def compute_dos(
     ElectronicStructureError
         If the structure is no crystal or disordered, an element has no pseudopotential, the calculation fails, does
         not converge or takes longer than allowed. The message names the log; the files are kept.
+    RuntimeError
+        If a program does not even start, as with a wrong `launcher` or a missing library.
     """
     return _compute(atoms, settings or EspressoSettings(), directory, threading.Event())
 
@@ -423,15 +426,21 @@ class _Run:
                 if unfinished:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-        if (unfinished and not self.stop.is_set()) or process.returncode == -signal.SIGXCPU:
+        text, code = log.read_text(errors="replace"), process.returncode
+        # A launcher tells of a signal as a shell does.
+        ended_by = code - 128 if self.settings.launcher and code - 128 in signal.valid_signals() else max(-code, 0)
+        too_slow = (unfinished and not self.stop.is_set()) or ended_by == signal.SIGXCPU
+        if ended_by and not too_slow and ended_by not in _CRASHES:
+            raise InterruptedCalculation(f"{program} ({name}) was stopped by signal {ended_by}", log)
+        if _BANNERS[program] not in text:  # the same would happen to every structure
+            said = " ".join(log.with_suffix(".err").read_text(errors="replace").split())[-300:]
+            raise RuntimeError(f"{program} ({name}) did not start: {said or f'exit code {code}'} (see {log})")
+        if too_slow:
             raise ElectronicStructureError(f"{program} ({name}) ran into the time limit of {limit:g} s", log)
-        text = log.read_text(errors="replace")
-        if -process.returncode in _CRASHES:
-            raise ElectronicStructureError(f"{program} ({name}) crashed with signal {-process.returncode}", log)
-        if process.returncode < 0:
-            raise InterruptedCalculation(f"{program} ({name}) was stopped by signal {-process.returncode}", log)
+        if ended_by:
+            raise ElectronicStructureError(f"{program} ({name}) crashed with signal {ended_by}", log)
         if "JOB DONE" not in text:
-            told = re.findall(r"Error in routine.*\n.*", text) or [f"exit code {process.returncode}"]
+            told = re.findall(r"Error in routine.*\n.*", text) or [f"exit code {code}"]
             raise ElectronicStructureError(f"{program} ({name}) failed: {' '.join(told[0].split())}", log)
         return text
 
@@ -826,6 +835,8 @@ def compute_many(
     ------
     FileNotFoundError
         If the programs or the pseudopotentials' folder are not there.
+    RuntimeError
+        If a program does not even start, as with a wrong `launcher` or a missing library.
     ValueError
         If a name is no file name, or a result in the folder is that of another structure or of other settings.
     OSError
