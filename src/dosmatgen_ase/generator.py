@@ -88,7 +88,7 @@ class Request:
         total, targets = _targets(dos, sites)
         pinned = dict(fixed_species or {})
         pins = {i: _element(pinned[i], f"fixed_species[{i}]") for i in _indices(pinned, "fixed_species")}
-        held = set(_indices(fixed_sites or (), "fixed_sites"))
+        held = set(_indices(() if fixed_sites is None else fixed_sites, "fixed_sites"))
         if template is not None:
             check_atoms(template, "template")
             template = _right_handed(template)
@@ -644,7 +644,10 @@ def _on_model_grid(target: TargetDOS) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _indices(values: Iterable[Any], name: str) -> list[int]:
-    chosen = list(values)
+    try:
+        chosen = list(values)
+    except TypeError:
+        raise TypeError(f"{name} must be a list of sites such as [0], not {values!r}") from None
     if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in chosen):
         raise TypeError(f"{name} must name sites by whole numbers, counted from 0, not {chosen!r}")
     return [int(i) for i in chosen]
