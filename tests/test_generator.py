@@ -542,6 +542,7 @@ HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"template": Atoms("Cu"), "num_atoms": 1}, ValueError, r"not periodic"),
     ({"template": CU, "num_atoms": 1, "strength": 1.5}, ValueError, r"strength=1\.5 must lie between 0"),
     ({"template": CU, "num_atoms": 1, "strength": float("nan")}, ValueError, r"strength=nan"),
+    ({"strength": 7}, ValueError, r"strength=7 must lie between 0"),
     ({"template": CU, "num_atoms": 1, "fixed_sites": [1]}, ValueError, r"fixed_sites names site 1"),
     ({"template": CU, "num_atoms": 1, "fixed_sites": [0], "elements": ["Au"]}, ValueError, r"stay Cu, which contra"),
     ({"template": CU, "num_atoms": 1, "strength": 0, "elements": ["Au"]}, ValueError, r"stay Cu, which contradicts"),

@@ -85,6 +85,8 @@ class Request:
         TypeError, ValueError
             With both culprits named where two arguments contradict each other.
         """
+        if not 0.0 <= strength <= 1.0:
+            raise ValueError(f"strength={strength} must lie between 0 (the template) and 1 (noise)")
         total, targets = _targets(dos, sites)
         pinned = dict(fixed_species or {})
         pins = {i: _element(pinned[i], f"fixed_species[{i}]") for i in _indices(pinned, "fixed_species")}
@@ -99,8 +101,6 @@ class Request:
                     )
                 held |= {int(i) if i >= 0 else int(i) + len(template) for i in constraint.get_indices()}
                 fixed_cell = True  # FixAtoms holds Cartesian positions, which a changing cell would move
-            if not 0.0 <= strength <= 1.0:
-                raise ValueError(f"strength={strength} must lie between 0 (the template) and 1 (noise)")
         elif fixed_cell or held:
             raise ValueError(
                 f"{'fixed_cell' if fixed_cell else 'fixed_sites'} needs a template to take its values from"
