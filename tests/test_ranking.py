@@ -79,6 +79,16 @@ def test_every_target_counts(copper: TargetDOS) -> None:
     assert predicted_distance(half, {0: copper}) == pytest.approx(1.0)
 
 
+def test_a_gap_can_be_ranked_by(copper: TargetDOS) -> None:
+    """A target without states has no ratio; it must neither be ignored nor spoil the other targets."""
+    gap = TargetDOS(MODEL_GRID.energies, 0.0 * copper.values, abs(MODEL_GRID.energies) < 0.5, "fermi", copper.sigma)
+    salt, metal = bulk("NaCl", "rocksalt", a=5.64), bulk("AlNi", "cesiumchloride", a=2.88)
+    ranked = score([metal, salt], {0: gap})
+    assert [atoms.get_chemical_formula() for atoms in ranked] == ["ClNa", "AlNi"]
+    assert ranked[0].info["scores"]["distance"] < ranked[1].info["scores"]["distance"]
+    assert all(atoms.info["scores"]["score"] is not None for atoms in score([metal, salt], {0: copper, 1: gap}))
+
+
 def test_total_targets_are_compared_with_the_cell(copper: TargetDOS) -> None:
     total = TargetDOS(copper.energies, 4 * copper.values, copper.known, "fermi", copper.sigma, "total")
     ranked = score([bulk("Cu"), bulk("Cu", cubic=True)], {}, total)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1
+from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, mae, normalised_l1
 from .predictor import DOSPredictor, SitePrediction, default_predictor
 from .relaxation import relax as relax_atoms
 from .screening import KnownCrystals, screen
@@ -64,12 +64,16 @@ def predicted_for_targets(
 def predicted_distance(
     prediction: SitePrediction, sites: Mapping[int, TargetDOS], total: TargetDOS | None = None
 ) -> float | None:
-    """Normalised L1 to the targets, mean over them; None unless every one of them can be compared."""
+    """Normalised L1 to the targets, mean over them; None unless every one of them can be compared.
+
+    A target that holds no states, such as a gap, has no ratio: the mean error there, in states/eV, takes its place.
+    """
     pairs = predicted_for_targets(prediction, sites, total)
     if len(pairs) < len(sites) + (total is not None):
         return None
     try:
-        return _mean([normalised_l1(predicted, target) for predicted, target in pairs])
+        ratios = [normalised_l1(predicted, target) for predicted, target in pairs]
+        return _mean([mae(*pair) if math.isnan(ratio) else ratio for ratio, pair in zip(ratios, pairs, strict=True)])
     except ValueError:  # no bin is known in both
         return None
 
