@@ -109,7 +109,7 @@ class Target:
     def from_label(cls, labels: SiteDOSLabels, row: int, seed: int) -> Target:
         """Row of the labels."""
         atoms, name = labels.atoms(row), str(labels.material_id[row])
-        site = int(rng_for(seed, name).integers(len(atoms)))
+        site = int(rng_for(seed, name, 0, 1).integers(len(atoms)))  # numbers that no draw (seed, name, k) uses
         reference = "vbm" if labels.band_gap[row] > 0 else "fermi"
         return cls(name, atoms, labels.values[row, : len(atoms)].astype(float), labels.known[row], reference, site)
 

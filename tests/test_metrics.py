@@ -120,7 +120,7 @@ def test_a_site_without_states_is_left_out_and_a_target_without_any_refused() ->
 
 def test_the_nearest_site_is_found_over_common_bins() -> None:
     rng = np.random.default_rng(0)
-    library, known = rng.random((50, G)), rng.random((50, G)) < 0.8
+    library, known = rng.random((50, G)), rng.random((50, G)) < 0.97
     rows = rng.permutation(50)[:10]
     queries, asked = library[rows] + 1e-3 * rng.random((10, G)), rng.random((10, G)) < 0.9
     spoilt = np.where(known, library, 99.0)
@@ -134,6 +134,13 @@ def test_the_power_decides_between_one_large_and_many_small_errors() -> None:
     query, known = np.zeros((1, G)), np.ones((2, G), dtype=bool)
     assert nearest_sites(query, known[:1], library, known, power=1).tolist() == [0]
     assert nearest_sites(query, known[:1], library, known, power=2).tolist() == [1]
+
+
+def test_a_row_that_does_not_know_where_the_states_are_is_not_near() -> None:
+    peak = np.where(np.arange(G) == 40, 10.0, 0.0)
+    library = np.stack([np.zeros(G), 0.8 * peak])
+    known = np.stack([np.arange(G) != 40, ALL])
+    assert nearest_sites(peak[None], ALL[None], library, known).tolist() == [1]
 
 
 def test_a_row_that_knows_little_is_not_near() -> None:

@@ -16,6 +16,7 @@ from .dos import MODEL_GRID, NEAR_GAP, mae_arrays, normalised_l1_arrays
 if TYPE_CHECKING:
     from ase import Atoms
 
+MIN_SHARED = 0.9  # of the bins and states of a query: what a row must know to be near it
 QUARTILES = (0.25, 0.5, 0.75)
 
 
@@ -116,7 +117,8 @@ def nearest_sites(
     Parameters
     ----------
     known, library_known : arrays of bool, shapes (Q, G) and (L, G)
-        Rows of the library that share less than half of a query's known bins are not considered.
+        Rows of the library that know less than 90 % of a query's known bins, or of the states in them, are not
+        considered: a site would be nearest for what is not known of it.
 
     Returns
     -------
@@ -131,9 +133,10 @@ def nearest_sites(
     for i, (query, mask) in enumerate(zip(queries, known, strict=True)):
         both = library_known & mask
         shared = both.sum(-1)
-        usable = 2 * shared >= max(1, mask.sum())
+        states = np.where(mask, np.abs(query), 0.0)
+        usable = (shared >= max(1, MIN_SHARED * mask.sum())) & (both @ states >= MIN_SHARED * states.sum())
         if not usable.any():
-            raise ValueError(f"query {i} shares less than half of its known bins with every row: widen its window")
+            raise ValueError(f"query {i} shares less than 90 % of its known bins with every row: widen its window")
         distance = (np.abs(library - query) ** power * both).sum(-1) / np.maximum(shared, 1)
         found[i] = np.where(usable, distance, np.inf).argmin()
     return found
