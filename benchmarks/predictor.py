@@ -5,7 +5,7 @@ python benchmarks/predictor.py --train                            # trains all t
 python benchmarks/predictor.py --curve                            # and with 1/4, 1/2 and all labels, in two orders
 python benchmarks/predictor.py --vasp PATH/dos_mp_elements.npz    # and elements that VASP computed
 
-Figures that are not asked for again are kept from the last results.
+Figures that are not asked for again are kept from the last results of the same models.
 """
 
 from __future__ import annotations
@@ -187,8 +187,11 @@ def main() -> None:
     models = {name: DOSPredictor.load(path) for name, path in PATHS.items()}
     last = RESULTS / "predictor.json"
     report: dict[str, Any] = json.loads(last.read_text()) if last.exists() else {}
+    trained_on = {name: model.info for name, model in models.items()}
+    if report.get("trained_on") != trained_on:
+        report = {}  # what was measured of other models says nothing of these
+    report["trained_on"] = trained_on
     report["figures"] = {n: {s: evaluate(p, labels, features, s) for s in ("val", "test")} for n, p in models.items()}
-    report["trained_on"] = {name: model.info for name, model in models.items()}
     report["milliseconds"] = milliseconds(models["predictor"], labels)
     if options.curve:
         report["curve"] = learning_curve(labels, features, options.seed)

@@ -167,7 +167,8 @@ def cached_site_features(
             features=np.concatenate(arrays).astype(np.float16),
             reason=np.array([f if isinstance(f, str) else "" for f in fresh]),
         )
-        known.update(zip(ids.tolist(), fresh, strict=True))
+        rounded = [f if isinstance(f, str) else f.astype(np.float16) for f in fresh]  # as a resumed run reads them
+        known.update(zip(ids.tolist(), rounded, strict=True))
     return [known[material_id] for material_id in structures.material_id.tolist()]
 
 
@@ -492,7 +493,7 @@ def train_predictor(
     ----------
     labels : all labels
     features : what `site_features` returned for ``labels.atoms(i)``, in order
-    fold : 0 or 1 to train on that half of the formulas only (`data.formula_fold`); all by default
+    fold : 0 or 1 to train and validate on that half of the formulas only (`data.formula_fold`); all by default
     config : `PredictorConfig()` by default
     seed : of initial weights, dropout and order
     progress : show a progress bar
@@ -507,8 +508,8 @@ def train_predictor(
         raise ValueError(f"{len(features)} features for {len(labels)} labels: pass site_features of all labelled atoms")
     usable = np.array([not isinstance(f, str) for f in features], dtype=bool)
     folds = np.array([formula_fold(labels.atoms(i).get_chemical_formula(), 2) for i in range(len(labels))])
-    in_fold = (labels.split == "train") & usable & ((folds == fold) if fold is not None else True)
-    train_rows, val_rows = np.flatnonzero(in_fold), np.flatnonzero((labels.split == "val") & usable)
+    in_fold = (folds == fold) if fold is not None else usable
+    train_rows, val_rows = (np.flatnonzero(usable & in_fold & (labels.split == split)) for split in ("train", "val"))
     if not len(train_rows) or not len(val_rows):
         raise ValueError(f"{len(train_rows)} training and {len(val_rows)} validation labels: both are needed")
     baseline, support = element_tables(labels, train_rows)
