@@ -239,6 +239,15 @@ def test_a_target_changes_the_structure_and_scale_zero_ignores_it(generator: DOS
         assert (a.numbers == b.numbers).all()
 
 
+def test_scale_zero_ignores_the_target_in_the_number_of_atoms(generator: DOSGenerator) -> None:
+    sizes = [
+        [len(a) for a in make(generator, dos, n=20, num_atoms=None, guidance_scale=0, num_steps=1)]
+        for dos in (TARGET, None)
+    ]
+    assert sizes[0] == sizes[1]
+    assert min(len(a) for a in make(generator, {9: TARGET}, n=20, num_atoms=None, guidance_scale=0)) >= 10
+
+
 def test_values_at_unknown_energies_are_not_read(generator: DOSGenerator) -> None:
     energies = np.linspace(-8, 4, 121)
     known = energies < 0

@@ -478,7 +478,7 @@ class DOSGenerator:
         guidance = Guidance(record["guidance_scale"], tuple(record["guidance_interval"]))
         ready = {} if out is None else {a.info["dosmatgen"]["index"]: a for a in out.resume(record)}
         yield from (a for i, a in ready.items() if i < n)
-        sizes = self._sizes(request, n, seed)
+        sizes = self._sizes(request, n, seed, guidance)
         waiting = [(i, 0) for i in range(n) if i not in ready]  # (index, attempt)
         with tqdm(total=n, initial=n - len(waiting), disable=not progress, unit="crystal") as bar:
             while waiting:
@@ -524,12 +524,12 @@ class DOSGenerator:
             _orient(atoms, request)
         return structures, result.network_calls
 
-    def _sizes(self, request: Request, n: int, seed: int) -> list[int]:
+    def _sizes(self, request: Request, n: int, seed: int, guidance: Guidance) -> list[int]:
         """Number of atoms of each structure: in turn from what the user gave, else drawn from the model."""
         if request.sizes is not None:
             return [request.sizes[i % len(request.sizes)] for i in range(n)]
         condition = request.condition([request.smallest])
-        if condition is None:
+        if condition is None or guidance.scale == 0:  # scale 0 ignores the target in everything
             condition = DOSCondition.none(1, 1, MODEL_GRID.size)
         with torch.no_grad():
             logits = self.model.encoder.size_logits(condition.to(self.device))[0].double().cpu()
