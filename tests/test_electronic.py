@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -402,17 +404,17 @@ def test_a_crash_is_a_failure_of_its_structure(stand_in: Any, tmp_path: Path) ->
 
 def test_failures_are_recorded_and_not_tried_twice(stand_in: Any, tmp_path: Path) -> None:
     stand_in("exit 3")
-    structures = [SILICON, bulk("Cu"), bulk("H", "sc", a=2.0)]
+    structures = [SILICON, bulk("Si", a=1.0), bulk("H", "sc", a=2.0)]
     first = compute_many(structures, tmp_path / "out", workers=2)
     assert list(first) == ["0000", "0001", "0002"]
     assert all(isinstance(error, ElectronicStructureError) for error in first.values())
-    assert "no pseudopotential for Cu" in str(first["0001"])
+    assert "A^3 per atom" in str(first["0001"])
     assert runs(tmp_path) == 2
     assert (tmp_path / "out" / "0000" / "scf.out").is_file(), "its files are kept"
     again = compute_many(structures, tmp_path / "out")
     assert [str(e) for e in again.values()] == [str(e) for e in first.values()]
     assert runs(tmp_path) == 2
-    with pytest.raises(ValueError, match=r"0001.json tells of a calculation that failed: no pseudopotential for Cu"):
+    with pytest.raises(ValueError, match=r"0001.json tells of a calculation that failed: not a crystal"):
         TargetDOS.from_file(tmp_path / "out" / "0001.json")
     compute_many(structures, tmp_path / "out", EspressoSettings(time_limit=500.0))
     assert runs(tmp_path) == 4, "other settings are another try"
@@ -481,7 +483,8 @@ def test_results_are_read_back_and_never_mixed_up(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(electronic, "_compute", fake)
     out = tmp_path / "out"
-    first = compute_many({"a": SILICON, "b": bulk("Ge")}, out)
+    hydrogen = bulk("H", "sc", a=2.0)
+    first = compute_many({"a": SILICON, "b": hydrogen}, out)
     assert sorted(made) == ["a", "b"]
     assert sorted(p.name for p in out.iterdir()) == ["a.json", "b.json"]
     assert TargetDOS.from_file(out / "a.json") == some_result().total, "results are targets"
@@ -489,14 +492,14 @@ def test_results_are_read_back_and_never_mixed_up(tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match="site 2 does not exist"):
         TargetDOS.from_file(out / "a.json", site=2)
     made.clear()
-    again = compute_many({"b": bulk("Ge"), "a": SILICON, "c": SILICON}, out, EspressoSettings(time_limit=1.0))
+    again = compute_many({"b": hydrogen, "a": SILICON, "c": SILICON}, out, EspressoSettings(time_limit=1.0))
     assert list(again) == ["b", "a", "c"]
     assert made == ["c"], "the time limit does not change a result"
     assert isinstance(again["a"], ElectronicStructure)
     assert isinstance(first["a"], ElectronicStructure)
     assert again["a"].sites == first["a"].sites
     with pytest.raises(ValueError, match="another structure or other settings"):
-        compute_many({"a": bulk("Ge")}, out)
+        compute_many({"a": hydrogen}, out)
     with pytest.raises(ValueError, match="another structure or other settings"):
         compute_many({"a": SILICON}, out, EspressoSettings(ecutwfc=60.0))
     for foreign in ("{}", "not JSON", "[1]"):
@@ -508,6 +511,31 @@ def test_results_are_read_back_and_never_mixed_up(tmp_path: Path, monkeypatch: p
             compute_many({name: SILICON}, out)
     with pytest.raises(ValueError, match="workers"):
         compute_many([SILICON], out, workers=0)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_results_of_other_pseudopotentials_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"source": "test", "pseudopotentials": {"Si": f"Si_r.upf {hashlib.sha256(b'<UPF/>').hexdigest()[:12]}"}}
+    result = some_result()
+    result = replace(result, total=replace(result.total, provenance=told))
+    monkeypatch.setattr(electronic, "_compute", lambda *_: result)
+    compute_many({"a": SILICON}, tmp_path / "out")
+    monkeypatch.setattr(electronic, "_compute", None)  # it is there
+    same = pseudo_folder(tmp_path / "same", "Si_r.upf")
+    assert compute_many({"a": SILICON}, tmp_path / "out", EspressoSettings(pseudo_dir=same))["a"].total == result.total
+    (same / "Si_r.upf").write_text("<UPF>another</UPF>")
+    with pytest.raises(ValueError, match="another structure or other settings"):
+        compute_many({"a": SILICON}, tmp_path / "out", EspressoSettings(pseudo_dir=same))
+
+
+def test_a_pseudopotential_that_was_missing_may_be_added(stand_in: Any, tmp_path: Path) -> None:
+    stand_in("exit 3")
+    (error,) = compute_many([bulk("Cu")], tmp_path / "out").values()
+    assert "no pseudopotential for Cu" in str(error)
+    assert not (tmp_path / "out" / "0000.json").exists()
+    (tmp_path / "upf" / "Cu.upf").write_text("<UPF/>")
+    (error,) = compute_many([bulk("Cu")], tmp_path / "out").values()
+    assert "exit code 3" in str(error)
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -323,6 +323,13 @@ def _pseudopotentials(atoms: Atoms, settings: EspressoSettings) -> dict[str, Pat
     return found
 
 
+def _fingerprints(pseudos: Mapping[str, Path]) -> dict[str, str]:
+    """Name and digest of each element's file, as the provenance tells them."""
+    return {
+        symbol: f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for symbol, path in pseudos.items()
+    }
+
+
 def without_pseudopotential(elements: Iterable[str], settings: EspressoSettings) -> dict[str, str]:
     """Which of the elements cannot be computed, and why."""
     reasons = {}
@@ -372,7 +379,7 @@ class _Run:
         record = {
             "source": f"Quantum ESPRESSO {version}, Loewdin projections",
             "settings": {k: v for k, v in asdict(self.settings).items() if k in _PHYSICS},
-            "pseudopotentials": {symbol: f"{path.name} {_sha256(path)}" for symbol, path in self.pseudos.items()},
+            "pseudopotentials": _fingerprints(self.pseudos),
         }
         dos = _densities(bands, mesh.equivalent_sites, self.settings.sigma)
         sites, total = dos.targets(record)
@@ -814,7 +821,8 @@ def compute_many(
     """Compute the DOS of many structures side by side; a run that was stopped goes on where it was.
 
     Each result is ``OUT_DIR/NAME.json``, written in one piece. A failure is recorded there with its reason and not
-    tried again under the same settings; its files stay in ``OUT_DIR/NAME``.
+    tried again under the same settings; its files stay in ``OUT_DIR/NAME``. Not recorded is that a pseudopotential is
+    missing.
 
     Parameters
     ----------
@@ -838,7 +846,8 @@ def compute_many(
     RuntimeError
         If a program does not even start, as with a wrong `launcher` or a missing library.
     ValueError
-        If a name is no file name, or a result in the folder is that of another structure or of other settings.
+        If a name is no file name, or a result in the folder is that of another structure, other settings or other
+        pseudopotentials.
     OSError
         If a result cannot be written; what was written before is kept.
     """
@@ -894,13 +903,21 @@ def _compute_or_read(
 ) -> ElectronicStructure | ElectronicStructureError:
     file = out / f"{name}.json"
     given = json.loads(json.dumps(asdict(settings)))
+    try:
+        pseudos = _pseudopotentials(atoms, settings)
+    except ElectronicStructureError as error:
+        return error  # not recorded, as a file may be added
     done = read_record(file)
     if done is not None and "failed" in done and done["settings"] == given and done["structure"] == _structure(atoms):
         return ElectronicStructureError(done["failed"])
     if done is not None and "result" in done:
         same = all(done["settings"][k] == given[k] for k in _PHYSICS) and done["structure"] == _structure(atoms)
-        if not same:
-            raise ValueError(f"{file} is of another structure or other settings: choose another folder, or remove it")
+        used = done["result"]["total"]["provenance"].get("pseudopotentials")  # of an old record it is not known
+        if not same or (used is not None and used != _fingerprints(pseudos)):
+            raise ValueError(
+                f"{file} is of another structure or other settings or pseudopotentials: "
+                "choose another folder, or remove it"
+            )
         return ElectronicStructure.from_dict(done["result"])
     record = {"format": "dosmatgen_ase.compute_many", "structure": _structure(atoms), "settings": given}
     try:
@@ -936,7 +953,3 @@ def read_record(file: Path) -> dict[str, Any] | None:
     except (ValueError, TypeError):
         pass
     raise ValueError(f"{file} was not written by this command: choose another folder, or remove it")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
