@@ -57,7 +57,7 @@ def stand_in_engine(log: Path, seconds: float = 0.0) -> None:
         (directory / "scf.in").touch()
         time.sleep(seconds)
         if "Au" in atoms.symbols:
-            raise ElectronicStructureError("the SCF calculation did not converge")
+            raise ElectronicStructureError("the SCF calculation did not converge", directory / "scf.out")
         return computed(atoms)
 
     electronic._compute = compute

@@ -134,7 +134,7 @@ def label(
                 set_.formula[path.stem] = _formula(record["structure"]["numbers"])
                 made.add(path.stem)
                 if "failed" in record:
-                    failed[path.stem] = record["failed"]
+                    failed[path.stem] = _without_log(record["failed"])
         for name in set_.formula.keys() & candidates.keys():
             own, other = _formula(candidates[name].atoms.numbers), set_.formula[name]
             if own != other:
@@ -164,7 +164,7 @@ def label(
                         continue  # to be tried again
                     reason = None
                     if not isinstance(result, ElectronicStructure):
-                        reason = str(result)
+                        reason = _without_log(str(result))
                     elif (reason := unsound(result)) is None:
                         labels[name] = result
                     if reason is not None:
@@ -276,6 +276,11 @@ def _in_order(
     return [*first, *(name for name in names if name not in ahead)]
 
 
+def _without_log(reason: str) -> str:
+    """A reason without its log, which is of this machine and not kept."""
+    return reason.split(" (see ")[0]
+
+
 def unsound(result: ElectronicStructure) -> str | None:
     """What is wrong with a result that a program took for a success; None if nothing is."""
     below = result.total.values[result.energies <= 0].sum() * (result.energies[1] - result.energies[0])
@@ -368,8 +373,7 @@ def _pack(
         "spin_polarised": [r.spin_polarised for r in results],
         "num_kpoints_ibz": np.array([r.num_kpoints for r in results], np.int16),
         "failed_id": np.array(list(new), np.str_),
-        # Without the log, which is of this machine and not kept.
-        "failed_reason": np.array([reason.split(" (see ")[0] for reason in new.values()], np.str_),
+        "failed_reason": np.array(list(new.values()), np.str_),
     }  # fmt: skip
     names = ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment")
     for key, name in (*zip(names, names, strict=True), ("efermi", "fermi_level")):
