@@ -272,6 +272,14 @@ def test_a_formula_stays_in_its_split(tmp_path: Path) -> None:
         label({"e": bulk("Al"), "f": bulk("Al", cubic=True)}, shards, split={"e": "val", "f": "test"})
 
 
+def test_a_split_that_is_given_holds_for_the_others_of_the_formula_in_any_order(tmp_path: Path) -> None:
+    stand_in_engine(tmp_path / "log")
+    given = {"a": bulk("Cu"), "b": bulk("Cu", cubic=True)}
+    for name in given:
+        label(given, tmp_path / name, split={name: "test"})
+        assert load_site_dos(tmp_path / name).split.tolist() == ["test", "test"]
+
+
 def test_a_formula_of_the_table_without_a_label_stays_in_its_split(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     table = load_structures(ROOT / "data" / "structures.parquet", split="val")

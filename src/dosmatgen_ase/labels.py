@@ -100,8 +100,8 @@ def label(
         "cost": a fixed random order in which cheap structures come first more often. "coverage": as that, after those
         that hold an element with fewer than 15 labels. Or the ids that come first.
     split : mapping of id to "train", "val" or "test", optional
-        `Structures` bring their own. By default that of the labels of the same formula, or else of `table`, or else
-        "train".
+        `Structures` bring their own. By default that of others of the same formula: in this mapping, among the labels,
+        in `table`, or else "train".
     table : Structures, optional
         Crystals, such as those of data/structures.parquet, whose formulas keep their split.
     unpacked : path, optional
@@ -207,18 +207,20 @@ def _candidates(
             yield _Candidate(name, structures.atoms(i), own, number)
         return
     known = dict(split_of_formula)
-    for name, atoms in structures.items():
-        formula = _formula(atoms.numbers)
-        wanted = (split or {}).get(name, known.get(formula, "train"))
+    formulas = {name: _formula(atoms.numbers) for name, atoms in structures.items()}
+    for name, wanted in (split or {}).items():
+        if name not in formulas:
+            continue
         if wanted not in ("train", "val", "test"):
             raise ValueError(f"{name} cannot be in the split {wanted!r}: choose among train, val and test")
-        if known.setdefault(formula, wanted) != wanted:
-            among = f"the others of its formula, which are in {known[formula]}"
+        if known.setdefault(formulas[name], wanted) != wanted:
+            among = f"the others of its formula, which are in {known[formulas[name]]}"
             raise ValueError(f"{name} cannot be in the split {wanted!r}: it must be among {among}")
+    for name, atoms in structures.items():
         found = spglib.get_symmetry_dataset(
             (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=1e-3
         )
-        yield _Candidate(name, atoms, wanted, 1 if found is None else found.number)
+        yield _Candidate(name, atoms, known.get(formulas[name], "train"), 1 if found is None else found.number)
 
 
 def _splits(table: Structures | None) -> dict[str, str]:
