@@ -361,6 +361,30 @@ def test_labels_are_made_batch_by_batch(tmp_path: Path, monkeypatch: pytest.Monk
         LabelMaker().make({}, tmp_path)
 
 
+def test_every_batch_knows_the_split_of_a_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dosmatgen_ase import data, labels
+
+    seen: dict[str, Any] = {}
+
+    def label(given: Any, *_: Any, unpacked: Path, **rest: Any) -> labels.LabelReport:
+        unpacked.mkdir(parents=True)
+        seen["".join(given)] = rest
+        return labels.LabelReport([], 0, {}, {}, 0)
+
+    monkeypatch.setattr(labels, "label", label)
+    monkeypatch.setattr(data, "load_structures", lambda path: path)
+    given = {"a": COPPER, "b": to_structure(bulk("Ni")), "c": COPPER.get_primitive_structure()}
+    maker = LabelMaker(batch_size=1)
+    run(maker.make(given, tmp_path / "site_dos", split={"c": "test"}), tmp_path)
+    assert {name: rest["split"] for name, rest in seen.items()} == {"a": {"a": "test"}, "b": {}, "c": {"c": "test"}}
+    assert [rest["table"] for rest in seen.values()] == [None] * 3
+    (tmp_path / "structures.parquet").touch()
+    run(maker.make(given, tmp_path / "site_dos"), tmp_path)
+    assert [rest["table"] for rest in seen.values()] == [tmp_path / "structures.parquet"] * 3, "as in dosmatgen label"
+    with pytest.raises(ValueError, match=r"c cannot be in the split 'val': .* which are in test"):
+        maker.make(given, tmp_path, split={"a": "test", "c": "val"})
+
+
 def test_a_target_for_the_cell_is_compared_with_the_total() -> None:
     total = replace(TARGET.on_grid(), kind="total")
     relaxed = RelaxDoc(structure=COPPER)

@@ -191,16 +191,23 @@ class LabelMaker(Maker):
         Raises
         ------
         ValueError
-            If there is no structure, or one is disordered.
+            If there is no structure, one is disordered, or a split contradicts that of another of the formula.
         """
         if not structures:
             raise ValueError("no structures to label: give at least one")
         for structure in structures.values():
             to_atoms(structure)
+        formulas = {name: structure.composition.reduced_formula for name, structure in structures.items()}
+        parts: dict[str, str] = {}
+        for name, part in (split or {}).items():
+            if name in formulas and parts.setdefault(formulas[name], part) != part:
+                among = f"the others of its formula, which are in {parts[formulas[name]]}"
+                raise ValueError(f"{name} cannot be in the split {part!r}: it must be among {among}")
         jobs = []
         for start in range(0, len(structures), self.batch_size):
             batch = dict(list(structures.items())[start : start + self.batch_size])
-            own = {name: part for name, part in (split or {}).items() if name in batch}
+            # Those without a split, too: which of a formula's batches runs first is not known.
+            own = {name: parts[formulas[name]] for name in batch if formulas[name] in parts}
             jobs.append(label_batch(batch, str(Path(shards).resolve()), own, self.settings, self.workers))
         total = add_reports([step.output for step in jobs])
         total.config.on_missing_references = OnMissing.NONE

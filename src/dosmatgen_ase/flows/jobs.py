@@ -427,9 +427,11 @@ def label_batch(
     dict
         The fields of `labels.LabelReport`.
     """
+    from dosmatgen_ase.data import load_structures
     from dosmatgen_ase.electronic import EspressoSettings
     from dosmatgen_ase.labels import label
 
+    beside = Path(shards).parent / "structures.parquet"
     # A folder of its own, as other batches write to the same shards; it stays if it holds failures that no shard tells.
     unpacked = Path(shards) / f"unpacked-{zlib.crc32(','.join(structures).encode()):08x}"
     report = label(
@@ -438,6 +440,7 @@ def label_batch(
         EspressoSettings(**{"time_limit": 600.0, **settings}),
         workers=workers,
         split=split,
+        table=load_structures(beside) if beside.is_file() else None,
         unpacked=unpacked,
     )
     if not list(unpacked.glob("*.json")):
