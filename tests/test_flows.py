@@ -399,6 +399,14 @@ def test_a_target_for_the_cell_is_compared_with_the_total() -> None:
     assert targets_by_site(total) == {"total": total}
 
 
+def test_a_training_job_finds_its_folders_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    maker = TrainMaker(data="mine", out="runs/a")
+    monkeypatch.chdir("/")
+    copy = decoded(encoded(maker))
+    assert (copy.data, copy.out) == (str(tmp_path / "mine"), str(tmp_path / "runs" / "a"))
+
+
 def test_training_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_training import CONFIG, bulk_dataset
 
@@ -746,11 +754,19 @@ def script(name: str, *options: str) -> str:
 
 
 def test_the_local_script_leaves_a_result_and_a_report(tiny_weights: Path, tmp_path: Path) -> None:
-    options = ["--demo", "--predict", "--weights", str(tiny_weights), *SMALL, "--out", str(tmp_path)]
+    options = ["--demo", "--predict", "--weights", os.path.relpath(tiny_weights), *SMALL, "--out", str(tmp_path)]
     assert "report.html" in script("inverse_design_local.py", *options)
     assert (tmp_path / "report.html").exists()
     result = InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes())
     assert [c.reason is None for c in result.candidates] == [True, False, False]
+
+
+def test_the_local_script_relaxes_with_a_mace_file(mace_model: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    model = ["--calculator", os.path.relpath(mace_model)]  # as seen from here, not from the folder of a job
+    options = ["--demo", "--predict", "--weights", str(tiny_weights), *SMALL, *model, "--out", str(tmp_path)]
+    script("inverse_design_local.py", *options)
+    result = InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes())
+    assert sum(c.relaxation is not None for c in result.candidates) == 1
 
 
 def test_a_script_reports_what_failed_and_without_a_result_says_so(tiny_weights: Path, tmp_path: Path) -> None:
@@ -881,7 +897,7 @@ FIREWORKS = "inverse_design_fireworks.py"
 
 
 def submit(out: Path, weights: Path) -> None:
-    options = ["--demo", "--predict", "--weights", str(weights), *SMALL, "--out", str(out)]
+    options = ["--demo", "--predict", "--weights", os.path.relpath(weights), *SMALL, "--out", str(out)]
     assert "'READY': 1" in script(FIREWORKS, "submit", *options)
 
 

@@ -65,6 +65,8 @@ if arguments.action == "submit":
         arguments.dos_file, arguments.site = Path(__file__).parents[1] / "data" / "ni_in_au3ni.npz", 3
     elif arguments.dos_file is None:
         parser.error("give a DOS file, or --demo")
+    if arguments.weights != "default":  # jobs run in folders of their own
+        arguments.weights = str(Path(arguments.weights).resolve())
     flow = InverseDesignMaker(
         generate_maker=GenerateMaker(
             n=arguments.n, num_atoms=arguments.num_atoms, elements=arguments.elements, weights=arguments.weights

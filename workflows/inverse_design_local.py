@@ -47,6 +47,10 @@ if arguments.demo:
     arguments.dos_file, arguments.site = Path(__file__).parents[1] / "data" / "ni_in_au3ni.npz", 3
 elif arguments.dos_file is None:
     parser.error("give a DOS file, or --demo")
+if arguments.weights != "default":  # jobs run in folders of their own
+    arguments.weights = str(Path(arguments.weights).resolve())
+if Path(arguments.calculator).is_file():
+    arguments.calculator = str(Path(arguments.calculator).resolve())
 
 started = time.perf_counter()
 flow = InverseDesignMaker(

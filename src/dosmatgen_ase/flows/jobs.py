@@ -471,7 +471,7 @@ class TrainMaker(Maker):
     data
         Folder with structures.parquet and site_dos/*.npz.
     out
-        Folder of the run.
+        Folder of the run. Both are made absolute at once, as a job runs in a folder of its own.
     """
 
     name: str = "train"
@@ -479,6 +479,9 @@ class TrainMaker(Maker):
     data: str = "data"
     out: str = "runs/default"
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.data, self.out = str(Path(self.data).absolute()), str(Path(self.out).absolute())
 
     @job(output_schema=TrainDoc)
     def make(self, pseudo_labels: str | None = None) -> TrainDoc:
@@ -491,7 +494,7 @@ class TrainMaker(Maker):
         extra = [] if pseudo_labels is None else [load_pseudo_labels(pseudo_labels)]
         dataset = CrystalDataset.join(structures, load_site_dos(Path(self.data) / "site_dos"), *extra)
         config = TrainingConfig.from_dict(self.config)
-        out = Path(self.out).resolve()
+        out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
         weights = train(config, dataset, out, device=self.device)
         return TrainDoc(
