@@ -801,6 +801,26 @@ def test_the_vasp_script_writes_inputs(tmp_path: Path) -> None:
     assert Structure.from_file(tmp_path / "POSCAR").composition.reduced_formula == "NiAu3"
 
 
+def test_the_label_script_names_structures_by_their_files(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        bulk("Cu").write(tmp_path / folder / "my cu (1).cif")
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    for name in ("pw.x", "projwfc.x"):
+        (binaries / name).write_text("#!/bin/sh\necho Program PWSCF\nexit 3\n")
+        (binaries / name).chmod(0o755)
+    (tmp_path / "Cu.upf").touch()
+    environment = {**ENVIRONMENT, "PATH": f"{binaries}:{os.environ['PATH']}", "ESPRESSO_PSEUDO": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "workflows" / "label_structures.py"), "--out", str(tmp_path / "labels")]
+    files = [str(tmp_path / folder / "my cu (1).cif") for folder in ("a", "b")]
+    done = subprocess.run([*command, files[0]], capture_output=True, text=True, env=environment)
+    assert '"my_cu_1_": "pw.x (scf) failed: exit code 3"' in done.stdout, done.stderr
+    twice = subprocess.run([*command, *files], capture_output=True, text=True, env=environment)
+    assert twice.returncode == 2
+    assert "error: two structures would be named my_cu_1_: rename" in twice.stderr
+
+
 @pytest.mark.dft
 def test_the_label_script_makes_labels(tmp_path: Path) -> None:
     from dosmatgen_ase.data import load_site_dos

@@ -15,22 +15,27 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import ase.io
 from ase.build import bulk
 from jobflow import run_locally
 
+from dosmatgen_ase.cli import _read_structures
 from dosmatgen_ase.flows import LabelMaker
 from dosmatgen_ase.flows.jobs import to_structure
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("files", nargs="*", help="anything that ASE reads; several structures per file are welcome")
+parser.add_argument(
+    "files", nargs="*", type=Path, help="anything that ASE reads; several structures per file are welcome"
+)
 parser.add_argument("--demo", action="store_true", help="Al and Si: at most 3 minutes on 2 cores")
 parser.add_argument("--out", type=Path, default=Path("labels"), help="folder of the shards")
 arguments = parser.parse_args()
 if not arguments.files and not arguments.demo:
     parser.error("give structures, or --demo")
 
-atoms = {f"{name}-{i}": a for name in arguments.files for i, a in enumerate(ase.io.read(name, ":"))}
+try:
+    atoms = _read_structures(arguments.files)
+except (OSError, ValueError) as error:
+    parser.error(str(error))
 if arguments.demo:
     atoms = {symbol: bulk(symbol) for symbol in ("Al", "Si")}
 structures = {name: to_structure(a) for name, a in atoms.items()}
