@@ -6,8 +6,9 @@
 1. The energy of every near-stable structure as it stands, and of a reference crystal for each element that they lack.
 2. Those within `--margin` of the hull of these energies are relaxed with the defaults of `dosmatgen_ase.relax`:
    elements first, then small cells before large ones, as these are the cheapest and bound the hulls of many systems.
-3. The lowest energy of every formula is written. The energies on the way are kept in `data/cache/hull.jsonl`, where
-   `benchmarks/stability.py` adds its own: "relaxed" is None where the relaxation did not converge, for both.
+3. The lowest energy of every formula is written, if step 1 is complete. The energies on the way are kept in
+   `data/cache/hull.jsonl`, where `benchmarks/stability.py` adds its own: "relaxed" is None where the relaxation did not
+   converge, for both.
 """
 
 from __future__ import annotations
@@ -119,9 +120,10 @@ def main(arguments: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             print("stopped: the same command goes on from here")
         finally:
-            made = hull()
-            made.save(options.out)
-            print(f"{options.out}: {len(made.name)} formulas, {made.relaxed.sum()} of them relaxed")
+            if all("static" in known.get(n, {}) for n in name):  # else it would lack formulas
+                made = hull()
+                made.save(options.out)
+                print(f"{options.out}: {len(made.name)} formulas, {made.relaxed.sum()} of them relaxed")
 
 
 if __name__ == "__main__":
