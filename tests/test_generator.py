@@ -245,7 +245,7 @@ def test_scale_zero_ignores_the_target_in_the_number_of_atoms(
 ) -> None:
     def three_where_a_target_is_seen(condition: DOSCondition) -> torch.Tensor:
         wanted = torch.tensor([3 if condition.site_known.any() else 2])
-        return 100.0 * torch.nn.functional.one_hot(wanted, 21) + torch.arange(21)
+        return 1e4 * torch.nn.functional.one_hot(wanted, 21) + 100.0 * torch.arange(21)
 
     monkeypatch.setattr(generator.model.encoder, "size_logits", three_where_a_target_is_seen)
     for dos, scale, size in ((TARGET, 1, 3), (TARGET, 0, 2), (None, 1, 2), ({9: TARGET}, 0, 20)):  # site 9 must exist
