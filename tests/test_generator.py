@@ -312,6 +312,15 @@ def test_fixatoms_may_count_from_the_end_and_holds_the_species_unless_told_other
         assert (atoms.symbols[0], atoms.symbols[2]) == ("Co", "O")
 
 
+@pytest.mark.parametrize("settings", [{"strength": 0.0}, {"fixed_cell": True}], ids=str)
+def test_a_cell_that_was_asked_for_is_not_too_sparse(settings: dict[str, Any], generator: DOSGenerator) -> None:
+    slab = bulk("Cu", cubic=True)
+    slab.center(vacuum=20.0, axis=2)
+    assert slab.get_volume() / len(slab) > 100
+    atoms = make(generator, n=None, num_atoms=None, template=slab, **settings)
+    assert (np.asarray(atoms.cell) == np.asarray(slab.cell)).all()
+
+
 @pytest.mark.parametrize("strength", [1e-12, 1e-3])
 def test_a_strength_above_zero_takes_a_step_that_holds_the_lists(strength: float, generator: DOSGenerator) -> None:
     atoms = make(generator, n=None, num_atoms=None, template=TEMPLATE, strength=strength, elements=["Au"])
@@ -367,7 +376,7 @@ def test_rejected_draws_are_drawn_again_within_a_bound(
 ) -> None:
     seen: list[int] = []
 
-    def first_is_bad(atoms: Atoms) -> Screening:
+    def first_is_bad(atoms: Atoms, **_: float) -> Screening:
         seen.append(1)
         return Screening(len(seen) != 1, None if len(seen) != 1 else "too dense", 1.0, 10.0)
 
@@ -375,7 +384,7 @@ def test_rejected_draws_are_drawn_again_within_a_bound(
     made = make(generator, n=2)
     assert [record(a)["attempt"] for a in made] == [1, 0]
     assert_same(generator.regenerate(made[0], TARGET), made[0])
-    monkeypatch.setattr("dosmatgen_ase.generator.screen", lambda _: Screening(False, "too dense", 1.0, 10.0))
+    monkeypatch.setattr("dosmatgen_ase.generator.screen", lambda _, **__: Screening(False, "too dense", 1.0, 10.0))
     with pytest.raises(RuntimeError, match=rf"rejected {MAX_ATTEMPTS} times, last because: too dense; loosen"):
         make(generator, n=1)
 

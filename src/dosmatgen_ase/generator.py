@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 DOSInput = TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS] | None
 MAX_ATTEMPTS = 5  # draws per structure before the generator gives up on it
+MAX_VOLUME_PER_ATOM = 100.0  # A^3, of what is drawn
 # The defaults where the targets know less than half of the model's energies; the guidance ends with the species.
 WINDOW_GUIDANCE, WINDOW_TEMPERATURE = Guidance(3.0, (SamplerConfig.species_end, 1.0)), 0.35
 BATCH_PAIRS = 2048  # a batch of b crystals of N sites has b N^2 at most this: bounds memory
@@ -182,6 +183,20 @@ class Request:
     def held_sites(self) -> list[int]:
         """Sites that stay where the template has them."""
         return list(range(len(self.template or ()))) if self.strength == 0 else sorted(self.fixed_sites)
+
+    @property
+    def held_cell(self) -> np.ndarray | None:
+        """The template's cell where the result keeps it, shape (3, 3)."""
+        if self.template is None or not (self.fixed_cell or self.strength == 0):
+            return None
+        return np.asarray(self.template.cell)
+
+    @property
+    def max_volume_per_atom(self) -> float:
+        """Bound of the screen, A^3; a cell that was asked for is not too sparse."""
+        if self.template is None or self.held_cell is None:
+            return MAX_VOLUME_PER_ATOM
+        return max(MAX_VOLUME_PER_ATOM, 1.01 * self.template.get_volume() / len(self.template))
 
     def sampling(self, config: SamplerConfig, scale: float | None = None) -> tuple[Guidance, SamplerConfig]:
         """Guidance (by the given scale or the default) and settings: a window leaves elements open, so is sharpened."""
@@ -489,7 +504,7 @@ class DOSGenerator:
                 rngs = [np.random.default_rng((seed, i, attempt)) for i, attempt in batch]
                 made, calls = self._draw(request, [size] * len(batch), rngs, config, guidance)
                 for (i, attempt), atoms in zip(batch, made, strict=True):
-                    result = screen(atoms)
+                    result = screen(atoms, max_volume_per_atom=request.max_volume_per_atom)
                     if not result.accepted:
                         if attempt + 1 == MAX_ATTEMPTS:
                             raise RuntimeError(
@@ -728,9 +743,8 @@ def select_device(name: str | None) -> torch.device:
 
 def _orient(atoms: Atoms, request: Request) -> None:
     """Turn the canonical cell: into the template's orientation, else into the standard form (a along x)."""
-    if request.template is not None and (request.fixed_cell or request.strength == 0):
-        cell = np.asarray(request.template.cell)
-        atoms.set_cell(cell, scale_atoms=True)
+    if request.template is not None and request.held_cell is not None:
+        atoms.set_cell(request.held_cell, scale_atoms=True)
         # Held sites have their positions to the last digit, not by way of float32.
         atoms.positions[request.held_sites()] = request.template.positions[request.held_sites()]
         return
