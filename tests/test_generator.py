@@ -399,8 +399,16 @@ def cut_inside_the_last_comment(text: str) -> str:
 
 @pytest.mark.parametrize(
     "cut",
-    [cut_inside_the_last_frame, cut_inside_the_last_comment, lambda t: t[:-1], lambda t: t + "1", lambda t: ""],
-    ids=["atoms", "comment", "newline", "count", "all"],
+    [
+        cut_inside_the_last_frame,
+        cut_inside_the_last_comment,
+        lambda t: t[:-1],
+        lambda t: t + "1",
+        lambda t: t + "12\n",
+        lambda t: t + "12\nLatt",
+        lambda t: "",
+    ],
+    ids=["atoms", "comment", "newline", "count", "count line", "first word", "all"],
 )
 def test_a_file_that_was_cut_is_continued(cut: Callable[[str], str], generator: DOSGenerator, tmp_path: Path) -> None:
     out = tmp_path / "made.extxyz"
@@ -443,6 +451,11 @@ FOREIGN = {
     "xyz": "1\ncopper\nCu 0 0 0",
     "whole xyz": "1\ncopper\nCu 0 0 0\n",
     "junk": "2\nx\ny\nz\n",
+    "year": "2024",
+    "year and notes": "2024\nmy notes",
+    "number and notes": "12\nmy notes",
+    "number and blank": "12\n\n",
+    "no number": "²\nmy notes\n",
     "binary": b"\xff\xfe\x00\x01",
 }
 

@@ -594,7 +594,7 @@ class _Stream:
         except UnicodeDecodeError:
             raise self._another() from None
         end = 0
-        while end < len(lines) and lines[end].strip().isdigit():
+        while end < len(lines) and lines[end].strip().isdecimal():
             after = end + 2 + int(lines[end])
             if after > len(lines) or not lines[after - 1].endswith("\n"):
                 break
@@ -606,8 +606,8 @@ class _Stream:
         if any("dosmatgen" not in atoms.info for atoms in frames):
             raise self._another()
         rest = lines[end:]
-        if rest and not (rest[0].strip().isdigit() and (len(rest) < 3 or "dosmatgen" in rest[1])):
-            raise self._another()  # no frame of ours that was cut short: it is not ours to drop
+        if rest and not _torn(rest):
+            raise self._another()  # it is not ours to drop
         return frames, "".join(lines[:end]), "".join(rest)
 
     def _another(self) -> ValueError:
@@ -620,6 +620,14 @@ class _Stream:
         except OSError as error:
             fix = "make room, then ask for the same again: what it holds is kept"
             raise OSError(f"cannot go on writing {self.path}: {error.strerror}; {fix}") from error
+
+
+def _torn(lines: Sequence[str]) -> bool:
+    """Whether these are the beginning of a frame of ours, as a kill or a full disk leaves it."""
+    count, comment, opening = lines[0].strip(), "".join(lines[1:2]), 'Lattice="'
+    if not (count.isdecimal() and len(count) <= 2):
+        return False
+    return "dosmatgen" in comment if len(lines) > 2 else opening.startswith(comment[: len(opening)])
 
 
 def _targets(dos: DOSInput, sites: Sequence[int] | None) -> tuple[TargetDOS | None, dict[int, TargetDOS]]:
