@@ -107,12 +107,47 @@ def test_computed_curves_replace_predicted_ones_and_failures_are_told(
     for name, chosen in picked.items():
         assert chosen["formula"] == seen[f"{name}-1"].get_chemical_formula()
         assert chosen["dft_distance"] == pytest.approx(0.5)  # the nearer of the two, the second by the predictor
-        assert len(ase.io.read(tmp_path / "relaxed" / f"{name}.extxyz", ":")) == 3  # of 4, one did not converge
+        (pool,) = (tmp_path / "relaxed").glob(f"{name}-*.extxyz")
+        assert len(ase.io.read(pool, ":")) == 3  # of 4, one did not converge
     assert drawn.count(["DFT"]) == 7
 
     monkeypatch.setitem(main_globals, "relax", None)  # the relaxed ones are kept
     again = nickel["main"](command)["tasks"]
     assert {name: again[name]["representative"] for name in picked} == picked
+
+
+def test_a_pool_of_other_structures_is_relaxed_anew(
+    nickel: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+
+    def converge(structures: list[Atoms], **_: Any) -> list[Atoms]:
+        calls.append([str(atoms.symbols) for atoms in structures])
+        copies = [atoms.copy() for atoms in structures]
+        for atoms in copies:
+            atoms.info["relaxation"] = {"converged": True, "rmsd": 0.1}
+        return copies
+
+    relaxed = nickel["relaxed"]
+    monkeypatch.setitem(relaxed.__globals__, "relax", converge)
+    structures = [bulk("Cu"), bulk("Ni"), bulk("Al")]
+    outcome = nickel["Outcome"](structures, np.zeros((3, 1)), np.array([1, 0, 2]), {}, structures[1])
+
+    def pool(outcome: Any, count: int) -> list[str]:
+        return [str(atoms.symbols) for atoms in relaxed(outcome, count, tmp_path, "masked_4")]
+
+    for _ in range(2):
+        assert pool(outcome, 2) == ["Ni", "Cu"]
+    assert calls == [["Ni", "Cu"]]
+    assert pool(outcome, 3) == ["Ni", "Cu", "Al"]
+    assert pool(replace(outcome, order=np.array([2, 0, 1])), 2) == ["Al", "Cu"]
+    moved = replace(outcome, structures=[bulk("Cu", a=3.7), *structures[1:]])
+    assert pool(moved, 2) == ["Ni", "Cu"]
+    assert len(calls) == 4
+    for atoms in outcome.structures:
+        atoms.positions += 1e-12  # as those that a file brings back
+    assert pool(outcome, 2) == ["Ni", "Cu"]
+    assert len(calls) == 4, "the first is still there"
 
 
 class _Fixed:

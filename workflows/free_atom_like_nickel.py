@@ -23,6 +23,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -202,16 +203,24 @@ def table(outcomes: dict[str, Outcome]) -> str:
     return "\n".join(lines)
 
 
-def relaxed(outcome: Outcome, count: int, file: Path) -> list[Atoms]:
-    """The best structures of a task relaxed, kept in a file, as DFT goes on with the same ones."""
+def extxyz(structures: list[Atoms]) -> bytes:
+    """The content of a file of structures; none for none, which ASE refuses."""
+    text = io.StringIO()
+    if structures:
+        ase.io.write(text, structures, format="extxyz")
+    return text.getvalue().encode()
+
+
+def relaxed(outcome: Outcome, count: int, folder: Path, name: str) -> list[Atoms]:
+    """The best structures of a task relaxed, kept in a file that is named after them, as DFT goes on with the same."""
+    picked = [outcome.structures[i] for i in outcome.order[:count]]
+    bare = [Atoms(a.numbers, positions=a.positions, cell=a.cell, pbc=True) for a in picked]
+    # Of the text, as those of a resumed run come from a file, with fewer digits.
+    file = folder / f"{name}-{zlib.crc32(extxyz(bare)):08x}.extxyz"
     if not file.exists():
-        made = relax([outcome.structures[i] for i in outcome.order[:count]], progress=True)
-        whole = [symmetrized(atoms) for atoms in made if atoms.info["relaxation"]["converged"]]
-        text = io.StringIO()
-        if whole:
-            ase.io.write(text, whole, format="extxyz")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, text.getvalue().encode())
+        made = relax(picked, progress=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, extxyz([symmetrized(a) for a in made if a.info["relaxation"]["converged"]]))
     return ase.io.read(file, ":") if file.stat().st_size else []
 
 
@@ -231,7 +240,7 @@ def compute(
     tasks = {task.name: task for task in TASKS if task.with_dos}
     candidates: dict[str, Atoms] = {}
     for name, task in tasks.items():
-        crystals = relaxed(outcomes[name], RELAXED * count, folder / "relaxed" / f"{name}.extxyz")
+        crystals = relaxed(outcomes[name], RELAXED * count, folder / "relaxed", name)
         order = ranked(ranker, crystals, task.site, target.on_grid()) if crystals else []
         candidates |= {f"{name}-{k}": atoms for k, atoms in enumerate(best([crystals[i] for i in order], count))}
     results = compute_many(candidates, folder / "dft", settings, workers=workers, progress=True)
