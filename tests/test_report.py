@@ -90,6 +90,15 @@ def test_the_report_tells_all_and_needs_no_other_file(result: InverseDesignDoc, 
     assert outside[0].endswith("somewhere/else")
 
 
+@pytest.mark.parametrize(("directory", "link"), [("myhost:/far/away", "far/away"), ("/my:disk/run", "my:disk/run")])
+def test_the_link_to_a_calculation_is_a_path(
+    result: InverseDesignDoc, tmp_path: Path, directory: str, link: str
+) -> None:
+    result.candidates[0].directory = directory  # abinit's come from atomate2, with the host
+    (outside,) = [x for x in Page(write_report(result, tmp_path / "r.html").read_text()).links if x.endswith(link)]
+    assert (tmp_path / outside).resolve() == Path("/", link)
+
+
 def test_a_run_in_which_nothing_went_well_has_a_report(result: InverseDesignDoc, tmp_path: Path) -> None:
     failed = result.model_copy(update={"candidates": result.candidates[-1:]})
     said = " ".join(Page(write_report(failed, tmp_path / "report.html").read_text()).words)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from base64 import b64encode
 from html import escape
 from pathlib import Path
@@ -175,7 +176,8 @@ def _row(candidate: CandidateDoc, home: Path) -> str:
     name = f"{candidate.index}_{candidate.formula}.cif"
     files = f'<a download="{escape(name)}" href="data:chemical/x-cif;base64,{cif}">CIF</a>'
     if candidate.directory is not None:
-        files += f' <a href="{escape(os.path.relpath(candidate.directory, home.resolve()))}">calculation</a>'
+        folder = re.sub("^[^/]*:", "", candidate.directory)  # atomate2 writes HOST:/PATH
+        files += f' <a href="{escape(os.path.relpath(folder, home.resolve()))}">calculation</a>'
     return f"<tr>{''.join(cells)}<td>{files}</td></tr>"
 
 
