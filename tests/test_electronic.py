@@ -623,6 +623,15 @@ def test_espresso_projections_are_read(tmp_path: Path, num_spins: int) -> None:
     assert "2 k-points" in sites[0].provenance["source"]
 
 
+@pytest.mark.parametrize("num_bands", [1, 2])
+def test_a_calculation_without_empty_bands_is_refused(tmp_path: Path, num_bands: int) -> None:
+    levels = np.array([[[-5.0, -1.0], [-5.5, -1.0]]])[..., :num_bands]
+    (tmp_path / "atomic_proj.xml").write_text(atomic_proj(levels, np.full((1, 2, 4, num_bands), 0.5)))
+    (tmp_path / "projwfc.out").write_text(STATES)
+    with pytest.raises(ElectronicStructureError, match="no empty bands for 4 electrons: compute more"):
+        read_espresso(tmp_path / "atomic_proj.xml", tmp_path / "projwfc.out", PAIR)
+
+
 @pytest.mark.parametrize(
     ("xml", "states", "fragment"),
     [

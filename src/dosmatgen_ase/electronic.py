@@ -594,6 +594,8 @@ def _densities(bands: _Bands, equivalent_sites: np.ndarray, sigma: float) -> _De
     """Broadened DOS of bands, projections averaged over equivalent sites."""
     num_spins, _, num_sites, _, num_bands = bands.projections.shape
     electrons_per_state = 2.0 / num_spins
+    if bands.num_electrons > 2 * num_bands - 0.01:
+        raise ElectronicStructureError(f"no empty bands for {bands.num_electrons:g} electrons: compute more (nbnd)")
     levels = [bands.dense(e) for e in bands.eigenvalues]
     weights = bands.dense_weights(len(levels[0]))
     fermi = _fermi_level(levels, weights, bands.num_electrons / electrons_per_state)
@@ -728,7 +730,7 @@ def read_espresso(
     FileNotFoundError
         If a file is not there.
     ElectronicStructureError
-        If the files do not belong together or cannot be read.
+        If the files do not belong together, cannot be read or hold no empty bands.
     """
     proj, output = _existing(atomic_proj), _existing(projwfc_output)
     bands = _read_projections(proj, output.read_text(errors="replace"), len(atoms))
