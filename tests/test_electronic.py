@@ -329,6 +329,16 @@ def test_failures_name_the_log_and_keep_it(
         assert str(caught.value.log) in str(caught.value)
 
 
+def test_a_limit_of_the_machine_below_ours_holds(
+    stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(electronic.resource, "getrlimit", lambda _: (20, 20))  # of a batch queue, say
+    stand_in("ulimit -t; exit 3")
+    with pytest.raises(ElectronicStructureError, match="exit code 3"):
+        compute_dos(SILICON, EspressoSettings(time_limit=300.0), directory=tmp_path / "run")
+    assert "20" in (tmp_path / "run" / "scf.out").read_text().split()
+
+
 def test_a_killed_program_says_nothing_about_the_structure(stand_in: Any, tmp_path: Path) -> None:
     stand_in("kill -9 $$")
     with pytest.raises(InterruptedCalculation, match="stopped by signal 9"):

@@ -467,7 +467,9 @@ def _confine(cpu_seconds: int) -> None:
     """End this process with its parent, and by SIGXCPU after so much CPU time."""
     if _LIBC is not None:
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that made it ends
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    soft = cpu_seconds if hard == resource.RLIM_INFINITY else min(cpu_seconds, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def _found(pattern: str, text: str) -> list[str]:
