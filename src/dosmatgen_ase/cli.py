@@ -213,7 +213,10 @@ def generate(
         int, typer.Option(min=1, help="Draw so many times -n; the best by predicted DOS go to OUT-best.extxyz.")
     ] = 1,
     relax: Annotated[
-        str | None, typer.Option(help="Relax before ranking: chgnet, or the path or name of a MACE model.")
+        str | None,
+        typer.Option(
+            help="Relax before ranking: chgnet, or the path or name of a MACE model; the best go to OUT-best.extxyz."
+        ),
     ] = None,
     energy_weight: Annotated[
         float, typer.Option(help="Rank by the energy above the hull, too: its weight per eV/atom against the distance.")
