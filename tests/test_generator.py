@@ -454,6 +454,7 @@ FOREIGN = {
     "year": "2024",
     "year and notes": "2024\nmy notes",
     "number and notes": "12\nmy notes",
+    "number and our name": "12\ntry dosmatgen\non nickel\n",
     "number and blank": "12\n\n",
     "no number": "²\nmy notes\n",
     "binary": b"\xff\xfe\x00\x01",
@@ -498,6 +499,8 @@ def test_a_file_of_another_request_is_refused(
 # -- hostile input -----------------------------------------------------------------------------------------------------
 
 CU, CU4 = bulk("Cu"), bulk("Cu", cubic=True)
+FIXED = bulk("Cu")
+FIXED.set_constraint(FixAtoms([0]))
 HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dos": "dos.dat"}, TypeError, r"must be a TargetDOS"),
     ({"dos": 3}, TypeError, r"must be a TargetDOS"),
@@ -583,6 +586,18 @@ HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"template": CU, "num_atoms": 1, "strength": 0, "elements": ["Au"]}, ValueError, r"stay Cu, which contradicts"),
     ({"template": CU, "num_atoms": 1, "strength": 0, "composition": "Au"}, ValueError, r"stay Cu, which contradicts"),
     ({"num_atom": 3}, TypeError, r"num_atom"),
+    *(
+        (
+            {"template": CU, "num_atoms": 1, "relax": "chgnet", **held},
+            ValueError,
+            rf"relax .* contradicts {name}: leave",
+        )
+        for name, held in {
+            "fixed_cell": {"fixed_cell": True},
+            "fixed_sites": {"fixed_sites": [0]},
+            "FixAtoms on the template": {"template": FIXED},
+        }.items()
+    ),
 ]
 
 

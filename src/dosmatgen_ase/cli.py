@@ -145,6 +145,8 @@ def _pins(texts: Sequence[str]) -> dict[int, str]:
         match = re.fullmatch(r"(\d{1,3})=([A-Za-z]{1,2})", text)
         if match is None:
             raise typer.BadParameter(f"{text!r} must be like 0=Co", param_hint="--fixed-species")
+        if int(match[1]) in pins:
+            raise typer.BadParameter(f"site {int(match[1])} is named twice", param_hint="--fixed-species")
         pins[int(match[1])] = match[2]
     return pins
 
@@ -264,10 +266,12 @@ def generate(
         _writable(plot, (".png", ".pdf", ".svg"))
     settings["template"] = None if template is None else _read_structure(template)
 
-    from .generator import DOSGenerator
+    from .generator import DOSGenerator, check_relaxable
     from .predictor import DEFAULT_PREDICTOR, DOSPredictor
     from .ranking import Ranking, score
 
+    if relax is not None:
+        check_relaxable(settings["template"], settings["fixed_sites"], fixed_cell)
     how: dict[str, Any] = {"relax": relax, "ranking": Ranking(energy=energy_weight), "progress": relax is not None}
     total = target if target.kind == "total" else None
     sites = {} if total else dict.fromkeys(settings["sites"] or [0], target)

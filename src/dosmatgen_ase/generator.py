@@ -349,8 +349,8 @@ class DOSGenerator:
             Elements that may, or may not, appear.
         guidance_scale : float, optional
             0 ignores the DOS, 1 is the plain conditional model, larger amplifies; all but 0 and 1 double the cost. By
-            default 1; where less than half of [-10, 5] eV is known of the DOS (a window, a sketch), 3 until the species
-            are settled. There the species are also drawn at a lower temperature.
+            default 1; where less than half of [-10, 5] eV is known of the DOS, as with a narrow window, 3 until the
+            species are settled. There the species are also drawn at a lower temperature.
         num_steps : int
             Sampler steps from pure noise.
         seed : int, optional
@@ -363,7 +363,8 @@ class DOSGenerator:
         oversample : int
             Draw so many times ``n`` and return the best, by the DOS predicted for them (`ranking`).
         relax : ASE calculator, "chgnet", or the path or name of a MACE model, optional
-            Relax what was drawn (`relaxation.relax`), then rank.
+            Relax what was drawn (`relaxation.relax`), then rank. Every atom and the cell move, so it contradicts
+            ``fixed_sites``, ``fixed_cell`` and a template with ``FixAtoms``.
         ranking : Ranking, optional
             What makes a structure good; the predicted distance to the DOS by default. Given, relaxed or oversampled
             structures come best first, a duplicate only where too few others are left, with ``info["scores"]``.
@@ -387,6 +388,8 @@ class DOSGenerator:
         if ranked := oversample > 1 or relax is not None or ranking is not None:
             from .ranking import best, score  # brings CHGNet, which plain generation does without
 
+            if relax is not None:
+                check_relaxable(template, fixed_sites, fixed_cell)
             total, targets = _targets(dos, sites)
             score([], targets, total, ranking=ranking, relax=relax)  # what cannot be is told before the work
         made = self.generate_iter(
@@ -625,9 +628,9 @@ class _Stream:
 def _torn(lines: Sequence[str]) -> bool:
     """Whether these are the beginning of a frame of ours, as a kill or a full disk leaves it."""
     count, comment, opening = lines[0].strip(), "".join(lines[1:2]), 'Lattice="'
-    if not (count.isdecimal() and len(count) <= 2):
+    if not (count.isdecimal() and len(count) <= 2 and opening.startswith(comment[: len(opening)])):
         return False
-    return "dosmatgen" in comment if len(lines) > 2 else opening.startswith(comment[: len(opening)])
+    return len(lines) <= 2 or "dosmatgen" in comment
 
 
 def _targets(dos: DOSInput, sites: Sequence[int] | None) -> tuple[TargetDOS | None, dict[int, TargetDOS]]:
@@ -747,6 +750,17 @@ def select_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name!r} cannot be used here: leave device out, or use 'cpu'") from error
     return device
+
+
+def check_relaxable(template: Atoms | None, fixed_sites: Sequence[int] | None, fixed_cell: bool) -> None:
+    """Raise ``ValueError`` where a relaxation would move what was asked to stay; arguments are those of `generate`."""
+    held = {
+        "fixed_cell": fixed_cell,
+        "fixed_sites": fixed_sites is not None and bool(_indices(fixed_sites, "fixed_sites")),
+        "FixAtoms on the template": isinstance(template, Atoms) and bool(template.constraints),
+    }
+    if names := " and ".join(name for name, given in held.items() if given):
+        raise ValueError(f"relax moves every atom and the cell, which contradicts {names}: leave one of them out")
 
 
 def _orient(atoms: Atoms, request: Request) -> None:
