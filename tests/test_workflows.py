@@ -35,6 +35,19 @@ def nickel() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "workflows" / "free_atom_like_nickel.py"))
 
 
+def test_the_readme_lists_every_script_and_who_has_a_demo() -> None:
+    rows = {
+        row.split("`")[1]: row.split("|")[3].strip()
+        for row in (ROOT / "workflows" / "README.md").read_text().splitlines()
+        if row.startswith("| `")
+    }
+    scripts = {path.name: path.read_text() for path in (ROOT / "workflows").glob("*.py")}
+    assert rows.keys() == scripts.keys()
+    for name, text in scripts.items():
+        assert ('"--demo"' in text) == (rows[name] != "none"), name
+        assert '"--out"' in text
+
+
 def test_the_nickel_experiment_runs_and_goes_on(
     nickel: dict[str, Any], tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
