@@ -91,7 +91,7 @@ def label(
     shards : path
         Folder of the label set, made if need be.
     settings : EspressoSettings, optional
-        By default those of the label set, at the lowest priority and with 600 s for a structure.
+        By default those of the label set, at the lowest priority and with 600 s of CPU time for each program.
     workers : int
         Structures computed at a time.
     limit : int, optional
