@@ -254,10 +254,10 @@ class Library:
         known = np.broadcast_to(target.known, target.dos.shape)
         return nearest_sites(target.dos, known, self.values, self.known, power=power)
 
-    def retrieve(self, target: Target, which: str = "all") -> dict[str, float]:
+    def retrieve(self, target: Target) -> dict[str, float]:
         """Distances of the nearest sites' own DOS, over the bins known in both."""
         rows = self.nearest(target, 1.0)
-        return crystal_figures(self.values[rows], target, which, self.known[rows])
+        return crystal_figures(self.values[rows], target, known=self.known[rows])
 
 
 def mean_of(rows: np.ndarray) -> float:
