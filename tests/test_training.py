@@ -170,6 +170,18 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     assert (weights.read_bytes(), (tmp_path / "log.jsonl").read_text()) == before
 
 
+def test_a_run_killed_before_its_last_export_gets_its_weights(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=4, save_every=2)
+    weights = train(config, bulk_dataset(), tmp_path, progress=False)
+    wanted = weights.read_bytes()
+    early = Trainer(config, bulk_dataset())
+    list(early.run(2))
+    early.export(weights, {})
+    assert train(config, bulk_dataset(), tmp_path, progress=False).read_bytes() == wanted
+    weights.unlink()
+    assert train(config, bulk_dataset(), tmp_path, progress=False).read_bytes() == wanted
+
+
 def test_the_log_tells_no_step_twice(tmp_path: Path) -> None:
     config = replace(CONFIG, steps=4, save_every=2)
     later = json.dumps({"step": 50, "loss": 1.0})

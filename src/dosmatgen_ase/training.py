@@ -443,6 +443,8 @@ def train(
             if trainer.step % config.save_every == 0 or trainer.step == config.steps:
                 trainer.save(state)
                 trainer.export(weights, metadata)
+    if not weights.exists() or load_model(weights)[1]["training"]["steps"] != trainer.step:
+        trainer.export(weights, metadata)  # the run was killed between the last two lines
     return weights
 
 
