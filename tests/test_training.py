@@ -16,10 +16,11 @@ import pytest
 import torch
 from ase.build import bulk
 
-from dosmatgen_ase.checkpoint import load_model
+from dosmatgen_ase.checkpoint import load_model, load_tensors, save_tensors
 from dosmatgen_ase.crystal import MAX_ATOMS, CrystalBatch
 from dosmatgen_ase.data import CrystalDataset, Structures
 from dosmatgen_ase.denoiser import DenoiserConfig
+from dosmatgen_ase.diffusion.lattice import LatticeProcess
 from dosmatgen_ase.diffusion.process import JointProcess, Prediction
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.training import (
@@ -212,6 +213,19 @@ def test_changed_settings_refuse_to_resume(change: dict, tmp_path: Path) -> None
     trainer.save(tmp_path / "state")
     with pytest.raises(ValueError, match=rf"other settings of \['{next(iter(change))}'\].*new folder"):
         Trainer(replace(CONFIG, **change), bulk_dataset()).restore(tmp_path / "state")
+
+
+def test_another_type_of_device_refuses_to_resume(tmp_path: Path) -> None:
+    Trainer(CONFIG, bulk_dataset()).save(tmp_path / "state")
+    tensors, header = load_tensors(tmp_path / "state")
+    assert header["device"] == "cpu"
+    save_tensors(tmp_path / "state", tensors, {**header, "device": "cuda"})
+    with pytest.raises(ValueError, match=r"made on cuda, this run is on cpu.*new folder"):
+        Trainer(CONFIG, bulk_dataset()).restore(tmp_path / "state")
+    del header["device"]
+    save_tensors(tmp_path / "state", tensors, header)
+    with pytest.raises(ValueError, match=r"does not tell what the run started from.*new folder"):
+        Trainer(CONFIG, bulk_dataset()).restore(tmp_path / "state")
 
 
 def test_weights_are_not_a_state_to_resume(tmp_path: Path) -> None:
@@ -425,3 +439,24 @@ def test_weights_to_start_from(tmp_path: Path) -> None:
     other = Trainer(replace(CONFIG, network=replace(CONFIG.network, num_layers=1)), bulk_dataset())
     with pytest.raises(ValueError, match="another network"):
         other.start_from(tmp_path / "parent.safetensors")
+
+
+def test_a_fine_tune_goes_on_from_what_it_started_from(tmp_path: Path) -> None:
+    config, dataset = replace(CONFIG, steps=4, save_every=2), bulk_dataset()
+    parent = Trainer(CONFIG, dataset)
+    parent.model.denoiser.lattice = LatticeProcess((0.5,) * 6, (2.0,) * 6)  # of other data
+    parent.export(tmp_path / "parent", {})
+    list(parent.run(1))
+    parent.export(tmp_path / "other", {})
+    whole = train(config, dataset, tmp_path / "whole", init=tmp_path / "parent", progress=False)
+    part = Trainer(config, dataset)
+    digest = part.start_from(tmp_path / "parent")
+    list(part.run(2))
+    for name, init in (("with", tmp_path / "parent"), ("without", None)):
+        (tmp_path / name).mkdir()
+        part.save(tmp_path / name / "state.safetensors")
+        resumed = train(config, dataset, tmp_path / name, init=init, progress=False)
+        assert resumed.read_bytes() == whole.read_bytes(), name
+        assert load_model(resumed)[1]["init"] == digest
+        with pytest.raises(ValueError, match=r"did not start from .*other: leave init out or choose"):
+            train(config, dataset, tmp_path / name, init=tmp_path / "other", progress=False)

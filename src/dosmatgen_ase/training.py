@@ -276,6 +276,7 @@ class Trainer:
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.data = DenseData(dataset, config, self.device)
         self.step = self.epoch = self.position = 0
+        self.init: str | None = None  # hash of the weights that the run started from
 
     def start_from(self, path: str | Path) -> str:
         """Take over weights made by :meth:`export`; return their hash.
@@ -291,7 +292,8 @@ class Trainer:
         self.model.denoiser.lattice = parent.denoiser.lattice
         self.model.load_state_dict(parent.state_dict())
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        return str(header["sha256"])
+        self.init = str(header["sha256"])
+        return self.init
 
     def learning_rate(self) -> float:
         """At the current step."""
@@ -340,7 +342,8 @@ class Trainer:
             tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
         tensors["generator"] = self.generator.get_state()
         place = {"step": self.step, "epoch": self.epoch, "position": self.position}
-        save_tensors(path, tensors, {"kind": "training", "config": asdict(self.config), **place})
+        origin = {"lattice": asdict(self.model.denoiser.lattice), "init": self.init, "device": self.device.type}
+        save_tensors(path, tensors, {"kind": "training", "config": asdict(self.config), **place, **origin})
 
     def restore(self, path: Path) -> None:
         """Continue from :meth:`save`, bit for bit.
@@ -349,7 +352,7 @@ class Trainer:
         ------
         ValueError
             If the run was started with settings that differ in more than :data:`MAY_CHANGE` (the data is trusted to be
-            the same).
+            the same), on another type of device, or by a version that did not tell its origin.
         """
         tensors, header = load_tensors(path)
         if header.get("kind") != "training":
@@ -362,6 +365,15 @@ class Trainer:
             raise ValueError(
                 f"{path} was started with other settings of {changed}: restore them or choose a new folder"
             )
+        if not {"lattice", "init", "device"} <= header.keys():
+            raise ValueError(f"{path} does not tell what the run started from (an older version): choose a new folder")
+        if header["device"] != self.device.type:
+            raise ValueError(
+                f"{path} was made on {header['device']}, this run is on {self.device.type}, which has other random "
+                "numbers: resume on the first or choose a new folder"
+            )
+        self.model.denoiser.lattice = LatticeProcess(*(tuple(header["lattice"][k]) for k in ("mean", "std")))
+        self.init = header["init"]
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             if name != "generator":
@@ -404,7 +416,8 @@ def train(
     out : path
         Folder for ``state.safetensors`` (resume), ``log.jsonl`` and ``weights.safetensors`` (EMA, for DOSGenerator).
     init : path, optional
-        Weights to start from, as made by this function; the learning rate starts over.
+        Weights to start from, as made by this function; the learning rate starts over. A run that is continued has
+        them already: they may be left out, but not be others.
     device : str
     metadata : dict, optional
         Kept in the header of the weights.
@@ -414,16 +427,25 @@ def train(
     -------
     Path
         Of the weights.
+
+    Raises
+    ------
+    ValueError
+        If the run in ``out`` was started otherwise, see :meth:`Trainer.restore`, or from another ``init``.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, dataset, device)
     state, weights = out / "state.safetensors", out / "weights.safetensors"
     metadata = dict(metadata or {})
-    if init is not None:
-        metadata["init"] = trainer.start_from(init)
     if state.exists():
         trainer.restore(state)
+        if init is not None and load_model(init)[1]["sha256"] != trainer.init:
+            raise ValueError(f"the run in {out} did not start from {init}: leave init out or choose a new folder")
+    elif init is not None:
+        trainer.start_from(init)
+    if trainer.init is not None:
+        metadata["init"] = trainer.init
     _cut_log(out / "log.jsonl", trainer.step)
     history: list[dict[str, float]] = []
     start = time.time()
