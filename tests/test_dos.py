@@ -652,6 +652,8 @@ def test_hostile_arrays(
         (lambda: peak().window(1.0, 1.0), ValueError, "needs lo < hi"),
         (lambda: peak().window(math.nan, 1.0), ValueError, "needs lo < hi"),
         (lambda: peak().shift(100.0).on_grid(), ValueError, "falls on the grid"),
+        (lambda: peak().window(-3.1, -2.9).on_grid(), ValueError, "too narrow for sigma 0.2 eV .* widen the window"),
+        (lambda: peak(sigma=0.3).window(-3.06, -3.04).on_grid(), ValueError, "too narrow for sigma"),
         (lambda: peak().on_grid(MODEL_GRID, 0.05), ValueError, "take a smaller step"),
         (lambda: peak().shift(math.nan), ValueError, "energies must be finite"),
         (lambda: smear(np.ones(5), 0.1, 0.2, 0.1), ValueError, "only widens"),

@@ -251,7 +251,7 @@ class TargetDOS:
         Raises
         ------
         ValueError
-            If sigma is below the grid's step or no known energy lies on the grid.
+            If sigma is below the grid's step, or what is known lies outside of the grid or is narrower than the kernel.
         """
         if sigma < grid.step:
             raise ValueError(f"sigma {sigma:g} eV does not fit a grid of step {grid.step:g} eV: take a smaller step")
@@ -266,6 +266,11 @@ class TargetDOS:
             step = f"widened from sigma {self.sigma:g} to {sigma:g} eV"
         values, known = resample(self.energies, self.values, self.known, self.sigma or 0.0, grid, sigma)
         if not known.any():
+            if _inside(self.energies[self.known], (grid.minimum, grid.maximum)).any():
+                raise ValueError(
+                    f"what is known of {self!r} is too narrow for sigma {sigma:g} eV on a grid of step {grid.step:g} "
+                    "eV: widen the window, or state sigma if the DOS is already that broad"
+                )
             raise ValueError(
                 f"no known energy of {self!r} falls on the grid [{grid.minimum:g}, {grid.maximum:g}] eV: "
                 "shift the energies or choose another grid"
