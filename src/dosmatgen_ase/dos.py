@@ -225,8 +225,8 @@ class TargetDOS:
         ValueError
             If a field is missing or wrong.
         """
-        if not {"energies", "values"} <= set(data):
-            raise ValueError('this dict is not a TargetDOS: it needs "energies" and "values"')
+        if not (isinstance(data, Mapping) and {"energies", "values"} <= set(data)):
+            raise ValueError('this is not the dict of a TargetDOS: it needs "energies" and "values"')
         optional = {k: data[k] for k in ("reference", "sigma", "kind") if k in data}
         target = cls.from_arrays(data["energies"], data["values"], known=data.get("known"), **optional)
         return replace(target, provenance=data.get("provenance", {}))
@@ -444,7 +444,11 @@ class TargetDOS:
         if isinstance(dos, Mapping):
             if not {"efermi", "energies", "densities"} <= set(dos):
                 raise ValueError('this dict is not a pymatgen Dos: it needs "efermi", "energies" and "densities"')
-            dos = (CompleteDos if dos.get("pdos") else Dos).from_dict(dict(dos))
+            try:
+                dos = (CompleteDos if dos.get("pdos") else Dos).from_dict(dict(dos))
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                told = f"{type(error).__name__}: {error}"
+                raise ValueError(f"this dict is not a pymatgen Dos that pymatgen reads: {told}") from None
         if not isinstance(dos, Dos):
             raise TypeError(f"from_pymatgen reads a pymatgen Dos, CompleteDos or its dict, not {type(dos).__name__}")
         energies, occupied = np.asarray(dos.energies), np.asarray(dos.energies) <= dos.efermi
@@ -1000,7 +1004,9 @@ def _parse_json(content: bytes, name: str, site: int | None) -> TargetDOS:
     if "failed" in data:
         raise ValueError(f"{name} tells of a calculation that failed: {data['failed']}")
     result = data.get("result", data)
-    if {"sites", "total"} <= set(result):  # what `dosmatgen dft` wrote
+    if isinstance(result, dict) and {"sites", "total"} <= set(result):  # what `dosmatgen dft` wrote
+        if not isinstance(result["sites"], list):
+            raise ValueError(f'{name}: "sites" must be a list with one DOS of each site')
         if site is not None:
             _check_site(site, len(result["sites"]))
         return _named(name, TargetDOS.from_dict, result["total"] if site is None else result["sites"][site])
