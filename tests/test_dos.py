@@ -38,7 +38,6 @@ from dosmatgen_ase.dos import (
     normalised_l1_arrays,
     resample,
     scale_sites_to_total,
-    smear,
     wasserstein,
 )
 
@@ -208,14 +207,17 @@ def test_unknown_hole_does_not_leak_into_its_neighbours() -> None:
     assert target.values[target.known] == pytest.approx(2.0)
 
 
-def test_smear_matches_on_grid_and_keeps_leading_axes() -> None:
+def test_resample_widens_by_the_closed_form_and_keeps_leading_axes() -> None:
+    grid, everywhere = EnergyGrid(-12.0, 8.0, 0.05), np.ones(401, dtype=bool)
     values = np.stack([gaussian(LABEL_ENERGIES, c, 0.1) for c in (-5.0, -3.0, 1.0)]).reshape(3, 1, 401)
-    wide = smear(values, 0.05, 0.1, 0.2)
-    assert wide.shape == (3, 1, 401)
+    wide, known = resample(LABEL_ENERGIES, values, np.broadcast_to(everywhere, values.shape), 0.1, grid, 0.2)
+    assert wide.shape == known.shape == (3, 1, 401)
     assert wide[1, 0] == pytest.approx(gaussian(LABEL_ENERGIES, -3.0, 0.2), abs=1e-12)
     assert wide[1, 0, 40:341:2] == pytest.approx(peak().on_grid().values, abs=1e-12)
-    assert smear(np.ones(401), 0.05, 0.1, 0.2) == pytest.approx(1.0)
-    assert (smear(values, 0.05, 0.2, 0.2) == values).all()
+    flat, known = resample(LABEL_ENERGIES, np.ones(401), everywhere, 0.1, grid, 0.2)
+    assert flat[known] == pytest.approx(1.0)
+    same, _ = resample(LABEL_ENERGIES, values, np.broadcast_to(everywhere, values.shape), 0.2, grid, 0.2)
+    assert same == pytest.approx(values, abs=1e-12)
 
 
 def test_resample_equals_on_grid_row_by_row() -> None:
@@ -656,7 +658,6 @@ def test_hostile_arrays(
         (lambda: peak(sigma=0.3).window(-3.06, -3.04).on_grid(), ValueError, "too narrow for sigma"),
         (lambda: peak().on_grid(MODEL_GRID, 0.05), ValueError, "take a smaller step"),
         (lambda: peak().shift(math.nan), ValueError, "energies must be finite"),
-        (lambda: smear(np.ones(5), 0.1, 0.2, 0.1), ValueError, "only widens"),
         (lambda: TargetDOS.from_dict({"energies": E}), ValueError, 'needs "energies" and "values"'),
         (lambda: TargetDOS(*map(np.array, (E, V, [True] * 3)), provenance={"a": {1}}), ValueError, "JSON-able"),
         (lambda: TargetDOS.from_peaks([]), ValueError, "triples"),

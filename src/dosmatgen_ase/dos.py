@@ -658,34 +658,6 @@ def resample(
     return _apply(matrix, values, known)
 
 
-def smear(values: Array, step: float, sigma_from: float, sigma_to: float) -> Array:
-    """Widen DOS values on a uniform grid from one Gaussian broadening to a larger one.
-
-    The variance grows by ``sigma_to**2 - sigma_from**2``. At the ends the kernel is normalised by the part of it that
-    lies on the grid.
-
-    Parameters
-    ----------
-    values : array, shape (..., G)
-    step : float
-        Grid spacing, eV.
-    sigma_from, sigma_to : float
-        Standard deviations, eV.
-
-    Raises
-    ------
-    ValueError
-        If sigma_to < sigma_from: broadening cannot be undone.
-    """
-    if sigma_to < sigma_from:
-        raise ValueError(f"broadening only widens: sigma_to {sigma_to:g} is below sigma_from {sigma_from:g} eV")
-    if sigma_to == sigma_from:
-        return np.array(values)
-    energies = step * np.arange(np.shape(values)[-1])
-    matrix = _resampling_matrix(energies, energies, math.sqrt(sigma_to**2 - sigma_from**2))
-    return np.asarray(values) @ (matrix / matrix.sum(axis=1, keepdims=True)).T
-
-
 def _resampling_matrix(energies: Array, centres: Array, width: float) -> Array:
     """Weights (O, G) that turn values at `energies` into Gaussian averages of standard deviation `width` at `centres`.
 
