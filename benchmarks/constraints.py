@@ -61,7 +61,7 @@ from dosmatgen_ase import DOSGenerator, TargetDOS
 from dosmatgen_ase.conditioning import Guidance
 from dosmatgen_ase.crystal import minimum_image
 from dosmatgen_ase.data import load_site_dos
-from dosmatgen_ase.dos import NEAR_GAP, normalised_l1_arrays
+from dosmatgen_ase.dos import MODEL_GRID, NEAR_GAP, normalised_l1_arrays
 from dosmatgen_ase.generator import BATCH_PAIRS, WINDOW_GUIDANCE, WINDOW_TEMPERATURE, Request
 from dosmatgen_ase.predictor import DOSPredictor
 from dosmatgen_ase.sampler import SamplerConfig
@@ -345,7 +345,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     judge, ranker = load_predictors(parser, options)
     config, split, seed = sampler_config(options), split_of(options), options.seed
     labels = load_site_dos(ROOT / "data" / "site_dos")
-    rows = np.random.default_rng(seed).permutation(np.flatnonzero(labels.split == split))[: options.num_targets]
+    near = (MODEL_GRID.energies >= NEAR_GAP[0]) & (MODEL_GRID.energies <= NEAR_GAP[1])
+    usable = (labels.split == split) & labels.known[:, near].any(axis=1)  # else there is nothing to ask for there
+    rows = np.random.default_rng(seed).permutation(np.flatnonzero(usable))[: options.num_targets]
     targets = [Target.from_label(labels, row, seed) for row in rows.tolist()]
     defaults = [asdict(WINDOW_GUIDANCE), WINDOW_TEMPERATURE]
     key = hashlib.sha256(json.dumps([asdict(config), seed, options.draws, *defaults]).encode())
