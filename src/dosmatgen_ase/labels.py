@@ -206,21 +206,35 @@ def _candidates(
         for i, (name, own, number) in enumerate(rows):
             yield _Candidate(name, structures.atoms(i), own, number)
         return
-    known = dict(split_of_formula)
     formulas = {name: _formula(atoms.numbers) for name, atoms in structures.items()}
-    for name, wanted in (split or {}).items():
-        if name not in formulas:
-            continue
-        if wanted not in ("train", "val", "test"):
-            raise ValueError(f"{name} cannot be in the split {wanted!r}: choose among train, val and test")
-        if known.setdefault(formulas[name], wanted) != wanted:
-            among = f"the others of its formula, which are in {known[formulas[name]]}"
-            raise ValueError(f"{name} cannot be in the split {wanted!r}: it must be among {among}")
+    known = formula_splits(formulas, split, split_of_formula)
     for name, atoms in structures.items():
         found = spglib.get_symmetry_dataset(
             (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=1e-3
         )
         yield _Candidate(name, atoms, known.get(formulas[name], "train"), 1 if found is None else found.number)
+
+
+def formula_splits(
+    formulas: Mapping[str, str], split: Mapping[str, str] | None, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Split of every formula for which one is given, by its name in ``formulas``, or known before.
+
+    Raises
+    ------
+    ValueError
+        If a split is none, or not that of the others of the formula.
+    """
+    found = dict(known or {})
+    for name, wanted in (split or {}).items():
+        if name not in formulas:
+            continue
+        if wanted not in ("train", "val", "test"):
+            raise ValueError(f"{name} cannot be in the split {wanted!r}: choose among train, val and test")
+        if found.setdefault(formulas[name], wanted) != wanted:
+            among = f"the others of its formula, which are in {found[formulas[name]]}"
+            raise ValueError(f"{name} cannot be in the split {wanted!r}: it must be among {among}")
+    return found
 
 
 def _splits(table: Structures | None) -> dict[str, str]:

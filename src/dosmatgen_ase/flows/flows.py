@@ -193,16 +193,14 @@ class LabelMaker(Maker):
         ValueError
             If there is no structure, one is disordered, or a split contradicts that of another of the formula.
         """
+        from dosmatgen_ase.labels import formula_splits
+
         if not structures:
             raise ValueError("no structures to label: give at least one")
         for structure in structures.values():
             to_atoms(structure)
         formulas = {name: structure.composition.reduced_formula for name, structure in structures.items()}
-        parts: dict[str, str] = {}
-        for name, part in (split or {}).items():
-            if name in formulas and parts.setdefault(formulas[name], part) != part:
-                among = f"the others of its formula, which are in {parts[formulas[name]]}"
-                raise ValueError(f"{name} cannot be in the split {part!r}: it must be among {among}")
+        parts = formula_splits(formulas, split)
         jobs = []
         for start in range(0, len(structures), self.batch_size):
             batch = dict(list(structures.items())[start : start + self.batch_size])
