@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from ase.build import bulk
 from jobflow import run_locally
 
-from dosmatgen_ase.cli import _read_structures
+from dosmatgen_ase.cli import read_structures
 from dosmatgen_ase.flows import LabelMaker
 from dosmatgen_ase.flows.jobs import to_structure
 
@@ -33,7 +33,7 @@ if not arguments.files and not arguments.demo:
     parser.error("give structures, or --demo")
 
 try:
-    atoms = _read_structures(arguments.files)
+    atoms = read_structures(arguments.files)
 except (OSError, ValueError) as error:
     parser.error(str(error))
 if arguments.demo:

@@ -574,7 +574,7 @@ Structures = Annotated[
 ]
 
 
-def _read_structures(files: Sequence[Path]) -> dict[str, Atoms]:
+def read_structures(files: Sequence[Path]) -> dict[str, Atoms]:
     """Every structure of the files, named ``STEM`` or, where a file has many, ``STEM-0000``, ``STEM-0001``, ..."""
     import ase.io
 
@@ -619,7 +619,7 @@ def relax(
     from .stability import load_hull
 
     _writable(out, (".extxyz", ".xyz"))
-    named = _read_structures(files)
+    named = read_structures(files)
     limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "processes": jobs}
     warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
     relaxed = run(list(named.values()), calculator, **limits, progress=True)
@@ -656,7 +656,7 @@ def dft(
     from .electronic import ElectronicStructure, EspressoSettings, compute_many
 
     settings = EspressoSettings(ecutwfc=ecutwfc, pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher)
-    named = _read_structures(files)
+    named = read_structures(files)
     results = compute_many(named, out, settings, workers=jobs, progress=True)
     table = Table("structure", "formula", "gap, eV", "moment, mu_B", "k-points", "outcome")
     for name, result in results.items():
@@ -689,7 +689,7 @@ def predict(
 
     if plot is not None:
         _writable(plot, (".png", ".pdf", ".svg"))
-    named = _read_structures(files)
+    named = read_structures(files)
     out.mkdir(parents=True, exist_ok=True)
     table = Table("structure", "site", "element", "states below 0 eV", "band centre, eV", "expected error")
     first: list[TargetDOS] = []
@@ -762,7 +762,7 @@ def label(
     tables = [path for path in structures if path.suffix == ".parquet"]
     if tables and len(structures) > 1:
         raise ValueError(f"give {tables[0]} alone: a table and other files cannot be labelled in one run")
-    given: Any = load_structures(tables[0]) if tables else _read_structures(structures)
+    given: Any = load_structures(tables[0]) if tables else read_structures(structures)
     beside = shards.parent / "structures.parquet"
     splits = load_structures(beside) if not tables and beside.is_file() else None
     settings = EspressoSettings(pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher, nice=19)

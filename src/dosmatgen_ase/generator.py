@@ -36,14 +36,13 @@ from .diffusion.lattice import symmetric_exp, symmetric_log
 from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from .files import write_atomic
 from .sampler import Randomness, SamplerConfig, sample
-from .screening import screen
+from .screening import MAX_VOLUME_PER_ATOM, screen
 
 if TYPE_CHECKING:
     from .ranking import Ranking
 
 DOSInput = TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS] | None
 MAX_ATTEMPTS = 5  # draws per structure before the generator gives up on it
-MAX_VOLUME_PER_ATOM = 100.0  # A^3, of what is drawn
 # The defaults where the targets know less than half of the model's energies; the guidance ends with the species.
 WINDOW_GUIDANCE, WINDOW_TEMPERATURE = Guidance(3.0, (SamplerConfig.species_end, 1.0)), 0.35
 BATCH_PAIRS = 2048  # a batch of b crystals of N sites has b N^2 at most this: bounds memory

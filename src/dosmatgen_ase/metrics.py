@@ -136,7 +136,8 @@ def nearest_sites(
         states = np.where(mask, np.abs(query), 0.0)
         usable = (shared >= max(1, MIN_SHARED * mask.sum())) & (both @ states >= MIN_SHARED * states.sum())
         if not usable.any():
-            raise ValueError(f"query {i} shares less than 90 % of its known bins with every row: widen its window")
+            share = f"less than {MIN_SHARED:.0%} of its known bins or states"
+            raise ValueError(f"query {i} shares {share} with every row: widen its window")
         distance = (np.abs(library - query) ** power * both).sum(-1) / np.maximum(shared, 1)
         found[i] = np.where(usable, distance, np.inf).argmin()
     return found

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pymatgen.core import Structure
 
+MAX_VOLUME_PER_ATOM = 100.0  # A^3
 _MAX_DISTANCES = 2_000_000  # about 0.2 s; a Niggli-reduced cell of 20 atoms needs 10,000
 
 
@@ -52,7 +53,7 @@ def screen(
     *,
     min_distance: float = 0.5,
     min_volume_per_atom: float = 2.0,
-    max_volume_per_atom: float = 100.0,
+    max_volume_per_atom: float = MAX_VOLUME_PER_ATOM,
 ) -> Screening:
     """Screen one structure: finite, periodic, right-handed, of sensible density, no two atoms on top of each other.
 
