@@ -94,6 +94,11 @@ def pick(arm: Arm, target: Target, made: list[Atoms], predictor: DOSPredictor) -
     return fit[:1]
 
 
+def settled(found: list[Atoms]) -> list[Atoms]:
+    """Relaxed, their symmetry exact."""
+    return [symmetrized(relax(atoms), SYMMETRY) for atoms in found]
+
+
 def kept(path: Path, make: Any) -> list[Atoms]:
     """Structures from a file, made and kept there the first time."""
     if not path.exists():
@@ -245,9 +250,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             def drawn(t: Target = t, arm: Arm = arm) -> list[Atoms]:
                 made = generate(model, t, options.candidates, config, 1.0, options.seed, [arm.mode])
                 return pick(arm, t, made, predictor)
-
-            def settled(found: list[Atoms]) -> list[Atoms]:
-                return [symmetrized(relax(atoms), SYMMETRY) for atoms in found]
 
             first = kept(folder / f"{t.material_id}-{k}.extxyz", drawn)
             after = kept(folder / f"{t.material_id}-{k}-relaxed.extxyz", partial(settled, first))
