@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .checkpoint import load_model, load_tensors, save_model, save_tensors
@@ -329,9 +330,8 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         decay = min(c.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for name, value in self.model.state_dict().items():
-                self.ema[name].lerp_(value, 1 - decay)
+        current = self.model.state_dict()
+        get_ema_multi_avg_fn(decay)([self.ema[name] for name in current], list(current.values()), self.step)
         return {k: float(v.detach()) for k, v in {"loss": total, **parts, "gradient_norm": norm}.items()}
 
     def save(self, path: Path) -> None:
