@@ -43,7 +43,7 @@ def coverage() -> Coverage:
     known[0] = True
     labels = SiteDOSLabels(
         **crystals(sites), values=np.zeros((3, MAX_ATOMS, MODEL_GRID.size), np.float32), known=known,
-        band_gap=np.array([1.0, 4.0, 0.0]),
+        band_gap=np.array([1.0, 4.0, 0.0]), recipe=np.array([1, 2, 2]),
     )  # fmt: skip
     groups = np.full(len(more), 225)
     groups[:3] = 216, 194, 2

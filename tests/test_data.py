@@ -35,7 +35,12 @@ def gaussian(centre: float, sigma: float) -> np.ndarray:
 
 
 def write_shard(
-    path: Path, ids: list[str], site_dos: list[np.ndarray], e_max: float = 30.0, scale: float = 1.0
+    path: Path,
+    ids: list[str],
+    site_dos: list[np.ndarray],
+    e_max: float = 30.0,
+    scale: float = 1.0,
+    recipe: int | None = None,
 ) -> None:
     """Write a shard of cubic crystals of carbon sites with site_dos (sites, 401) each, all in the s channel."""
     counts = [len(d) for d in site_dos]
@@ -55,6 +60,7 @@ def write_shard(
         total_dos=np.array([np.rint(d.sum(0) * 1000 * scale) for d in site_dos]).astype(np.uint32),
         e_max=np.full(len(ids), e_max, dtype=np.float32),
         band_gap=np.zeros(len(ids), dtype=np.float32),
+        **({} if recipe is None else {"recipe": np.array(recipe)}),
     )
 
 
@@ -141,12 +147,18 @@ def test_above_e_max_is_unknown_and_does_not_leak(tmp_path: Path) -> None:
     assert not labels.values[0, 0, ~labels.known[0]].any()
 
 
-def test_the_first_shard_wins_and_shards_of_any_number_are_taken(tmp_path: Path) -> None:
+def test_the_later_recipe_wins_then_the_later_name(tmp_path: Path) -> None:
     write_shard(tmp_path / "1.npz", ["x-1", "x-2"], [gaussian(0.0, 0.1)[None], gaussian(0.0, 0.1)[None]])
-    write_shard(tmp_path / "2.npz", ["x-2", "x-3", "x-3"], [k * gaussian(0.0, 0.1)[None] for k in (3, 3, 5)])
+    write_shard(tmp_path / "2.npz", ["x-2", "x-3", "x-3"], [k * gaussian(0.0, 0.1)[None] for k in (3, 5, 3)])
     labels = load_site_dos(tmp_path)
     assert labels.material_id.tolist() == ["x-1", "x-2", "x-3"]
-    np.testing.assert_allclose(labels.values.sum((1, 2)) * 0.1, [1, 1, 3], atol=0.01)
+    assert labels.recipe.tolist() == [1, 1, 1]
+    np.testing.assert_allclose(labels.values.sum((1, 2)) * 0.1, [1, 3, 3], atol=0.01)
+    write_shard(tmp_path / "0.npz", ["x-2"], [7 * gaussian(0.0, 0.1)[None]], recipe=2)
+    labels = load_site_dos(tmp_path)
+    assert labels.material_id.tolist() == ["x-1", "x-3", "x-2"]
+    assert labels.recipe.tolist() == [1, 1, 2]
+    np.testing.assert_allclose(labels.values.sum((1, 2)) * 0.1, [1, 3, 7], atol=0.01)
 
 
 def test_real_labels_hold_the_electrons_below_zero(labels: SiteDOSLabels) -> None:

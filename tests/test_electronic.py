@@ -57,11 +57,25 @@ SILICON = bulk("Si")
 
 def test_refining_keeps_the_points_and_is_linear_between_them() -> None:
     field = np.random.default_rng(0).random((3, 4, 2, 5))
-    fine = _refined(field, 1, 3)
+    fine = _refined(field, 1, 3, smooth=False)
     assert fine.shape == (3, 12, 2, 5)
-    assert np.array_equal(fine[:, ::3], field)
+    assert fine[:, ::3] == pytest.approx(field)
     assert fine[:, 1] == pytest.approx((2 * field[:, 0] + field[:, 1]) / 3)
     assert fine[:, 11] == pytest.approx((field[:, 3] + 2 * field[:, 0]) / 3), "the mesh is periodic"
+
+
+def test_smooth_bands_are_interpolated_to_fourth_order() -> None:
+    """The error of a cosine falls as h^4 by splines and as h^2 by straight lines; the points themselves are kept."""
+
+    def error(size: int, *, smooth: bool) -> float:
+        coarse, fine = (np.cos(2 * np.pi * (np.arange(n) / n - 0.1)) for n in (size, 6 * size))
+        refined = _refined(coarse[:, None], 0, 6, smooth=smooth)[:, 0]
+        assert refined[::6] == pytest.approx(coarse, abs=1e-12)
+        return float(np.abs(refined - fine).max())
+
+    assert math.log2(error(8, smooth=True) / error(16, smooth=True)) == pytest.approx(4, abs=0.5)
+    assert math.log2(error(8, smooth=False) / error(16, smooth=False)) == pytest.approx(2, abs=0.3)
+    assert error(6, smooth=True) < 0.1 * error(6, smooth=False)
 
 
 def orthorhombic() -> Atoms:
@@ -81,7 +95,7 @@ def test_irreducible_points_unfold_to_the_full_mesh(atoms: Atoms) -> None:
         return (np.cos(2 * np.pi * points @ n.T) * np.exp(-0.5 * length**2 / 9) * (length < 7)).sum(1)[:, None]
 
     parts = np.array([int(np.clip(np.ceil(20 / mesh.size.min()), 1, 6)) if s > 1 else 1 for s in mesh.size])
-    fine = mesh.interpolate(energy(mesh.points)).reshape(*(mesh.size * parts))
+    fine = mesh.interpolate(energy(mesh.points), smooth=True).reshape(*(mesh.size * parts))
     grid = np.stack(np.meshgrid(*[np.arange(s) / s for s in mesh.size], indexing="ij"), -1)
     coarse = fine[:: parts[0], :: parts[1], :: parts[2]]
     assert coarse == pytest.approx(energy(grid.reshape(-1, 3)).reshape(mesh.size), abs=1e-9)

