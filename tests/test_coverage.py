@@ -54,6 +54,7 @@ def coverage() -> Coverage:
 
 def test_what_is_counted(coverage: Coverage) -> None:
     assert coverage.splits == {"train": (1, 2, 1), "val": (1, 4, 1), "test": (1, 1, 0)}
+    assert coverage.recipes == {1: 1, 2: 2}
     assert coverage.elements == {"Si": 2, "C": 2, "Fe": 1}, "an element counts once per structure"
     assert coverage.usable == {"Si": 2, "C": 2, "Fe": 1, "Cu": COMMON}, "neither lanthanides nor noble gases"
     assert coverage.scarce == {"Cu": 0}

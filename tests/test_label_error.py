@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import label_error as benchmark
@@ -78,6 +79,10 @@ def test_the_draw_hardly_changes_with_new_labels(labels: SiteDOSLabels) -> None:
     rows, how = benchmark.draw(labels, electrons, 6, 0, float(cheap))
     assert how["strata"]["3"]["passed_over"] > 0
     assert all(benchmark.cost(labels.atoms(i), 10.0) <= cheap for i in rows)
+    mixed = replace(labels, recipe=labels.recipe - (np.arange(len(labels)) < 5))
+    rows, how = benchmark.draw(mixed, electrons, 6, 0, 1e9)
+    assert (how["of_earlier_recipes"], how["strata"]["3"]["labels"]) == (5, len(labels) - 5)
+    assert min(rows) >= 5
 
 
 def test_more_electrons_symmetry_and_spin_set_the_cost() -> None:

@@ -12,6 +12,7 @@ import pytest
 import spglib
 
 from dosmatgen_ase.data import SHARD_KEYS, SHARD_UNIT, load_structures
+from dosmatgen_ase.electronic import RECIPE
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
@@ -41,6 +42,10 @@ def labels(shards: dict[str, dict[str, np.ndarray]]) -> Iterator[tuple[str, dict
             one = {key: shard[key][i] for key in ("cell", "split", "band_gap", "num_electrons", "e_max")}
             one |= {key: shard[key][sites] for key in ("atomic_numbers", "frac_coords", "site_dos")}
             yield name, {**one, "energies": shard["energies"], "total": shard["total_dos"][i] * SHARD_UNIT}
+
+
+def recipe(shard: dict[str, np.ndarray]) -> int:
+    return int(shard.get("recipe", 1))
 
 
 def zero_bin(energies: np.ndarray) -> int:
@@ -112,12 +117,19 @@ def test_numbers_are_finite_and_not_negative(shards: dict[str, dict[str, np.ndar
         assert (np.linalg.det(shard["cell"].reshape(-1, 3, 3)) != 0).all(), name
 
 
-def test_no_structure_comes_twice_and_none_both_failed_and_has_a_label(shards: dict[str, Any]) -> None:
-    made = [name for shard in shards.values() for name in shard["material_id"].tolist()]
+def test_no_structure_comes_twice_by_a_recipe_and_none_both_failed_and_has_a_label(shards: dict[str, Any]) -> None:
+    made = [(recipe(shard), name) for shard in shards.values() for name in shard["material_id"].tolist()]
     failed = [name for shard in shards.values() for name in shard["failed_id"].tolist()]
     assert len(made) == len(set(made))
     assert len(failed) == len(set(failed))
-    assert not set(made) & set(failed)
+    assert not {name for number, name in made if number == RECIPE} & set(failed)
+
+
+def test_no_shard_is_kept_whose_labels_were_all_computed_anew(shards: dict[str, Any]) -> None:
+    latest = {name for s in shards.values() if recipe(s) == RECIPE for name in s["material_id"].tolist()}
+    assert {recipe(shard) for shard in shards.values()} <= set(range(1, RECIPE + 1))
+    old = {file: set(s["material_id"].tolist()) for file, s in shards.items() if recipe(s) < RECIPE}
+    assert [file for file, names in old.items() if names <= latest] == []
 
 
 def test_no_failure_names_a_path(shards: dict[str, Any]) -> None:

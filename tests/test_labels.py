@@ -141,7 +141,11 @@ def test_labels_of_an_earlier_recipe_are_made_anew_and_then_removed(
     stand_in_engine(tmp_path / "log")
     given, shards = crystals(9), tmp_path / "shards"
     old = label(given, shards).shards
-    monkeypatch.setattr(labels, "RECIPE", RECIPE + 1)
+    given = crystals(10)
+    left = EspressoSettings(time_limit=600.0, nice=19)
+    electronic.compute_many({"x-9": given["x-9"]}, shards / "unpacked", left)
+    for module in (labels, electronic):
+        monkeypatch.setattr(module, "RECIPE", RECIPE + 1)
     first = label(given, shards, limit=3)
     assert (first.labels, first.done_before) == (3, 1), "what failed once is not tried again"
     assert all(path.exists() for path in old)
@@ -151,8 +155,8 @@ def test_labels_of_an_earlier_recipe_are_made_anew_and_then_removed(
     label(given, shards)
     assert not any(path.exists() for path in old)
     assert set(load_site_dos(shards).recipe.tolist()) == {RECIPE + 1}
-    assert label(given, shards) == LabelReport([], 0, {}, {}, 9), "the failure of the removed shard is still known"
-    assert tries(tmp_path) == {**dict.fromkeys(given, 2), "x-6": 1}
+    assert label(given, shards) == LabelReport([], 0, {}, {}, 10), "the failure of the removed shard is still known"
+    assert tries(tmp_path) == {**dict.fromkeys(given, 2), "x-6": 1}, "and no result of the old recipe was packed"
 
 
 def test_failures_alone_make_no_shard_and_are_remembered(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ class Coverage:
     Attributes
     ----------
     splits : split to (labels, sites, labels with a gap)
+    recipes : labels by the recipe that they were computed by, see `electronic.RECIPE`
     elements, usable : labels, and structures that can be labelled, that hold an element
     num_atoms, structure_sizes : labels, and all structures, by atoms per cell
     crystal_systems : labels by crystal system; those without a structure in the table are left out
@@ -40,6 +41,7 @@ class Coverage:
     """
 
     splits: dict[str, tuple[int, int, int]]
+    recipes: Counter[int]
     elements: Counter[str]
     usable: Counter[str]
     num_atoms: Counter[int]
@@ -64,6 +66,7 @@ class Coverage:
         at = {e: int(np.argmin(np.abs(MODEL_GRID.energies - e))) for e in range(-1, 6)}
         return cls(
             splits=splits,
+            recipes=Counter(sorted(labels.recipe.tolist())),
             elements=_elements(labels.atomic_numbers),
             usable=_elements(structures.atomic_numbers[fit]),
             num_atoms=Counter(labels.num_atoms.tolist()),
@@ -86,6 +89,7 @@ class Coverage:
         by_size = {name: sum(self.num_atoms[n] for n in range(a, b + 1)) for name, (a, b) in sizes.items()}
         order = [symbol for symbol in chemical_symbols if self.elements[symbol]]
         return {
+            "recipe": _listed({str(number): count for number, count in self.recipes.items()}, ": "),
             "atoms per cell": _listed(by_size, ": "),
             f"crystal systems ({self.num_spacegroups} space groups)": _listed(self.crystal_systems),
             "gap": _listed(self.gaps, ": "),

@@ -441,11 +441,14 @@ class _Run:
         log, limit = self.folder / f"{name}.out", self.settings.time_limit
         deadline = time.monotonic() + _PATIENCE * limit
         command = [*self.programs[program], "-in", f"{name}.in"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if not self.settings.launcher:  # a program alone needs none of the daemons that Open MPI starts for it
+            environment["OMPI_MCA_ess_singleton_isolated"] = "1"
         with log.open("w") as out, (self.folder / f"{name}.err").open("w") as err:
             # In a session of its own: what a launcher starts ends with it, and Ctrl-C reaches us alone.
             process = subprocess.Popen(
-                command, cwd=self.folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=err, start_new_session=True, preexec_fn=partial(_confine, math.ceil(limit)),
+                command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                start_new_session=True, preexec_fn=partial(_confine, math.ceil(limit)),
             )  # fmt: skip
             try:
                 self._stand_back(process.pid)

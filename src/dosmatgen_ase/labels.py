@@ -134,7 +134,9 @@ def label(
         failed: dict[str, str] = {}
         for path in work.glob("*.json"):
             record = read_record(path) if path.stem in candidates else None
-            if record is not None:
+            if record is not None and "result" in record and record["settings"].get("recipe", 1) != RECIPE:
+                path.unlink()  # to be computed anew in any case
+            elif record is not None:
                 set_.formula[path.stem] = _formula(record["structure"]["numbers"])
                 made.add(path.stem)
                 if "failed" in record:
