@@ -45,7 +45,7 @@ from tqdm import tqdm
 from dosmatgen_ase.checkpoint import load_model
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
-from dosmatgen_ase.electronic import ElectronicStructure, EspressoSettings, compute_many
+from dosmatgen_ase.electronic import RECIPE, ElectronicStructure, EspressoSettings, compute_many
 from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.metrics import site_distances
 from dosmatgen_ase.plotting import plot_dos
@@ -234,11 +234,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     config, split = sampler_config(options), split_of(options)
     labels = load_site_dos(ROOT / "data" / "site_dos")
     library = Library(labels.select(labels.split == "train"))
-    small = np.flatnonzero((labels.split == split) & (labels.num_atoms <= options.max_atoms))
+    as_computed = labels.recipe == RECIPE  # an earlier recipe would count as a distance
+    small = np.flatnonzero((labels.split == split) & (labels.num_atoms <= options.max_atoms) & as_computed)
     rows = np.random.default_rng(options.seed).permutation(small)[: options.num_targets].tolist()
     targets = [Target.from_label(labels, row, options.seed) for row in rows]
     gaps = {t.material_id: float(labels.band_gap[row]) for t, row in zip(targets, rows, strict=True)}
-    settings = (header["sha256"], predictor.info, asdict(config), options.candidates, options.seed)
+    settings = (header["sha256"], predictor.info, asdict(config), options.candidates, options.seed, RECIPE)
     folder = options.cache / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
     raw: dict[tuple[str, str], Atoms] = {}

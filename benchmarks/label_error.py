@@ -36,16 +36,25 @@ from dosmatgen_ase.electronic import (
     dos_kpoint_density,
 )
 
-DENSE = {"ecutwfc": 75.0, "scf_kpoint_density": 3.2, "time_limit": 1800.0}  # and twice the density of the DOS mesh
+CUTOFF = 75.0  # Ry
 SECONDS = 3.4e-4  # per k-point, spin, band and A^3 at 75 Ry, on a core that made labels; an SCF costs 4 such sweeps
+
+
+def dense_settings(atoms: Atoms) -> EspressoSettings:
+    """What the labels are measured against."""
+    own = EspressoSettings().resolved(atoms)
+    assert own.scf_kpoint_density is not None
+    assert own.dos_kpoint_density is not None
+    return EspressoSettings(CUTOFF, 2 * own.scf_kpoint_density, 2 * own.dos_kpoint_density, time_limit=1800.0)
 
 
 def cost(atoms: Atoms, num_electrons: float) -> float:
     """Estimated seconds of the dense calculation."""
     bands = num_electrons / 2 + 2 + 3 * len(atoms)
     spins = 2 if set(atoms.symbols) & set(MAGNETIC) else 1
-    densities = {2 * dos_kpoint_density(atoms): 1, DENSE["scf_kpoint_density"]: 4}
-    sweeps = sum(n * len(IrreducibleMesh.of(atoms, density).points) for density, n in densities.items())
+    settings = dense_settings(atoms)
+    meshes = ((settings.dos_kpoint_density, 1), (settings.scf_kpoint_density, 4))
+    sweeps = sum(n * len(IrreducibleMesh.of(atoms, density).points) for density, n in meshes)
     return SECONDS * sweeps * spins * bands * atoms.get_volume()
 
 
@@ -86,14 +95,13 @@ def draw(
 
 def dense(atoms: Atoms, name: str, folder: Path) -> ElectronicStructure | str:
     """Compute one structure, or read it back; the reason where it failed."""
-    settings = EspressoSettings(**DENSE, dos_kpoint_density=2 * dos_kpoint_density(atoms))
-    result = compute_many({name: atoms}, folder, settings)[name]
+    result = compute_many({name: atoms}, folder, dense_settings(atoms))[name]
     return result if isinstance(result, ElectronicStructure) else str(result)
 
 
 def cutoff_error(labels: SiteDOSLabels, i: int, folder: Path) -> float | None:
     """What of a label's error the cut-off alone makes: its distance to 75 Ry on its own meshes."""
-    name, settings = str(labels.material_id[i]), EspressoSettings(ecutwfc=DENSE["ecutwfc"], time_limit=1800.0)
+    name, settings = str(labels.material_id[i]), EspressoSettings(ecutwfc=CUTOFF, time_limit=1800.0)
     result = compute_many({name: labels.atoms(i)}, folder / "cutoff", settings)[name]
     return compare(labels, i, result)["l1"] if isinstance(result, ElectronicStructure) else None
 

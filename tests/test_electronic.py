@@ -523,10 +523,13 @@ def test_results_are_read_back_and_never_mixed_up(tmp_path: Path, monkeypatch: p
     assert isinstance(again["a"], ElectronicStructure)
     assert isinstance(first["a"], ElectronicStructure)
     assert again["a"].sites == first["a"].sites
-    with pytest.raises(ValueError, match="another structure or other settings"):
+    with pytest.raises(ValueError, match="another structure, other settings"):
         compute_many({"a": hydrogen}, out)
-    with pytest.raises(ValueError, match="another structure or other settings"):
+    with pytest.raises(ValueError, match="another structure, other settings"):
         compute_many({"a": SILICON}, out, EspressoSettings(ecutwfc=60.0))
+    with monkeypatch.context() as later, pytest.raises(ValueError, match="earlier version's recipe"):
+        later.setattr(electronic, "RECIPE", electronic.RECIPE + 1)
+        compute_many({"a": SILICON}, out)
     for foreign in ("{}", "not JSON", "[1]"):
         (out / "a.json").write_text(foreign)
         with pytest.raises(ValueError, match="not written by this command"):
@@ -549,7 +552,7 @@ def test_results_of_other_pseudopotentials_are_refused(tmp_path: Path, monkeypat
     same = pseudo_folder(tmp_path / "same", "Si_r.upf")
     assert compute_many({"a": SILICON}, tmp_path / "out", EspressoSettings(pseudo_dir=same))["a"].total == result.total
     (same / "Si_r.upf").write_text("<UPF>another</UPF>")
-    with pytest.raises(ValueError, match="another structure or other settings"):
+    with pytest.raises(ValueError, match="another structure, other settings"):
         compute_many({"a": SILICON}, tmp_path / "out", EspressoSettings(pseudo_dir=same))
 
 

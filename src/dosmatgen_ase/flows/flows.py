@@ -184,7 +184,8 @@ class LabelMaker(Maker):
         ----------
         structures : mapping of id to Structure
         shards : path
-            Folder of the label set, on a disk that the workers see. What has a label there is not computed again.
+            Folder of the label set, on a disk that the workers see. What has a label of the latest recipe there is not
+            computed again.
         split : mapping of id to "train", "val" or "test", optional
             As in `labels.label`.
 
