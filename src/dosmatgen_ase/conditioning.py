@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .crystal import MAX_ATOMS
+from .crystal import MAX_ATOMS, OnDevice
 from .denoiser import Denoiser, mlp
 from .diffusion.process import NoisyCrystals, Prediction
 from .dos import MODEL_GRID
@@ -21,7 +21,7 @@ ELECTRONS = 50.0  # unit of the running sum: five electrons on bins of 0.1 eV
 
 
 @dataclass(frozen=True)
-class DOSCondition:
+class DOSCondition(OnDevice):
     """DOS targets on the model's grid (G bins, Gaussian sigma 0.2 eV).
 
     Attributes
@@ -44,10 +44,6 @@ class DOSCondition:
         """Nothing known."""
         site, total = (torch.zeros(s, device=device) for s in ((batch, size, num_bins), (batch, num_bins)))
         return cls(site, site.bool(), total, total.bool())
-
-    def to(self, device: torch.device | str) -> DOSCondition:
-        """Move every tensor to ``device``."""
-        return replace(self, **{k: v.to(device) for k, v in self.__dict__.items()})
 
 
 class DOSEncoder(nn.Module):

@@ -6,17 +6,17 @@ compositions mask the species logits when a site is revealed. Neither touches th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .crystal import MAX_ATOMIC_NUMBER, CrystalBatch
+from .crystal import MAX_ATOMIC_NUMBER, CrystalBatch, OnDevice
 from .diffusion import species
 
 
 @dataclass(frozen=True)
-class Constraints:
+class Constraints(OnDevice):
     """Constraints of a batch.
 
     Attributes
@@ -43,20 +43,12 @@ class Constraints:
     def none(cls, num_atoms: Tensor) -> Constraints:
         """Only the number of atoms is given, shape (B,)."""
         batch, size = len(num_atoms), int(num_atoms.max())
-        start = CrystalBatch(
-            torch.eye(3).expand(batch, 3, 3).clone(),
-            torch.zeros(batch, size, 3),
-            torch.zeros(batch, size, dtype=torch.int64),
-            num_atoms,
-        )
+        masked = torch.zeros(batch, size, dtype=torch.int64)
+        start = CrystalBatch(torch.eye(3).repeat(batch, 1, 1), torch.zeros(batch, size, 3), masked, num_atoms)
         allowed = torch.ones(batch, MAX_ATOMIC_NUMBER + 1, dtype=torch.bool)
         allowed[:, species.MASKED] = False
         free = torch.zeros(batch, size, dtype=torch.bool)
         return cls(start, free[:, 0].clone(), free, free.clone(), allowed, 10**6 * allowed.long())
-
-    def to(self, device: torch.device | str) -> Constraints:
-        """Move every tensor to ``device``."""
-        return replace(self, **{k: v.to(device) for k, v in self.__dict__.items()})
 
     def admit(self, atomic_numbers: Tensor) -> Tensor:
         """Mask the free sites, shape (B, N), whose element (from a template) is not allowed or used too often."""
@@ -64,7 +56,7 @@ class Constraints:
         same = (atomic_numbers[:, :, None] == atomic_numbers[:, None]) & free[:, None]
         used_before = same.tril(-1).sum(-1)
         refused = ~self.allowed.gather(1, atomic_numbers) | (used_before >= self.remaining.gather(1, atomic_numbers))
-        return torch.where(free & refused, torch.full_like(atomic_numbers, species.MASKED), atomic_numbers)
+        return atomic_numbers.masked_fill(free & refused, species.MASKED)
 
     def reveal(self, revealed: Tensor, logits: Tensor, uniform: Tensor, now: Tensor, order: Tensor) -> Tensor:
         """Draw the elements of the sites revealed in one step, one after the other where a composition couples them.
@@ -86,11 +78,10 @@ class Constraints:
         """
         now = now.clone()
         while bool(now.any()):
-            candidate = torch.where(now, order, torch.full_like(order, -1.0))
+            candidate = order.masked_fill(~now, -1.0)
             first = now & (candidate == candidate.amax(1, keepdim=True))
-            used = torch.zeros_like(self.remaining).scatter_add_(
-                1, revealed, ((revealed > 0) & ~self.fixed_species).to(self.remaining.dtype)
-            )
+            counts = ((revealed > 0) & ~self.fixed_species).to(self.remaining.dtype)
+            used = torch.zeros_like(self.remaining).scatter_add_(1, revealed, counts)
             possible = self.allowed & (used < self.remaining)
             drawn = species.draw(logits.masked_fill(~possible[:, None], -torch.inf), uniform)
             revealed = torch.where(first, drawn, revealed)

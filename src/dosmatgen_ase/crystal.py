@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -36,7 +36,16 @@ def minimum_image(frac_difference: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CrystalBatch:
+class OnDevice:
+    """Tensors, and batches of them, that move together."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move every tensor to ``device``."""
+        return replace(self, **{k: v.to(device) for k, v in self.__dict__.items()})
+
+
+@dataclass(frozen=True)
+class CrystalBatch(OnDevice):
     """Crystals of at most N atoms, padded.
 
     Attributes
@@ -59,10 +68,6 @@ class CrystalBatch:
     def mask(self) -> Tensor:
         """Real sites, shape (B, N) bool."""
         return site_mask(self.num_atoms, self.frac_coords.shape[1])
-
-    def to(self, device: torch.device | str) -> CrystalBatch:
-        """Move every tensor to ``device``."""
-        return replace(self, **{k: v.to(device) for k, v in self.__dict__.items()})
 
     def __len__(self) -> int:
         return self.cell.shape[0]

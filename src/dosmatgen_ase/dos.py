@@ -255,8 +255,7 @@ class TargetDOS:
         """
         if sigma < grid.step:
             raise ValueError(f"sigma {sigma:g} eV does not fit a grid of step {grid.step:g} eV: take a smaller step")
-        same_grid = np.array_equal(self.energies, grid.energies)
-        if same_grid and self.sigma is not None and self.sigma >= sigma:
+        if self.sigma is not None and self.sigma >= sigma and np.array_equal(self.energies, grid.energies):
             return self
         if self.sigma is None:
             step = f"broadening unknown, taken as none; widened to sigma {sigma:g} eV"
@@ -333,8 +332,7 @@ class TargetDOS:
         On the d-projected DOS this is the d-band centre of Hammer and Noerskov (Surf. Sci. 343, 211, 1995).
         """
         weights = _cell_widths(self.energies, lo, hi) * self.values
-        total = weights.sum()
-        return float((weights * self.energies).sum() / total) if total > 0 else math.nan
+        return float(np.average(self.energies, weights=weights)) if weights.sum() > 0 else math.nan
 
     # -- readers -------------------------------------------------------------------------------------------------------
 
@@ -413,9 +411,8 @@ class TargetDOS:
         energies = np.linspace(lo, hi, math.ceil((hi - lo) / min(narrowest / 4, MODEL_GRID.step)) + 1)
         centre, height, width = table.T[:, :, None]
         values = (height * np.exp(-0.5 * ((energies - centre) / width) ** 2)).sum(axis=0)
-        return cls(
-            energies, values, np.ones(energies.shape, dtype=bool), reference, narrowest, kind, {"source": "peaks"}
-        )
+        known = np.ones(energies.shape, dtype=bool)
+        return cls(energies, values, known, reference, narrowest, kind, {"source": "peaks"})
 
     @classmethod
     def from_pymatgen(cls, dos: Any, site: int | None = None) -> TargetDOS:
@@ -655,7 +652,10 @@ def resample(
     extra = math.sqrt(max(grid_sigma**2 - sigma**2, 0.0))
     # Below a tenth of a step the extra broadening is not seen on the grid, and its kernel would need a very fine mesh.
     matrix = _resampling_matrix(energies, grid.energies, extra if extra > 0.1 * grid.step else 0.0)
-    return _apply(matrix, values, known)
+    weight = known @ matrix.T
+    sums = np.where(known, values, 0.0) @ matrix.T
+    inside = weight >= KNOWN_WEIGHT
+    return np.where(inside, sums / np.where(inside, weight, 1.0), 0.0), inside
 
 
 def _resampling_matrix(energies: Array, centres: Array, width: float) -> Array:
@@ -685,20 +685,8 @@ def _resampling_matrix(energies: Array, centres: Array, width: float) -> Array:
     return columns.T
 
 
-def _apply(matrix: Array, values: Array, known: Mask) -> tuple[Array, Mask]:
-    weight = known @ matrix.T
-    sums = np.where(known, values, 0.0) @ matrix.T
-    inside = weight >= KNOWN_WEIGHT
-    return np.where(inside, sums / np.where(inside, weight, 1.0), 0.0), inside
-
-
 def scale_sites_to_total(
-    site_dos: Array,
-    total: Array,
-    *,
-    energies: Array,
-    e_max: float = math.inf,
-    min_coverage: float = MIN_COVERAGE,
+    site_dos: Array, total: Array, *, energies: Array, e_max: float = math.inf, min_coverage: float = MIN_COVERAGE
 ) -> tuple[Array, Mask]:
     """Scale site projections at every energy so that they add up to the total DOS.
 
@@ -750,15 +738,14 @@ def normalised_l1_arrays(values: Array, target: Array, known: Mask) -> Array:
     """
     scale = np.where(known, target, 0.0).sum(axis=-1)
     error = np.where(known, np.abs(values - target), 0.0).sum(axis=-1)
-    scale = np.broadcast_to(scale, error.shape)
-    return np.divide(error, scale, out=np.full(error.shape, math.nan), where=scale > 0)
+    return error / np.where(scale > 0, scale, math.nan)
 
 
 def mae_arrays(values: Array, target: Array, known: Mask) -> Array:
     """Mean of ``|g - g*|`` (states/eV) over known bins; shapes as in `normalised_l1_arrays`, NaN if none is known."""
     error = np.where(known, np.abs(values - target), 0.0).sum(axis=-1)
-    count = np.broadcast_to(np.sum(known, axis=-1), error.shape)
-    return np.divide(error, count, out=np.full(error.shape, math.nan), where=count > 0)
+    count = np.sum(known, axis=-1)
+    return error / np.where(count > 0, count, math.nan)
 
 
 def normalised_l1(dos: TargetDOS, target: TargetDOS, *, window: tuple[float, float] | None = None) -> float:
@@ -815,11 +802,7 @@ def fingerprint_similarity(dos: TargetDOS, target: TargetDOS, *, window: tuple[f
     and Kuban et al., Digital Discovery 3, 2448, 2024), on all bins known in both; pymatgen 2026.10 itself compares a
     single row of its fingerprint arrays.
 
-    Returns
-    -------
-    float
-        1 for equal shapes, 0 for disjoint ones; NaN if either holds no states. Arguments and errors as in
-        `normalised_l1`.
+    1 for equal shapes, 0 for disjoint ones; NaN if either holds no states. Arguments and errors as in `normalised_l1`.
     """
     values, wanted, known, _ = _on_common_grid(dos, target, window)
     a, b = np.where(known, values, 0.0), np.where(known, wanted, 0.0)
@@ -953,17 +936,8 @@ def _parse_text(content: bytes, name: str, columns: tuple[int, int] | None, kind
         raise ValueError(f"{name} holds no numbers: expected two columns, energy (eV) and DOS (states/eV)")
     energies, values = np.array(rows).T
     values, note = _clip_negative_lobes(values)
-    return _named(
-        name,
-        TargetDOS,
-        energies,
-        values,
-        ~np.isnan(values),
-        "fermi",
-        None,
-        kind,
-        {"source": f"text {Path(name).name}", "steps": note},
-    )
+    record = {"source": f"text {Path(name).name}", "steps": note}
+    return _named(name, TargetDOS, energies, values, ~np.isnan(values), "fermi", None, kind, record)
 
 
 def _parse_json(content: bytes, name: str, site: int | None) -> TargetDOS:
@@ -995,15 +969,13 @@ def _parse_npz(content: bytes, name: str, site: int | None) -> TargetDOS:
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{name} is not an .npz with {', '.join(wanted)} ({error})") from None
     # The layout is that of the label set, whose broadening is 0.1 eV.
-    source, reference, sigma = f"npz {Path(name).name}", ("vbm" if gap > 0 else "fermi"), 0.1
+    reference, sigma, record = "vbm" if gap > 0 else "fermi", 0.1, {"source": f"npz {Path(name).name}"}
     if site is None:
-        return _named(
-            name, TargetDOS, energies, total, energies <= e_max, reference, sigma, "total", {"source": source}
-        )
+        return _named(name, TargetDOS, energies, total, energies <= e_max, reference, sigma, "total", record)
     _check_site(site, len(pdos))
     scaled, known = scale_sites_to_total(pdos.sum(axis=1), total, energies=energies, e_max=float(e_max))
-    record = {"source": source, "steps": [f"site {site}, sites scaled to add up to the total"]}
-    return _named(name, TargetDOS, energies, scaled[site], known, reference, sigma, "site", record)
+    steps = {"steps": [f"site {site}, sites scaled to add up to the total"]}
+    return _named(name, TargetDOS, energies, scaled[site], known, reference, sigma, "site", record | steps)
 
 
 def _named(name: str, make: Any, *arguments: Any) -> TargetDOS:

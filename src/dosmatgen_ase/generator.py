@@ -102,16 +102,12 @@ class Request:
                 held |= {int(i) if i >= 0 else int(i) + len(template) for i in constraint.get_indices()}
                 fixed_cell = True  # FixAtoms holds Cartesian positions, which a changing cell would move
         elif fixed_cell or held:
-            raise ValueError(
-                f"{'fixed_cell' if fixed_cell else 'fixed_sites'} needs a template to take its values from"
-            )
+            name = "fixed_cell" if fixed_cell else "fixed_sites"
+            raise ValueError(f"{name} needs a template to take its values from")
         counts = _composition(composition)
         allowed = _allowed(elements, exclude_elements)
-        for z in counts:
-            if z not in allowed:
-                raise ValueError(
-                    f"composition={composition!r} contradicts elements/exclude_elements: {chemical_symbols[z]}"
-                )
+        if extra := [chemical_symbols[z] for z in counts if z not in allowed]:
+            raise ValueError(f"composition={composition!r} contradicts elements/exclude_elements: {extra[0]}")
         chosen, source = _sizes(num_atoms), "num_atoms"
         whole = isinstance(dos, Sequence)
         for name, size in (
@@ -147,23 +143,14 @@ class Request:
             if counts and z not in counts:
                 raise ValueError(f"{name} contradicts composition={composition!r}: add it, or leave the site free")
         for size in chosen or ():
-            request.check_composition(size)
+            for z, left in request.remaining(size).items():
+                if left < 0:
+                    used_up = [i for i, other in request.pinned_species().items() if other == z]
+                    raise ValueError(
+                        f"composition has fewer {chemical_symbols[z]} than sites {used_up}, which are to stay "
+                        f"{chemical_symbols[z]} by fixed_species or template: change it, or leave some of them free"
+                    )
         return request
-
-    @property
-    def smallest(self) -> int:
-        """The smallest cell that has every site named."""
-        return 1 + max([0, *self.site_targets, *self.fixed_species])
-
-    def check_composition(self, size: int) -> None:
-        """Raise ``ValueError`` if the pinned species alone use up more of an element than the composition has."""
-        for z, left in self.remaining(size).items():
-            if left < 0:
-                sites = [i for i, pinned in self.pinned_species().items() if pinned == z]
-                raise ValueError(
-                    f"composition has fewer {chemical_symbols[z]} than sites {sites}, which are to stay "
-                    f"{chemical_symbols[z]} by fixed_species or template: change it, or leave some of them free"
-                )
 
     def remaining(self, size: int) -> dict[int, int]:
         """Atoms of each element of the composition that are left for free sites in a cell of ``size`` atoms."""
@@ -222,13 +209,8 @@ class Request:
         """Pins and masks for crystals of these sizes."""
         result = Constraints.none(torch.tensor(sizes))
         if self.template is not None:
-            single = CrystalBatch.from_atoms([self.template])
-            result = replace(
-                result,
-                start=CrystalBatch(*(v.repeat(len(sizes), *[1] * (v.ndim - 1)) for v in single.__dict__.values())),
-            )
-        for i in self.fixed_sites:
-            result.fixed_coords[:, i] = True
+            result = replace(result, start=CrystalBatch.from_atoms([self.template] * len(sizes)))
+        result.fixed_coords[:, list(self.fixed_sites)] = True
         for i, z in self.pinned_species().items():
             result.start.atomic_numbers[:, i] = z
             result.fixed_species[:, i] = True
@@ -434,7 +416,7 @@ class DOSGenerator:
             raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1 to 10000")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
             raise ValueError(f"seed={seed!r} must be a whole number of at least 0")
-        request.condition([request.smallest])  # a target outside of the model's grid is told now, before any file
+        # A target outside of the model's grid is told by `sampling`, before any file.
         guidance, config = request.sampling(SamplerConfig(num_steps=int(num_steps)), guidance_scale)
         if not (math.isfinite(guidance.scale) and guidance.scale >= 0):
             raise ValueError(f"guidance_scale={guidance_scale} must be a finite number, 0 or larger")
@@ -545,12 +527,13 @@ class DOSGenerator:
         """Number of atoms of each structure: in turn from what the user gave, else drawn from the model."""
         if request.sizes is not None:
             return [request.sizes[i % len(request.sizes)] for i in range(n)]
-        condition = request.condition([request.smallest])
+        smallest = 1 + max([0, *request.site_targets, *request.fixed_species])  # that has every site named
+        condition = request.condition([smallest])
         if condition is None or guidance.scale == 0:  # scale 0 ignores the target in everything
             condition = DOSCondition.none(1, 1, MODEL_GRID.size)
         with torch.no_grad():
             logits = self.model.encoder.size_logits(condition.to(self.device))[0].double().cpu()
-        logits[: request.smallest] = -torch.inf
+        logits[:smallest] = -torch.inf
         probability = torch.softmax(logits, 0).numpy()
         return [int(np.random.default_rng((seed, i, 0, 1)).choice(len(probability), p=probability)) for i in range(n)]
 
@@ -649,9 +632,7 @@ def _targets(dos: DOSInput, sites: Sequence[int] | None) -> tuple[TargetDOS | No
         if not chosen:
             raise ValueError("sites is empty: name at least one site, or leave it out for site 0")
         return None, dict.fromkeys(chosen, dos)
-    pairs = (
-        list(dos.items() if isinstance(dos, Mapping) else enumerate(dos)) if isinstance(dos, Mapping | Sequence) else []
-    )
+    pairs = list(dos.items() if isinstance(dos, Mapping) else enumerate(dos if isinstance(dos, Sequence) else ()))
     if not pairs or not all(isinstance(t, TargetDOS) for _, t in pairs):
         raise TypeError(
             "dos must be a TargetDOS, a list of them, a mapping {site: TargetDOS}, or None: see TargetDOS.from_*"

@@ -144,8 +144,7 @@ def score(
         broken = relax is not None and atoms.info["relaxation"]["energy"] is None  # it kept its starting geometry
         known = not broken and screen(atoms).accepted and not any(cost is None for _, cost in parts)
         atoms.info["scores"] = {"score": sum(w * cost for w, cost in parts if cost) if known else None, **costs}
-    order = [atoms.info["scores"]["score"] for atoms in found]
-    return [found[i] for i in sorted(range(len(found)), key=lambda i: (order[i] is None, order[i] or 0.0, i))]
+    return sorted(found, key=lambda atoms: ((value := atoms.info["scores"]["score"]) is None, value or 0.0))
 
 
 def best(ranked: Sequence[Atoms], n: int) -> list[Atoms]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .constraints import Constraints
-from .crystal import CrystalBatch, wrap
+from .crystal import CrystalBatch, OnDevice, wrap
 from .diffusion import coordinates, species
 from .diffusion.lattice import LatticeProcess
 from .diffusion.process import JointProcess, NoisyCrystals, Prediction
@@ -43,7 +43,7 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
-class Randomness:
+class Randomness(OnDevice):
     """All random numbers of a batch, drawn per structure so that results do not depend on the batch.
 
     ``lattice`` (B, 6) normal; ``coords`` (B, N, 3), ``reveal_time`` (B, N) and ``element`` (B, N) uniform in [0, 1).
@@ -72,10 +72,6 @@ class Randomness:
             sites[i, :n, 4] = rng.random(n)
         values = torch.tensor(sites)
         return cls(torch.tensor(lattice), values[..., :3].float(), values[..., 3], values[..., 4])
-
-    def to(self, device: torch.device | str) -> Randomness:
-        """Move every tensor to ``device``."""
-        return replace(self, **{k: v.to(device) for k, v in self.__dict__.items()})
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,6 @@ def screen(
     min_volume_per_atom, max_volume_per_atom
         Density window, Angstrom^3 per atom.
 
-    Returns
-    -------
-    Screening
-
     Raises
     ------
     ValueError
@@ -101,11 +97,9 @@ def screen(
     if volume < 0:
         return Screening(False, "left-handed cell", None, abs(per_atom))
     if not per_atom >= min_volume_per_atom:
-        reason = f"{per_atom:.3g} A^3 per atom, less than {min_volume_per_atom:g}"
-        return Screening(False, reason, None, per_atom)
+        return Screening(False, f"{per_atom:.3g} A^3 per atom, less than {min_volume_per_atom:g}", None, per_atom)
     if not per_atom <= max_volume_per_atom:
-        reason = f"{per_atom:.3g} A^3 per atom, more than {max_volume_per_atom:g}"
-        return Screening(False, reason, None, per_atom)
+        return Screening(False, f"{per_atom:.3g} A^3 per atom, more than {max_volume_per_atom:g}", None, per_atom)
 
     frac_coords = positions @ (normals / volume).T  # the normals over the volume are the reciprocal vectors
     heights = volume / np.linalg.norm(normals, axis=1)
@@ -205,13 +199,9 @@ def _structure(atoms: Atoms) -> Structure:
 
 
 def screen_many(
-    structures: Sequence[Atoms],
-    *,
-    drop_duplicates: bool = True,
-    known: KnownCrystals | None = None,
-    **limits: float,
+    structures: Sequence[Atoms], *, drop_duplicates: bool = True, known: KnownCrystals | None = None, **limits: float
 ) -> list[Screening]:
-    """Screen each structure, then reject what came before in the list and, if asked, what is known.
+    """Screen each structure, then reject what came before in the list and, if asked, what is known; one outcome each.
 
     Parameters
     ----------
@@ -222,10 +212,6 @@ def screen_many(
         Reject these.
     **limits : float
         Of :func:`screen`.
-
-    Returns
-    -------
-    list of Screening, one per structure
 
     Examples
     --------

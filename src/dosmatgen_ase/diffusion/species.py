@@ -17,7 +17,7 @@ MASKED = 0
 
 def noised(atomic_numbers: Tensor, tau: Tensor, t: Tensor) -> Tensor:
     """Mask the sites whose reveal time ``tau`` lies below the level ``t`` (all of shape (B, N))."""
-    return torch.where(tau < t, torch.full_like(atomic_numbers, MASKED), atomic_numbers)
+    return atomic_numbers.masked_fill(tau < t, MASKED)
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
