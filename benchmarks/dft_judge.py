@@ -236,6 +236,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     library = Library(labels.select(labels.split == "train"))
     as_computed = labels.recipe == RECIPE  # an earlier recipe would count as a distance
     small = np.flatnonzero((labels.split == split) & (labels.num_atoms <= options.max_atoms) & as_computed)
+    if not small.size:
+        parser.error(f"no label of `{split}` with at most {options.max_atoms} atoms is of recipe {RECIPE} yet")
     rows = np.random.default_rng(options.seed).permutation(small)[: options.num_targets].tolist()
     targets = [Target.from_label(labels, row, options.seed) for row in rows]
     gaps = {t.material_id: float(labels.band_gap[row]) for t, row in zip(targets, rows, strict=True)}

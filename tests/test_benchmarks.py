@@ -303,7 +303,9 @@ def test_the_dft_judge_runs_and_counts(
     import dft_judge
 
     from dosmatgen_ase.dos import TargetDOS
-    from dosmatgen_ase.electronic import ElectronicStructure
+    from dosmatgen_ase.electronic import RECIPE, ElectronicStructure
+
+    labels = replace(labels, recipe=np.full(len(labels), RECIPE))
 
     def engine(structures: dict[str, Atoms], *_: object, **__: object) -> dict[str, ElectronicStructure]:
         found = {}

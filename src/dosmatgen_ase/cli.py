@@ -45,8 +45,8 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
-        except KeyboardInterrupt:
-            _say("interrupted", "yellow")
+        except KeyboardInterrupt as stop:  # of Ctrl-C, or of a command that says what is kept
+            _say(f"interrupted{stop}", "yellow")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             if ctx.params.get("debug"):
@@ -54,12 +54,8 @@ class OneLineErrors(TyperGroup):
             if hasattr(error, "format_message"):  # a wrong command line, told by typer
                 _say(f"error: {error.format_message()} (see --help)", "red")
                 raise typer.Exit(USAGE) from None
-            kind = (
-                ""
-                if isinstance(error, EXPECTED)
-                else f"unexpected {type(error).__name__}, run dosmatgen --debug to see where: "
-            )
-            _say(f"error: {kind}{error}", "red")
+            unexpected = f"unexpected {type(error).__name__}, run dosmatgen --debug to see where: "
+            _say(f"error: {'' if isinstance(error, EXPECTED) else unexpected}{error}", "red")
             raise typer.Exit(1) from None
 
 
@@ -151,8 +147,10 @@ def _pins(texts: Sequence[str]) -> dict[int, str]:
     return pins
 
 
-def _writable(path: Path, endings: Sequence[str]) -> None:
-    """Find out before the work, not after it, that a result cannot be written."""
+def _writable(path: Path | None, endings: Sequence[str] = (".png", ".pdf", ".svg")) -> None:
+    """Find out before the work, not after it, that a result cannot be written; None is not asked for."""
+    if path is None:
+        return
     if path.suffix.lower() not in endings:
         raise ValueError(f"cannot write {path}: its name must end in {' or '.join(endings)}")
     existed = path.exists()
@@ -262,8 +260,7 @@ def generate(
     if window is not None:
         target = target.window(*window)
     _writable(out, (".extxyz", ".xyz"))
-    if plot is not None:
-        _writable(plot, (".png", ".pdf", ".svg"))
+    _writable(plot)
     settings["template"] = None if template is None else _read_structure(template)
 
     from .generator import DOSGenerator, check_relaxable
@@ -288,8 +285,7 @@ def generate(
         _report(out, best_file, n, n * oversample, sites, total, forward, plot, how)
     except KeyboardInterrupt:
         kept = f"{made} of {n * oversample} structures are kept in {out}"
-        _say(f"interrupted: {kept}; the same command goes on from there", "yellow")
-        raise typer.Exit(INTERRUPTED) from None
+        raise KeyboardInterrupt(f": {kept}; the same command goes on from there") from None
     typer.echo(f"{time.perf_counter() - start:.1f} s")
 
 
@@ -343,15 +339,11 @@ def _report(
         from .plotting import plot_candidates
 
         target = total or next(iter(sites.values()))
-        shown = [
-            (
-                f"frame {atoms.info['frame']}: {atoms.get_chemical_formula()}, "
-                f"predicted distance {_figure(atoms.info['scores']['distance'])}",
-                atoms,
-                [predicted for predicted, _ in predicted_for_targets(prediction, sites, total)],
-            )
-            for atoms, prediction in zip(found[:4], forward.predict_arrays(found[:4]), strict=True)
-        ]
+        shown = []
+        for atoms, prediction in zip(found[:4], forward.predict_arrays(found[:4]), strict=True):
+            distance = _figure(atoms.info["scores"]["distance"])
+            title = f"frame {atoms.info['frame']}: {atoms.get_chemical_formula()}, predicted distance {distance}"
+            shown.append((title, atoms, [dos for dos, _ in predicted_for_targets(prediction, sites, total)]))
         plot_candidates(target, shown, plot, sites=() if total is not None else list(sites))
         typer.echo(f"picture: {plot}")
 
@@ -389,8 +381,7 @@ def dos(
 
     from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 
-    if plot is not None:
-        _writable(plot, (".png", ".pdf", ".svg"))
+    _writable(plot)
     target = TargetDOS.from_file(dos_file, site, reference=reference, sigma=sigma, kind=kind)
     if window is not None:
         target = target.window(*window)
@@ -496,7 +487,6 @@ def train(
     labels = load_site_dos(data / "site_dos")
     out.mkdir(parents=True, exist_ok=True)
     dataset = CrystalDataset.join(structures, labels)
-    real = len(dataset.labelled)
     if pseudo_labels is not None:
         path = Path(pseudo_labels)
         if pseudo_labels == "auto":
@@ -511,19 +501,16 @@ def train(
         if not path.is_file():
             raise FileNotFoundError(f"no pseudo-labels at {path}: give a file, or 'auto' to make it")
         dataset = CrystalDataset.join(structures, labels, load_pseudo_labels(path))
-    counts = {"structures": len(dataset), "labelled": real, "predicted": int(dataset.pseudo.sum())}
-    typer.echo(
-        f"{counts['structures']} structures, {real} with a computed and {counts['predicted']} with a predicted DOS, "
-        f"on {chosen}",
-        err=True,
-    )
+    real, predicted = len(dataset.labelled), int(dataset.pseudo.sum())
+    counts = {"structures": len(dataset), "labelled": real, "predicted": predicted}
+    told = f"{len(dataset)} structures, {real} with a computed and {predicted} with a predicted DOS, on {chosen}"
+    typer.echo(told, err=True)
     try:
         weights = run(settings, dataset, out, init=init, device=chosen, metadata={"data": counts})
     except KeyboardInterrupt:
         kept = (out / "state.safetensors").exists()
         what = f"the last state is kept in {out}; the same command goes on" if kept else "no state was saved yet"
-        _say(f"interrupted: {what}", "yellow")
-        raise typer.Exit(INTERRUPTED) from None
+        raise KeyboardInterrupt(f": {what}") from None
     typer.echo(f"weights: {weights}")
 
 
@@ -690,8 +677,7 @@ def predict(
     from .files import write_atomic
     from .predictor import predict_dos
 
-    if plot is not None:
-        _writable(plot, (".png", ".pdf", ".svg"))
+    _writable(plot)
     named = read_structures(files)
     out.mkdir(parents=True, exist_ok=True)
     table = Table("structure", "site", "element", "states below 0 eV", "band centre, eV", "expected error")
@@ -773,8 +759,8 @@ def label(
     try:
         done = run(given, shards, settings, workers=workers, limit=limit, order=chosen, table=splits, progress=True)
     except KeyboardInterrupt:
-        _say(f"interrupted: the labels made so far are in {shards}; the same command goes on from there", "yellow")
-        raise typer.Exit(INTERRUPTED) from None
+        kept = f"the labels made so far are in {shards}"
+        raise KeyboardInterrupt(f": {kept}; the same command goes on from there") from None
     for path in done.shards:
         typer.echo(f"shard: {path}")
     table = Table("structures", "", title=f"labels in {shards}")
@@ -794,8 +780,7 @@ def show_data(
     plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf or .svg) of the same.")] = None,
 ) -> None:
     """Show what the label set covers: splits, elements, sizes, symmetry, gaps, energies."""
-    if plot is not None:
-        _writable(plot, (".png", ".pdf", ".svg"))
+    _writable(plot)
     from .coverage import Coverage
     from .data import load_site_dos, load_structures
 

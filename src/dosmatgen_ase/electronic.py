@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,11 @@ import spglib
 from ase import Atoms
 from ase.io.espresso import write_espresso_in
 from ase.units import Hartree, Ry
+from ase.utils import atoms_to_spglib_cell
 from scipy.interpolate import CubicSpline, make_interp_spline
 from scipy.ndimage import gaussian_filter1d
 from scipy.optimize import brentq
+from scipy.special import expit
 from tqdm import tqdm
 
 from .dos import MODEL_SIGMA, Array, EnergyGrid, TargetDOS, scale_sites_to_total
@@ -119,13 +122,9 @@ class EspressoSettings:
     nice: int = 0
 
     def __post_init__(self) -> None:
-        numbers = {
-            name: getattr(self, name)
-            for name in ("ecutwfc", "scf_kpoint_density", "dos_kpoint_density", "time_limit")
-            if getattr(self, name) is not None
-        }
-        for name, value in numbers.items():
-            if not (math.isfinite(value) and value > 0):
+        for name in ("ecutwfc", "scf_kpoint_density", "dos_kpoint_density", "time_limit"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number above 0, not {value}")
         if not (math.isfinite(self.sigma) and self.sigma >= GRID.step):
             raise ValueError(f"sigma must be at least {GRID.step} eV, the step of the energy grid, not {self.sigma}")
@@ -213,14 +212,13 @@ class ElectronicStructure:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able dict; `from_dict` is its inverse."""
-        plain = {name: getattr(self, name) for name in _SCALARS}
         return {
             "format": "dosmatgen_ase.ElectronicStructure",
+            **{field.name: getattr(self, field.name) for field in fields(self)},
             "sites": [site.to_dict() for site in self.sites],
             "total": self.total.to_dict(),
             "orbital_dos": self.orbital_dos.tolist(),
             "energies": self.energies.tolist(),
-            **plain,
         }
 
     @classmethod
@@ -232,21 +230,12 @@ class ElectronicStructure:
         ValueError
             If a field is missing.
         """
-        missing = {"sites", "total", "orbital_dos", "energies", *_SCALARS} - set(data)
-        if missing:
+        names = {field.name for field in fields(cls)}
+        if missing := names - set(data):
             raise ValueError(f"this dict is not an ElectronicStructure: it lacks {', '.join(sorted(missing))}")
-        return cls(
-            sites=tuple(TargetDOS.from_dict(site) for site in data["sites"]),
-            total=TargetDOS.from_dict(data["total"]),
-            orbital_dos=np.asarray(data["orbital_dos"], dtype=float),
-            energies=np.asarray(data["energies"], dtype=float),
-            **{name: data[name] for name in _SCALARS},
-        )
-
-
-_SCALARS = (
-    "band_gap", "fermi_level", "e_max", "energy", "num_electrons", "magnetic_moment", "num_kpoints", "spin_polarised",
-)  # fmt: skip
+        read = {name: np.asarray(data[name], dtype=float) for name in ("orbital_dos", "energies")}
+        sites, total = tuple(map(TargetDOS.from_dict, data["sites"])), TargetDOS.from_dict(data["total"])
+        return cls(**{**{name: data[name] for name in names}, **read, "sites": sites, "total": total})
 
 
 # -- running Quantum ESPRESSO ------------------------------------------------------------------------------------------
@@ -289,11 +278,8 @@ def _compute(
     _check_crystal(atoms)
     programs = _programs(settings)
     pseudos = _pseudopotentials(atoms, settings)
-    if directory is None:
-        folder = Path(tempfile.mkdtemp(prefix="dosmatgen_dft_"))
-    else:
-        folder = Path(directory).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="dosmatgen_dft_") if directory is None else directory).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     result = _Run(folder, programs, settings.resolved(atoms), pseudos, stop).electronic_structure(atoms)
     if directory is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -521,8 +507,7 @@ def _mesh_size(atoms: Atoms, density: float) -> np.ndarray:
 
 
 def _symmetry(atoms: Atoms) -> dict[str, np.ndarray]:
-    cell = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
-    symmetry: dict[str, np.ndarray] | None = spglib.get_symmetry(cell, symprec=_SYMPREC)
+    symmetry: dict[str, np.ndarray] | None = spglib.get_symmetry(atoms_to_spglib_cell(atoms), symprec=_SYMPREC)
     if symmetry is None:
         raise ElectronicStructureError("spglib finds no symmetry in this structure: are two atoms on one place?")
     return symmetry
@@ -547,14 +532,12 @@ class IrreducibleMesh:
     @classmethod
     def of(cls, atoms: Atoms, density: float | None) -> IrreducibleMesh:
         """Reduce the mesh of a density by the crystal's symmetry; points per 1/A, None for `dos_kpoint_density`."""
-        cell = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
-        symmetry = _symmetry(atoms)
-        size = _mesh_size(atoms, density or dos_kpoint_density(atoms))
+        size, cell = _mesh_size(atoms, density or dos_kpoint_density(atoms)), atoms_to_spglib_cell(atoms)
         mapping, address = spglib.get_ir_reciprocal_mesh(size, cell, is_shift=[0, 0, 0], symprec=_SYMPREC)
-        irreducible, lookup = np.unique(mapping, return_inverse=True)
+        irreducible, lookup, counts = np.unique(mapping, return_inverse=True, return_counts=True)
         c_order = np.argsort(np.ravel_multi_index(tuple((address % size).T), tuple(size)))
-        weights = np.bincount(lookup) / len(lookup)
-        return cls(size, address[irreducible] / size, weights, lookup[c_order], symmetry["equivalent_atoms"])
+        points, weights = address[irreducible] / size, counts / len(lookup)
+        return cls(size, points, weights, lookup[c_order], _symmetry(atoms)["equivalent_atoms"])
 
     def interpolate(self, field: Array, *, smooth: bool) -> Array:
         """Interpolate (k, bands) on the irreducible points to a mesh of >= 20 points per axis, (K, bands).
@@ -594,10 +577,6 @@ class _Bands:
         """(k, bands) as it is sampled for the DOS, (K, bands)."""
         return field if self.mesh is None else self.mesh.interpolate(field, smooth=smooth)
 
-    def dense_weights(self, size: int) -> Array:
-        """Weights of the K points, sum 1."""
-        return self.weights if self.mesh is None else np.full(size, 1 / size)
-
 
 @dataclass(frozen=True, eq=False)
 class _Densities:
@@ -634,36 +613,31 @@ def _densities(bands: _Bands, equivalent_sites: np.ndarray, sigma: float) -> _De
     if bands.num_electrons > 2 * num_bands - 0.01:
         raise ElectronicStructureError(f"no empty bands for {bands.num_electrons:g} electrons: compute more (nbnd)")
     levels = [bands.dense(e, smooth=True) for e in bands.eigenvalues]
-    weights = bands.dense_weights(len(levels[0]))
+    weights = bands.weights if bands.mesh is None else np.full(len(levels[0]), 1 / len(levels[0]))
     fermi = _fermi_level(levels, weights, bands.num_electrons / electrons_per_state)
     band_gap, vbm = _gap(levels, fermi)
     zero = vbm if band_gap else fermi
 
     edges = np.arange(GRID.minimum - 1, GRID.maximum + 1 + 1e-9, _STEP)
-    representatives = sorted(set(equivalent_sites.tolist()))
-    averaged = {i: bands.projections[:, :, equivalent_sites == i].mean(2) for i in representatives}
-    channels = [(i, shell) for i in representatives for shell in range(4) if averaged[i][:, :, shell].any()]
-    total = np.zeros(edges.size)
-    parts = np.zeros((len(channels), edges.size))
+    averaged = {i: bands.projections[:, :, equivalent_sites == i].mean(2) for i in set(equivalent_sites.tolist())}
+    total, parts = np.zeros(edges.size), np.zeros((num_sites, 4, edges.size))
     for spin, energies in enumerate(levels):
         place = (energies - zero - edges[0]) / _STEP
         inside = (place > 0) & (place < edges.size - 2)
         state_weight = np.broadcast_to(weights[:, None], energies.shape)[inside] * electrons_per_state / _STEP
         total += _histogram(place[inside], state_weight, edges.size)
-        for row, (i, shell) in zip(parts, channels, strict=True):
-            share = bands.dense(averaged[i][spin, :, shell], smooth=False)[inside]
-            row += _histogram(place[inside], state_weight * share, edges.size)
+        for i, shell in itertools.product(averaged, range(4)):
+            if averaged[i][:, :, shell].any():
+                share = bands.dense(averaged[i][spin, :, shell], smooth=False)[inside]
+                parts[equivalent_sites == i, shell] += _histogram(place[inside], state_weight * share, edges.size)
 
     def broadened(values: Array) -> Array:
         return np.interp(GRID.energies, edges, gaussian_filter1d(values, sigma / _STEP))
 
-    orbital = np.zeros((num_sites, 4, GRID.size))
-    for row, (i, shell) in zip(parts, channels, strict=True):
-        orbital[equivalent_sites == i, shell] = broadened(row)
     # The topmost bands of an iterative diagonalisation are not reliable.
     spare = max(2, num_bands // 12)
     e_max = float(bands.eigenvalues[..., num_bands - spare - 1].min() - zero)
-    return _Densities(broadened(total), orbital, band_gap, zero, e_max, sigma)
+    return _Densities(broadened(total), np.apply_along_axis(broadened, -1, parts), band_gap, zero, e_max, sigma)
 
 
 def _histogram(place: Array, weights: Array, size: int) -> Array:
@@ -678,8 +652,7 @@ def _fermi_level(levels: Sequence[Array], weights: Array, num_states: float) -> 
     """Energy (eV) up to which the levels of all spins, each (k, bands), hold `num_states` states per cell."""
 
     def excess(level: float) -> float:
-        filled = (1 / (1 + np.exp(np.clip((e - level) / _FERMI_WIDTH, -200, 200))) for e in levels)
-        return sum(float(weights @ f.sum(1)) for f in filled) - num_states
+        return sum(float(weights @ expit((level - e) / _FERMI_WIDTH).sum(1)) for e in levels) - num_states
 
     return float(brentq(excess, min(e.min() for e in levels) - 1, max(e.max() for e in levels) + 1, xtol=1e-4))
 
@@ -773,7 +746,7 @@ def read_espresso(
     """
     proj, output = _existing(atomic_proj), _existing(projwfc_output)
     bands = _read_projections(proj, output.read_text(errors="replace"), len(atoms))
-    dos = _densities(bands, IrreducibleMesh.of(atoms, 0.1).equivalent_sites, sigma)
+    dos = _densities(bands, _symmetry(atoms)["equivalent_atoms"], sigma)
     return dos.targets({"source": f"Quantum ESPRESSO {proj.name}, {len(bands.weights)} k-points, Loewdin projections"})
 
 
@@ -809,7 +782,7 @@ def read_abinit(prefix: str | os.PathLike[str], atoms: Atoms) -> tuple[tuple[Tar
     energies, columns, fermi = _abinit_table(_existing(f"{os.fspath(prefix)}_DOS_TOTAL"))
     total = columns[:, 0]
     spheres = [_abinit_table(_existing(f"{os.fspath(prefix)}_DOS_AT{i + 1:04d}"))[1][:, :5] for i in range(len(atoms))]
-    equivalent = IrreducibleMesh.of(atoms, 0.1).equivalent_sites
+    equivalent = _symmetry(atoms)["equivalent_atoms"]
     projected = np.array(spheres).sum(2)
     projected = np.array([projected[equivalent == i].mean(0) for i in equivalent])
     structure = Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions())
@@ -882,10 +855,8 @@ def compute_many(
 
     Raises
     ------
-    FileNotFoundError
-        If the programs or the pseudopotentials' folder are not there.
-    RuntimeError
-        If a program does not even start, as with a wrong `launcher` or a missing library.
+    FileNotFoundError, RuntimeError
+        As `compute_dos`.
     ValueError
         If a name is no file name, or a result in the folder is that of another structure, other settings or
         pseudopotentials, or an earlier recipe.
@@ -948,20 +919,19 @@ def _compute_or_read(
         pseudos = _pseudopotentials(atoms, settings)
     except ElectronicStructureError as error:
         return error  # not recorded, as a file may be added
-    done = read_record(file)
-    if done is not None and "failed" in done and done["settings"] == given and done["structure"] == _structure(atoms):
-        return ElectronicStructureError(done["failed"])
-    if done is not None and "result" in done:
-        same = all(done["settings"].get(k) == given[k] for k in (*_PHYSICS, "recipe"))
-        same = same and done["structure"] == _structure(atoms)
-        used = done["result"]["total"]["provenance"].get("pseudopotentials")  # of an old record it is not known
-        if not same or (used is not None and used != _fingerprints(pseudos)):
-            raise ValueError(
-                f"{file} is of another structure, other settings or pseudopotentials, or an earlier version's recipe: "
-                "choose another folder, or remove it"
-            )
-        return ElectronicStructure.from_dict(done["result"])
-    record = {"format": "dosmatgen_ase.compute_many", "structure": _structure(atoms), "settings": given}
+    crystal = {"numbers": atoms.numbers.tolist(), "cell": atoms.cell.tolist(), "positions": atoms.positions.tolist()}
+    if (done := read_record(file)) is not None:
+        same = done["structure"] == crystal
+        if "failed" in done and same and done["settings"] == given:
+            return ElectronicStructureError(done["failed"])
+        if "result" in done:
+            same = same and all(done["settings"].get(k) == given[k] for k in (*_PHYSICS, "recipe"))
+            used = done["result"]["total"]["provenance"].get("pseudopotentials")  # of an old record it is not known
+            if not same or (used is not None and used != _fingerprints(pseudos)):
+                told = "another structure, other settings or pseudopotentials, or an earlier version's recipe"
+                raise ValueError(f"{file} is of {told}: choose another folder, or remove it")
+            return ElectronicStructure.from_dict(done["result"])
+    record = {"format": "dosmatgen_ase.compute_many", "structure": crystal, "settings": given}
     try:
         result = _compute(atoms, settings, out.resolve() / name, stop)
     except InterruptedCalculation as error:
@@ -972,10 +942,6 @@ def _compute_or_read(
     write_atomic(file, json.dumps({**record, "result": result.to_dict()}).encode())
     shutil.rmtree(out / name, ignore_errors=True)
     return result
-
-
-def _structure(atoms: Atoms) -> dict[str, Any]:
-    return {"numbers": atoms.numbers.tolist(), "cell": atoms.cell.tolist(), "positions": atoms.positions.tolist()}
 
 
 def read_record(file: Path) -> dict[str, Any] | None:

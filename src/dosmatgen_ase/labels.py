@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import spglib
 from ase import Atoms
+from ase.data import atomic_numbers
+from ase.utils import atoms_to_spglib_cell
 from numpy.typing import ArrayLike
 
 from .data import MAX_ATOMS, SHARD_UNIT, Structures
@@ -148,9 +150,9 @@ def label(
             own, other = _formula(candidates[name].atoms.numbers), set_.formula[name]
             if own != other:
                 raise ValueError(f"{name} ({own}) has the id of another crystal in {folder}, {other}: rename it")
-        before = len((set_.done | set(failed)) & set(candidates))
+        done = set_.done.union(failed)
         skipped = _skipped(candidates, settings)
-        waiting = {n: c for n, c in candidates.items() if n not in set_.done | set(failed) | set(skipped)}
+        waiting = {n: c for n, c in candidates.items() if n not in done and n not in skipped}
         queue = _in_order(waiting, order, set_.elements, known=candidates)
         queue = [*(n for n in queue if n in made), *[n for n in queue if n not in made][:limit]]
         for path in stale:
@@ -187,7 +189,7 @@ def label(
                         pack()
         finally:
             pack()
-    return LabelReport(written, count, failed, skipped, before)
+    return LabelReport(written, count, failed, skipped, len(done.intersection(candidates)))
 
 
 # -- which, and in which order -----------------------------------------------------------------------------------------
@@ -213,18 +215,13 @@ def _candidates(
     structures: Structures | Mapping[str, Atoms], split: Mapping[str, str] | None, split_of_formula: Mapping[str, str]
 ) -> Iterator[_Candidate]:
     if isinstance(structures, Structures):
-        rows = zip(
-            structures.material_id.tolist(), structures.split.tolist(), structures.spacegroup.tolist(), strict=True
-        )
-        for i, (name, own, number) in enumerate(rows):
-            yield _Candidate(name, structures.atoms(i), own, number)
+        for i, name in enumerate(structures.material_id.tolist()):
+            yield _Candidate(name, structures.atoms(i), str(structures.split[i]), int(structures.spacegroup[i]))
         return
     formulas = {name: _formula(atoms.numbers) for name, atoms in structures.items()}
     known = formula_splits(formulas, split, split_of_formula)
     for name, atoms in structures.items():
-        found = spglib.get_symmetry_dataset(
-            (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=1e-3
-        )
+        found = spglib.get_symmetry_dataset(atoms_to_spglib_cell(atoms), symprec=1e-3)
         yield _Candidate(name, atoms, known.get(formulas[name], "train"), 1 if found is None else found.number)
 
 
@@ -264,11 +261,9 @@ def _formula(numbers: ArrayLike) -> str:
 
 def _skipped(candidates: Mapping[str, _Candidate], settings: EspressoSettings) -> dict[str, str]:
     """Why structures are not tried."""
-    elements = {
-        symbol: z for c in candidates.values() for symbol, z in zip(c.atoms.symbols, c.atoms.numbers, strict=True)
-    }
-    no_label = {symbol: f"{symbol} is {UNLABELLED[z]}" for symbol, z in elements.items() if z in UNLABELLED}
-    no_label = {**without_pseudopotential(elements, settings), **no_label}
+    elements = {symbol for candidate in candidates.values() for symbol in candidate.atoms.symbols}
+    no_label = without_pseudopotential(elements, settings)
+    no_label |= {s: f"{s} is {UNLABELLED[z]}" for s in elements if (z := atomic_numbers[s]) in UNLABELLED}
     skipped = {}
     for name, candidate in candidates.items():
         reasons = [no_label[symbol] for symbol in sorted(set(candidate.atoms.symbols)) if symbol in no_label]
@@ -352,8 +347,7 @@ class _LabelSet:
                         known.elements.update(set(Atoms(numbers).symbols))
                         known.formula[name] = _formula(numbers)
                         known.split[known.formula[name]] = split
-                own = int(shard["recipe"]) if "recipe" in shard else 1
-                known.done.update(ids if own >= recipe else [], failed)
+                known.done.update(ids if int(shard.get("recipe", 1)) >= recipe else [], failed)
         return known
 
 
@@ -408,12 +402,11 @@ def _pack(
         "failed_id": np.array(list(new), np.str_),
         "failed_reason": np.array(list(new.values()), np.str_),
     }  # fmt: skip
-    names = ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment")
-    for key, name in (*zip(names, names, strict=True), ("efermi", "fermi_level")):
-        arrays[key] = np.array([getattr(r, name) for r in results], np.float32)
+    for name in ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment", "fermi_level"):
+        arrays[name.replace("fermi_level", "efermi")] = np.array([getattr(r, name) for r in results], np.float32)
     digest = zlib.crc32("".join(arrays["material_id"]).encode())  # two runs may pack in one second
     path = folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{digest:08x}.npz"
-    write_npz(path, **{key: np.asarray(value) for key, value in arrays.items()})
+    write_npz(path, **arrays)
     for name in [*arrays["material_id"], *new]:
         (work / f"{name}.json").unlink()
     return path

@@ -92,11 +92,8 @@ def plot_dos(
         ax.plot(dos.energies, made, color=OTHER_COLOUR, linewidth=1.2, alpha=strength, label=label or None)
 
     ax.axvline(0.0, color="0.3", linewidth=0.8, linestyle=":")
-    ax.set_xlim(lo, hi)
-    ax.set_ylim(bottom=0.0)
     zeros = " or ".join(ZERO_NAMES[r] for r in sorted({dos.reference for dos in targets}))
-    ax.set_xlabel(f"$E$ − {zeros} (eV)")
-    ax.set_ylabel(f"{first.kind} DOS (states/eV)")
+    ax.set(xlim=(lo, hi), ylim=(0.0, None), xlabel=f"$E$ − {zeros} (eV)", ylabel=f"{first.kind} DOS (states/eV)")
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False)
     if path is not None:
@@ -206,9 +203,8 @@ def draw_crystal(
             ax.add_patch(Circle((x - 0.3 * r, y + 0.3 * r), share * r, **shine))
     margin = radii.max() + 0.3
     corners = np.concatenate([places, edges.reshape(-1, 3)])
-    ax.set_xlim(corners[:, 0].min() - margin, corners[:, 0].max() + margin)
-    ax.set_ylim(corners[:, 1].min() - margin, corners[:, 1].max() + margin)
-    ax.set_aspect("equal")
+    (left, low), (right, high) = corners[:, :2].min(0) - margin, corners[:, :2].max(0) + margin
+    ax.set(xlim=(left, right), ylim=(low, high), aspect="equal")
     ax.set_axis_off()
     ball: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 9}
     handles = [
@@ -242,10 +238,8 @@ def plot_candidates(
 
     Raises
     ------
-    ValueError
-        If there is no candidate, or the format is not known.
-    OSError
-        If the file cannot be written.
+    ValueError, OSError
+        If there is no candidate; as `plot_dos`.
     """
     from matplotlib.figure import Figure
 
@@ -267,7 +261,7 @@ def _shown_atoms(atoms: Atoms, origin: int, repeats: int) -> tuple[np.ndarray, n
     """Indices (m,) and positions (m, 3) of the atoms to draw, atom `origin` at zero, and the box (3, 3), Angstrom."""
     frac = atoms.get_scaled_positions()
     frac = (frac - frac[origin]) % 1.0
-    shifts = np.stack(np.meshgrid(*[np.arange(-1, repeats + 1)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    shifts = np.indices([repeats + 2] * 3).reshape(3, -1).T - 1
     images = frac[:, None] + shifts
     shown = ((images > -BORDER) & (images < repeats + BORDER)).all(axis=-1)
     return np.nonzero(shown)[0], images[shown] @ atoms.cell.array, repeats * atoms.cell.array
@@ -275,21 +269,20 @@ def _shown_atoms(atoms: Atoms, origin: int, repeats: int) -> tuple[np.ndarray, n
 
 def _cell_edges(cell: np.ndarray) -> np.ndarray:
     """End points of the twelve edges of a cell, shape (12, 2, 3)."""
-    corners = np.array(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij")).reshape(3, -1).T
+    corners = np.indices((2, 2, 2)).reshape(3, -1).T
     first, second = np.nonzero(np.triu(np.abs(corners[:, None] - corners).sum(-1) == 1))
     return np.stack([corners[first], corners[second]], axis=1) @ cell
 
 
 def _view(cell: np.ndarray) -> np.ndarray:
     """Rows: right, up and towards the eye. c points up, a to the right, then turned by 20 and tilted by 12 degrees."""
+    from scipy.spatial.transform import Rotation
+
     up = cell[2] / np.linalg.norm(cell[2])
     right = cell[0] - (cell[0] @ up) * up
     right /= np.linalg.norm(right)
     frame = np.stack([right, up, np.cross(right, up)])
-    turn, tilt = np.radians(-20.0), np.radians(12.0)
-    about_up = np.array([[np.cos(turn), 0, np.sin(turn)], [0, 1, 0], [-np.sin(turn), 0, np.cos(turn)]])
-    about_right = np.array([[1, 0, 0], [0, np.cos(tilt), -np.sin(tilt)], [0, np.sin(tilt), np.cos(tilt)]])
-    return about_right @ about_up @ frame
+    return Rotation.from_euler("yx", [-20, 12], degrees=True).as_matrix() @ frame
 
 
 # -- the label set -----------------------------------------------------------------------------------------------------
@@ -302,15 +295,7 @@ ROWS = {1: 1, 3: 2, 11: 3, 19: 4, 37: 5, 55: 6, 72: 6, 87: 7, 58: 8.3, 90: 9.3}
 
 
 def plot_coverage(coverage: Coverage, path: str | PathLike[str]) -> None:
-    """Save labels per element on a periodic table, and by size, crystal system and gap.
-
-    Raises
-    ------
-    ValueError
-        If the format is not known.
-    OSError
-        If the file cannot be written.
-    """
+    """Save labels per element on a periodic table, and by size, crystal system and gap; errors as of `plot_dos`."""
     from ase.data import chemical_symbols
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm

@@ -13,9 +13,10 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -199,13 +200,11 @@ class PredictorConfig:
     batch_size: int = 64
 
 
-JUDGE_CONFIG = PredictorConfig(hidden=512, depth=2, dropout=0.4, epochs=60, weight_decay=1e-1)
-
 # The predictors of the project: name, half of the formulas (None: all), networks. All differ by seed.
 ROLES: dict[str, tuple[int | None, PredictorConfig]] = {
     "predictor": (None, PredictorConfig()),
     "ranker": (0, PredictorConfig()),
-    "judge": (1, JUDGE_CONFIG),
+    "judge": (1, PredictorConfig(hidden=512, depth=2, dropout=0.4, epochs=60, weight_decay=1e-1)),
 }
 
 
@@ -234,22 +233,16 @@ class SitePrediction(NamedTuple):
     reason: str = ""
 
 
-class _Members(nn.Module):
-    """Standardised inputs -> correction to the element's mean DOS, before the softplus; one network per member."""
-
-    def __init__(self, inputs: int, config: PredictorConfig) -> None:
-        super().__init__()
-        self.nets = nn.ModuleList()
-        for _ in range(config.members):
-            layers: list[nn.Module] = []
-            width = inputs
-            for _ in range(config.depth):
-                layers += [nn.Linear(width, config.hidden), nn.SiLU(), nn.Dropout(config.dropout)]
-                width = config.hidden
-            head = nn.Linear(width, MODEL_GRID.size)
-            nn.init.normal_(head.weight, std=1e-3)  # start at the element's mean
-            nn.init.zeros_(head.bias)
-            self.nets.append(nn.Sequential(*layers, head))
+def _member(inputs: int, config: PredictorConfig) -> nn.Sequential:
+    """Standardised inputs -> correction to the element's mean DOS, before the softplus."""
+    widths = [inputs, *[config.hidden] * config.depth]
+    layers: list[nn.Module] = []
+    for size, width in pairwise(widths):
+        layers += [nn.Linear(size, width), nn.SiLU(), nn.Dropout(config.dropout)]
+    head = nn.Linear(widths[-1], MODEL_GRID.size)
+    nn.init.normal_(head.weight, std=1e-3)  # start at the element's mean
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(*layers, head)
 
 
 class DOSPredictor:
@@ -265,7 +258,8 @@ class DOSPredictor:
         self.config = config
         self.tables = tables  # baseline, support: (95, 151); input_mean, input_std: (536,)
         self.info = info
-        self.members = _Members(len(tables["input_mean"]), config).eval()
+        inputs = len(tables["input_mean"])
+        self.members = nn.ModuleList(_member(inputs, config) for _ in range(config.members)).eval()
 
     @property
     def baseline(self) -> np.ndarray:
@@ -294,10 +288,11 @@ class DOSPredictor:
             return predictions
         baseline, support = self.tables["baseline"], self.tables["support"]
         with torch.no_grad():
-            x = self._standardised(torch.cat([_inputs(baseline, f, numbers[i]) for i, f in readable.items()]))
-            rows = torch.from_numpy(np.concatenate([numbers[i] for i in readable]))
+            kinds = [numbers[i] for i in readable]
+            x = self._standardised(_inputs(baseline, readable.values(), kinds))
+            rows = torch.from_numpy(np.concatenate(kinds))
             offset = _inverse_softplus(baseline[rows])
-            members = torch.stack([softplus(net(x) + offset) for net in self.members.nets])
+            members = torch.stack([softplus(net(x) + offset) for net in self.members])
         mean, spread = members.mean(0).numpy(), members.std(0, correction=0).numpy()
         known = (support[rows] >= MIN_LABELS).numpy()
         slope, offset_error = self.calibration["error"]
@@ -317,7 +312,7 @@ class DOSPredictor:
 
     def save(self, path: str | Path) -> None:
         """Save as one safetensors file (networks in half precision), atomically."""
-        tensors = {f"members.{k}": v.half() for k, v in self.members.state_dict().items()}
+        tensors = {f"members.nets.{k}": v.half() for k, v in self.members.state_dict().items()}
         info = {"kind": "predictor", "config": asdict(self.config), "info": self.info}
         save_tensors(path, {**tensors, **self.tables}, info)
 
@@ -333,17 +328,20 @@ class DOSPredictor:
         tensors, header = load_tensors(path)
         if header.get("kind") != "predictor":
             raise ValueError(f"{path} holds no predictor (kind: {header.get('kind')}): give the path of one")
-        members = {k.removeprefix("members."): v.float() for k, v in tensors.items() if k.startswith("members.")}
+        members = {k.removeprefix("members.nets."): v.float() for k, v in tensors.items() if k.startswith("members.")}
         tables = {k: v for k, v in tensors.items() if not k.startswith("members.")}
         predictor = cls(PredictorConfig(**header["config"]), tables, header["info"])
         predictor.members.load_state_dict(members)
         return predictor
 
 
-def _inputs(baseline: Tensor, feature: np.ndarray, numbers: np.ndarray) -> Tensor:
-    """Return the unstandardised inputs (n, 536) of a structure with features (n, 385) and atomic numbers (n,)."""
-    context = baseline[torch.tensor(numbers)].mean(dim=0, keepdim=True).expand(len(numbers), -1)
-    return torch.cat([torch.from_numpy(feature.astype(np.float32)), context], dim=1)
+def _inputs(baseline: Tensor, features: Iterable[np.ndarray | str], numbers: Iterable[np.ndarray]) -> Tensor:
+    """Return the unstandardised inputs (s, 536) of the sites of structures, which all have features."""
+    parts = []
+    for feature, z in zip(features, numbers, strict=True):
+        context = baseline[torch.tensor(z)].mean(dim=0, keepdim=True).expand(len(z), -1)
+        parts.append(torch.cat([torch.tensor(np.asarray(feature, dtype=np.float32)), context], dim=1))
+    return torch.cat(parts)
 
 
 def _inverse_softplus(y: Tensor) -> Tensor:
@@ -386,22 +384,14 @@ def predict_dos(atoms: Atoms, sites: Sequence[int] | None = None) -> list[Target
     if unknown:
         raise ValueError(f"no DOS for {', '.join(sorted(set(unknown)))}: too few labels; add some and retrain")
     reference = "vbm" if _looks_gapped(prediction.mean) else "fermi"
-    made_by = {"source": "predictor", "steps": [], "predictor": predictor.info}
-    return [
-        TargetDOS(
-            MODEL_GRID.energies,
-            prediction.mean[i],
-            prediction.known[i],
-            reference,
-            MODEL_SIGMA,
-            provenance={
-                **made_by,
-                "expected_distance": float(prediction.error[i]),
-                "spread": prediction.spread[i].tolist(),
-            },
-        )
-        for i in wanted
-    ]
+
+    def target(i: int) -> TargetDOS:
+        doubt = {"expected_distance": float(prediction.error[i]), "spread": prediction.spread[i].tolist()}
+        told = {"source": "predictor", "steps": [], "predictor": predictor.info, **doubt}
+        known, mean = prediction.known[i], prediction.mean[i]
+        return TargetDOS(MODEL_GRID.energies, mean, known, reference, MODEL_SIGMA, provenance=told)
+
+    return [target(i) for i in wanted]
 
 
 class DOSCalculator(Calculator):
@@ -439,12 +429,6 @@ def _looks_gapped(site_dos: np.ndarray) -> bool:
 # -- training and use --------------------------------------------------------------------------------------------------
 
 
-def _label_sites(labels: SiteDOSLabels) -> tuple[np.ndarray, np.ndarray]:
-    """Return structure index and site index of every labelled site, structure by structure."""
-    owner, site = np.nonzero(np.arange(MAX_ATOMS) < labels.num_atoms[:, None])
-    return owner, site
-
-
 def element_tables(labels: SiteDOSLabels, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return each element's mean DOS and the number of labelled structures behind it, both (95, 151).
 
@@ -457,7 +441,7 @@ def element_tables(labels: SiteDOSLabels, rows: np.ndarray) -> tuple[Tensor, Ten
     rows : those to use, a boolean mask or an index array
     """
     labels = labels.select(rows)
-    owner, site = _label_sites(labels)
+    owner, site = np.nonzero(labels.atomic_numbers)
     key, inverse = np.unique(
         np.stack([owner, labels.atomic_numbers[owner, site]]), axis=1, return_inverse=True
     )  # (structure, element) pairs
@@ -513,14 +497,15 @@ def train_predictor(
     if not len(train_rows) or not len(val_rows):
         raise ValueError(f"{len(train_rows)} training and {len(val_rows)} validation labels: both are needed")
     baseline, support = element_tables(labels, train_rows)
-    raw = _label_inputs(baseline, labels, features, train_rows)
-    tables = {"baseline": baseline, "support": support, "input_mean": raw.mean(0), "input_std": raw.std(0) + 1e-3}
+    train, val = (_training_sites(baseline, labels, features, rows) for rows in (train_rows, val_rows))
+    mean, std = train.inputs.mean(0), train.inputs.std(0) + 1e-3
+    tables = {"baseline": baseline, "support": support, "input_mean": mean, "input_std": std}
     info = {"fold": fold, "seed": seed, "train_structures": len(train_rows), "descriptor": "CHGNet 0.3.0"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         predictor = DOSPredictor(config, tables, info)
-        train, val = (_training_sites(predictor, labels, features, rows) for rows in (train_rows, val_rows))
-        for net in predictor.members.nets:
+        train, val = (part._replace(inputs=predictor._standardised(part.inputs)) for part in (train, val))
+        for net in predictor.members:
             _fit(net, train, val, config, progress)
     predictor.members.eval()
     predictor.info["calibration"] = _calibration(predictor, labels, features, val_rows)
@@ -543,23 +528,14 @@ class _Sites(NamedTuple):
         return (self.weight[rows] * error.sum(1) / scale).sum() / self.weight[rows].sum()
 
 
-def _label_inputs(
-    baseline: Tensor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray
-) -> Tensor:
-    """Return the unstandardised inputs (s, 536) of the sites of these labels, which all have features."""
-    pairs = [(features[i], labels.atoms(i).numbers) for i in rows.tolist()]
-    return torch.cat([_inputs(baseline, np.asarray(feature, dtype=np.float32), z) for feature, z in pairs])
-
-
 def _training_sites(
-    predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray
+    baseline: Tensor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray
 ) -> _Sites:
-    baseline = predictor.tables["baseline"]
-    inputs = _label_inputs(baseline, labels, features, rows)
-    labels = labels.select(rows)
-    owner, site = _label_sites(labels)
+    """Sites of labels that all have features; their inputs are not standardised yet."""
+    labels, readable = labels.select(rows), [features[i] for i in rows.tolist()]
+    owner, site = np.nonzero(labels.atomic_numbers)
     return _Sites(
-        inputs=predictor._standardised(inputs),
+        inputs=_inputs(baseline, readable, [labels.atoms(i).numbers for i in range(len(labels))]),
         offset=_inverse_softplus(baseline[torch.from_numpy(labels.atomic_numbers[owner, site])]),
         dos=torch.from_numpy(labels.values[owner, site]),
         known=torch.from_numpy(labels.known[owner].astype(np.float32)),
@@ -606,7 +582,7 @@ def _compared(
     """Prediction, DOS and known bins of all sites of some labels, structure after structure."""
     found = predictor.predict_features([features[i] for i in rows], [labels.atoms(i).numbers for i in rows])
     labels = labels.select(rows)
-    owner, site = _label_sites(labels)
+    owner, site = np.nonzero(labels.atomic_numbers)
     mean, spread, bins, error = (np.concatenate(part) for part in list(zip(*found, strict=True))[:4])
     joined = SitePrediction(mean, spread, bins, error)
     return joined, labels.values[owner, site].astype(np.float64), labels.known[owner]

@@ -190,11 +190,9 @@ def _card(candidate: CandidateDoc, targets: dict[str, TargetDOS]) -> str:
         curves = [target.on_grid(), candidate.achieved[key].on_grid()]
         pictures.append(_picture(plot_dos(curves, [_name(key), f"{candidate.formula}, {candidate.engine}"]), "DOS"))
     pictures.append(_picture(draw_crystal(to_atoms(structure), sites=sites), f"unit cell of {candidate.formula}"))
-    lattice = structure.lattice
-    cell = f"a, b, c = {lattice.a:.2f}, {lattice.b:.2f}, {lattice.c:.2f} Å; α, β, γ = "
-    cell += (
-        f"{lattice.alpha:.1f}, {lattice.beta:.1f}, {lattice.gamma:.1f}°; {lattice.volume / len(structure):.1f} Å³/atom"
-    )
+    lengths = ", ".join(f"{x:.2f}" for x in structure.lattice.abc)
+    angles = ", ".join(f"{x:.1f}" for x in structure.lattice.angles)
+    cell = f"a, b, c = {lengths} Å; α, β, γ = {angles}°; {structure.volume / len(structure):.1f} Å³/atom"
     relaxed = f"; relaxation {candidate.relaxation}" if candidate.relaxation else ""
     title = f"<h3>{escape(candidate.formula)} {_number(candidate)}, distance {candidate.distance:.3f}</h3>"
     note = f'<p class="note">{escape(cell + relaxed)}</p>'

@@ -113,7 +113,6 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:
         """From JSON; an unknown name is an error."""
-        values = dict(values)
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(f"unknown training settings {unknown}: choose from {sorted(cls.__dataclass_fields__)}")
@@ -157,9 +156,7 @@ class DenseData:
 def draw_probability(dataset: CrystalDataset, config: TrainingConfig) -> np.ndarray:
     """Probability of each structure to be drawn, shape (n,): shares of labelled, predicted, bare, by size."""
     row = dataset.dos_index
-    kind = (
-        np.where(row < 0, 2, np.where(dataset.pseudo[np.maximum(row, 0)], 1, 0)) if len(dataset.pseudo) else 2 + 0 * row
-    )
+    kind = np.where(row < 0, 2, np.append(dataset.pseudo, False)[row])  # 0: computed, 1: predicted, 2: none
     size = np.minimum(1.0, (8.0 / dataset.structures.num_atoms) ** config.size_exponent)
     shares = (config.real_share, config.pseudo_share, 1 - config.real_share - config.pseudo_share)
     weight = np.zeros(len(row))
@@ -355,10 +352,8 @@ class Trainer:
             the same), on another type of device, or by a version that did not tell its origin.
         """
         tensors, header = load_tensors(path)
-        if header.get("kind") != "training":
-            raise ValueError(
-                f"{path} holds a {header.get('kind')}, not the state of a training run: choose a new folder"
-            )
+        if (kind := header.get("kind")) != "training":
+            raise ValueError(f"{path} holds a {kind}, not the state of a training run: choose a new folder")
         stored, own = header["config"], json.loads(json.dumps(asdict(self.config)))
         changed = sorted(k for k in own if stored.get(k) != own[k] and k not in MAY_CHANGE)
         if changed:

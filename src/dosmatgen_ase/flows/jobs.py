@@ -20,15 +20,7 @@ from jobflow import Maker, job
 from pymatgen.core import Structure
 
 from dosmatgen_ase.dos import NEAR_GAP, TargetDOS, mae, normalised_l1
-from dosmatgen_ase.flows.schemas import (
-    LARGE,
-    CandidateDoc,
-    DOSDoc,
-    GenerationDoc,
-    RelaxDoc,
-    ScreeningDoc,
-    TrainDoc,
-)
+from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, GenerationDoc, RelaxDoc, ScreeningDoc, TrainDoc
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -172,15 +164,8 @@ class ScreenMaker(Maker):
                     reason = f"the same crystal as candidate {twin}"
                 else:
                     before.add(atoms, str(record["index"]))
-            result.candidates.append(
-                CandidateDoc(
-                    index=record["index"],
-                    formula=structure.composition.reduced_formula,
-                    generated=structure,
-                    record=record,
-                    reason=reason,
-                )
-            )
+            told = {"index": record["index"], "formula": structure.composition.reduced_formula, "reason": reason}
+            result.candidates.append(CandidateDoc(generated=structure, record=record, **told))
         if self.keep is not None and generation.targets:
             _keep_best(result, self.keep)
         return result
@@ -295,20 +280,16 @@ class PredictDOSMaker(Maker):
     @job(output_schema=DOSDoc, data=LARGE)
     def make(self, structure: Structure | None) -> DOSDoc:
         """Predict the site DOS of one structure."""
-        return _predict(structure)
+        engine = "forward model"
+        if structure is None:
+            return DOSDoc(engine=engine, reason="there is no structure: its relaxation failed")
+        from dosmatgen_ase.predictor import predict_dos
 
-
-def _predict(structure: Structure | None) -> DOSDoc:
-    engine = "forward model"
-    if structure is None:
-        return DOSDoc(engine=engine, reason="there is no structure: its relaxation failed")
-    from dosmatgen_ase.predictor import predict_dos
-
-    try:
-        sites = predict_dos(to_atoms(structure))
-    except ValueError as error:
-        return DOSDoc(engine=engine, reason=str(error))
-    return DOSDoc(engine=engine, site_dos=sites, total_dos=TargetDOS.sum_of(sites))
+        try:
+            sites = predict_dos(to_atoms(structure))
+        except ValueError as error:
+            return DOSDoc(engine=engine, reason=str(error))
+        return DOSDoc(engine=engine, site_dos=sites, total_dos=TargetDOS.sum_of(sites))
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------
@@ -453,10 +434,8 @@ def add_reports(reports: list[dict[str, Any] | None]) -> dict[str, Any]:
     """Join what `label_batch` returned; a job that failed adds nothing, and makes its labels when it runs again."""
     total: dict[str, Any] = {"shards": [], "labels": 0, "failed": {}, "skipped": {}, "done_before": 0}
     for report in filter(None, reports):
-        for key in ("shards", "labels", "done_before"):
-            total[key] += report[key]
-        for key in ("failed", "skipped"):
-            total[key] |= report[key]
+        for key, value in report.items():
+            total[key] = total[key] | value if isinstance(value, dict) else total[key] + value
     return total
 
 
@@ -494,13 +473,7 @@ class TrainMaker(Maker):
         extra = [] if pseudo_labels is None else [load_pseudo_labels(pseudo_labels)]
         dataset = CrystalDataset.join(structures, load_site_dos(Path(self.data) / "site_dos"), *extra)
         config = TrainingConfig.from_dict(self.config)
-        out = Path(self.out)
-        out.mkdir(parents=True, exist_ok=True)
-        weights = train(config, dataset, out, device=self.device)
-        return TrainDoc(
-            weights=str(weights),
-            sha256=load_model(weights)[1]["sha256"],
-            structures=len(dataset),
-            labelled=len(dataset.labelled),
-            config=asdict(config),
-        )
+        weights = train(config, dataset, self.out, device=self.device)
+        counts = {"structures": len(dataset), "labelled": len(dataset.labelled)}
+        digest = load_model(weights)[1]["sha256"]
+        return TrainDoc(weights=str(weights), sha256=digest, config=asdict(config), **counts)
