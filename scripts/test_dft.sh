@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests that run Quantum ESPRESSO and abinit, in the .venv that scripts/setup.sh dev makes. Some 7 minutes on one core.
+# The tests that run Quantum ESPRESSO and abinit, in the .venv that scripts/setup.sh dev makes. Some 10 minutes on one core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
