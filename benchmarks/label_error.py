@@ -2,6 +2,7 @@
 
 python benchmarks/label_error.py                                   # about an hour on one core; goes on where it was
 python benchmarks/label_error.py --vasp PATH/dos_mp_elements.npz   # and the labels that are elements against VASP
+python benchmarks/label_error.py --recipe 1 --out benchmarks/results/recipe_1      # what the labels were like before
 
 **The draw.** 40 labels, shared out over the three densities of the DOS mesh (3.0, 2.5 and 2.0 points per A^-1, by
 symmetry) as all labels are, at least 2 each. Within each the order is that of a random number made from the seed and
@@ -271,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Error of the labels against denser meshes, and against VASP.")
     parser.add_argument("--vasp", type=Path, help="dos_mp_elements.npz")
     parser.add_argument("--labels", type=Path, default=ROOT / "data" / "site_dos", help="folder of shards")
+    parser.add_argument("--recipe", type=int, help="labels by this recipe alone, though some were computed anew")
     parser.add_argument("--report", action="store_true", help="compute nothing")
     parser.add_argument("-n", type=int, default=40, help="labels to recompute")
     parser.add_argument("--explain", type=int, default=5, help="worst labels recomputed at 75 Ry on their own meshes")
@@ -279,7 +281,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "label_error", help="where results are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    labels = load_site_dos(options.labels)
+    labels = load_site_dos(options.labels, options.recipe)
     rows, how = draw(labels, electron_counts(options.labels), options.n, options.seed, options.max_cost)
     latest = int(labels.recipe.max())
     current = [i for i in rows if labels.recipe[i] == latest]

@@ -159,6 +159,9 @@ def test_the_later_recipe_wins_then_the_later_name(tmp_path: Path) -> None:
     assert labels.material_id.tolist() == ["x-1", "x-3", "x-2"]
     assert labels.recipe.tolist() == [1, 1, 2]
     np.testing.assert_allclose(labels.values.sum((1, 2)) * 0.1, [1, 3, 7], atol=0.01)
+    assert load_site_dos(tmp_path, recipe=1).material_id.tolist() == ["x-1", "x-2", "x-3"]
+    with pytest.raises(ValueError, match="of recipe 3"):
+        load_site_dos(tmp_path, recipe=3)
 
 
 def test_real_labels_hold_the_electrons_below_zero(labels: SiteDOSLabels) -> None:

@@ -58,7 +58,7 @@ def test_labels_of_an_earlier_recipe_are_left_out(
 ) -> None:
     stand_in_engine(tmp_path / "log")
     mixed = replace(labels, recipe=labels.recipe - (np.arange(len(labels)) < 5))
-    monkeypatch.setattr(benchmark, "load_site_dos", lambda folder: mixed)
+    monkeypatch.setattr(benchmark, "load_site_dos", lambda *_: mixed)
     report = run(tmp_path, monkeypatch, "-n", "12", "--explain", "0")
     assert (report["draw"]["drawn"], report["draw"]["of_earlier_recipes"], len(report["labels"])) == (12, 5, 7)
     assert not {r["id"] for r in report["labels"]} & set(labels.material_id[:5].tolist())

@@ -112,7 +112,7 @@ def test_labels_are_packed_with_what_failed_and_nothing_is_done_twice(tmp_path: 
         np.load(report.shards[0], allow_pickle=False) as shard,
         np.load(max((ROOT / "data" / "site_dos").glob("*.npz"))) as other,
     ):
-        assert set(shard.files) == set(other.files) | {"recipe"}
+        assert set(shard.files) == set(other.files)
         assert shard["recipe"] == RECIPE
         for key in other.files:
             assert shard[key].dtype.kind == other[key].dtype.kind

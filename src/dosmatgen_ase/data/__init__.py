@@ -202,8 +202,8 @@ class SiteDOSLabels(_Crystals):
         ]
 
 
-def load_site_dos(directory: str | Path) -> SiteDOSLabels:
-    """Read every label shard `*.npz` of a directory.
+def load_site_dos(directory: str | Path, recipe: int | None = None) -> SiteDOSLabels:
+    """Read every label shard `*.npz` of a directory, or those of one recipe.
 
     Where a `material_id` comes twice the later recipe wins, and of one recipe the later name, which begins with the
     time.
@@ -217,12 +217,16 @@ def load_site_dos(directory: str | Path) -> SiteDOSLabels:
     FileNotFoundError
         If the directory holds no shard.
     ValueError
-        If a shard lacks an array.
+        If a shard lacks an array, or none is of the recipe.
     """
     paths = sorted(Path(directory).glob("*.npz"))
     if not paths:
         raise FileNotFoundError(f"no label shards (*.npz) in {directory}: pass data/site_dos of a repository clone")
     shards = sorted(map(_read_shard, paths), key=lambda data: int(data["recipe"]))
+    if recipe is not None:
+        shards = [data for data in shards if data["recipe"] == recipe]
+        if not shards:
+            raise ValueError(f"no label shard in {directory} is of recipe {recipe}")
     last = {name: (k, i) for k, data in enumerate(shards) for i, name in enumerate(data["material_id"].tolist())}
     rows: list[tuple] = []
     for k, data in enumerate(shards):
