@@ -2,7 +2,7 @@
 
 python benchmarks/label_error.py                                   # about an hour on one core; goes on where it was
 python benchmarks/label_error.py --vasp PATH/dos_mp_elements.npz   # and the labels that are elements against VASP
-python benchmarks/label_error.py --recipe 1 --out benchmarks/results/recipe_1      # what the labels were like before
+python benchmarks/label_error.py --recipe 1 --out benchmarks/results/recipe_1   # those of an earlier recipe
 
 **The draw.** 40 labels, shared out over the three densities of the DOS mesh (3.0, 2.5 and 2.0 points per A^-1, by
 symmetry) as all labels are, at least 2 each. Within each the order is that of a random number made from the seed and

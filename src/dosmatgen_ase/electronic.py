@@ -61,14 +61,24 @@ GRID = EnergyGrid(-12.0, 8.0, 0.05)
 MAGNETIC = {"V": 2.0, "Cr": 3.0, "Mn": 4.0, "Fe": 3.0, "Co": 2.0, "Ni": 1.0}
 """Elements that make a calculation spin-polarised, with the moment (mu_B) it starts from; always ferromagnetic."""
 
-RECIPE = 2
+RECIPE = 3
 """Number of the physics and arithmetic of a DOS with default settings, raised by what changes results.
 
-1: 45 Ry, SCF mesh of 1.3 points per 1/A, bands interpolated linearly. 2: as told here.
+1: 45 Ry, SCF mesh of 1.3 points per 1/A, bands interpolated linearly. 2: as told here, but 60 Ry (75 with Cu or Zn)
+and four times as much for the density. 3: as told here.
 """
 
-_CUTOFF = 60.0  # Ry, moves a DOS by less than 5 % at most elements
-_CUTOFFS = {"Cu": 75.0, "Zn": 75.0}  # Ry, where it does not: compact, filled d shells
+_CUTOFFS = 60.0, 150.0  # Ry, for waves and density
+# Where less or more is needed to move a DOS by no more than a few per cent: docs/decisions.md.
+_SOFT = (
+    *("Li", "C", "Al", "Si", "P", "S", "Cl", "K", "Ca", "Sr", "Y", "Zr", "Nb", "Mo", "Tc", "Ru", "In", "Sn", "I", "Cs"),
+    *("Ba", "Hf", "Ta", "W", "Re", "Os", "Ir", "Tl", "Pb", "Bi"),
+)
+_OTHER_CUTOFFS = {
+    **dict.fromkeys(_SOFT, (45.0, 112.5)),
+    **dict.fromkeys(("Br", "Cd"), (60.0, 180.0)),
+    **dict.fromkeys(("Cu", "Zn"), (75.0, 225.0)),
+}
 _SCF_DENSITY, _SPIN_SCF_DENSITY = 1.6, 2.0  # points per 1/A; moments converge late
 _SYMPREC = 1e-3  # Angstrom
 _FERMI_WIDTH = 0.02  # eV, Fermi-Dirac broadening under which the Fermi level is found
@@ -87,12 +97,15 @@ class EspressoSettings:
     Parameters
     ----------
     ecutwfc : float, optional
-        Plane-wave cut-off, Ry. Default 60, with copper or zinc 75.
+        Plane-wave cut-off, Ry. Default: the highest that an element of the crystal needs, 45, 60 or 75.
     scf_kpoint_density : float, optional
         k-points along each reciprocal vector per its length in 1/A (2 pi included), rounded up. Default 1.6,
         spin-polarised 2.0.
     dos_kpoint_density : float, optional
         The same for the DOS. Default 3.0 with at least 24 symmetry operations, 2.5 with at least 8, else 2.0.
+    ecutrho : float, optional
+        Cut-off of the density and the FFT mesh, Ry. Default: four times `ecutwfc`, exact for these pseudopotentials, or
+        where that is left to the defaults the highest that an element needs, 112.5 to 225, which is nearly as good.
     sigma : float
         Standard deviation of the Gaussian broadening, eV; at least 0.05, the step of `GRID`.
     pseudo_dir : path, optional
@@ -115,6 +128,7 @@ class EspressoSettings:
     ecutwfc: float | None = None
     scf_kpoint_density: float | None = None
     dos_kpoint_density: float | None = None
+    ecutrho: float | None = None
     sigma: float = 0.1
     pseudo_dir: str | os.PathLike[str] | None = None
     time_limit: float = 300.0
@@ -122,7 +136,7 @@ class EspressoSettings:
     nice: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("ecutwfc", "scf_kpoint_density", "dos_kpoint_density", "time_limit"):
+        for name in ("ecutwfc", "scf_kpoint_density", "dos_kpoint_density", "ecutrho", "time_limit"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number above 0, not {value}")
@@ -142,8 +156,10 @@ class EspressoSettings:
     def resolved(self, atoms: Atoms) -> EspressoSettings:
         """Return the settings with the defaults of this crystal filled in."""
         symbols = set(atoms.get_chemical_symbols())
+        waves, densities = zip(*(_OTHER_CUTOFFS.get(symbol, _CUTOFFS) for symbol in symbols), strict=True)
         defaults: dict[str, Any] = {
-            "ecutwfc": max(_CUTOFFS.get(symbol, _CUTOFF) for symbol in symbols),
+            "ecutwfc": max(waves),
+            "ecutrho": max(densities) if self.ecutwfc is None else 4 * self.ecutwfc,
             "scf_kpoint_density": _SPIN_SCF_DENSITY if symbols & set(MAGNETIC) else _SCF_DENSITY,
             "dos_kpoint_density": dos_kpoint_density(atoms),
         }
@@ -416,7 +432,8 @@ class _Run:
             "pseudo_dir": str(next(iter(self.pseudos.values())).parent),
         }  # fmt: skip
         system = {
-            "ecutwfc": self.settings.ecutwfc, "occupations": "smearing", "smearing": "gaussian", "degauss": 0.0075,
+            "ecutwfc": self.settings.ecutwfc, "ecutrho": self.settings.ecutrho,
+            "occupations": "smearing", "smearing": "gaussian", "degauss": 0.0075,
             **({"nspin": 2} if spin else {}), **system,
         }  # fmt: skip
         electrons = {
@@ -821,7 +838,8 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 
 # -- many structures ---------------------------------------------------------------------------------------------------
 
-_PHYSICS = ("ecutwfc", "scf_kpoint_density", "dos_kpoint_density", "sigma")  # settings that change the result
+# Settings that change the result.
+_PHYSICS = ("ecutwfc", "scf_kpoint_density", "dos_kpoint_density", "ecutrho", "sigma")
 
 
 def compute_many(
