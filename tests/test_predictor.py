@@ -129,7 +129,7 @@ def test_training_repeats_itself_and_leaves_the_global_generator_alone(
 
 
 def test_folds_share_no_formula_and_test_is_never_read(labels: SiteDOSLabels, features: list[np.ndarray | str]) -> None:
-    config = replace(SMALL, epochs=2)
+    config = replace(SMALL, epochs=1)
     halves = [train_predictor(labels, features, fold=f, config=config).info["train_structures"] for f in (0, 1)]
     assert sum(halves) == int((labels.split == "train").sum())
     assert min(halves) > 0

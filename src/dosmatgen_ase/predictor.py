@@ -548,8 +548,10 @@ def _fit(net: nn.Module, train: _Sites, val: _Sites, config: PredictorConfig, pr
     sites = len(train.weight)
     steps = -(-sites // config.batch_size)
     optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    # Of 10 steps the first tenth has no length, which torch divides by; more of them than are taken do no harm.
+    total_steps = max(steps * config.epochs, 11)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=steps * config.epochs, pct_start=0.1
+        optimizer, config.learning_rate, total_steps=total_steps, pct_start=0.1
     )
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
     best, best_state = float("inf"), copy.deepcopy(net.state_dict())
