@@ -212,6 +212,12 @@ def load_site_dos(directory: str | Path, recipe: int | None = None) -> SiteDOSLa
     DOS, masked to what was computed (below `e_max`, projections covering at least 70 % of the total) and smeared to
     sigma 0.2 eV.
 
+    Parameters
+    ----------
+    directory : path
+    recipe : int, optional
+        By default all recipes together.
+
     Raises
     ------
     FileNotFoundError
