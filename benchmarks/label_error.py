@@ -33,10 +33,10 @@ from dosmatgen_ase.electronic import (
     MAGNETIC,
     ElectronicStructure,
     EspressoSettings,
-    IrreducibleMesh,
     compute_many,
     dos_kpoint_density,
 )
+from dosmatgen_ase.interpolation import IrreducibleMesh
 
 CUTOFF = 75.0  # Ry
 SECONDS = 3.4e-4  # per k-point, spin, band and A^3 at 75 Ry, on a core that made labels; an SCF costs 4 such sweeps

