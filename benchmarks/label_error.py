@@ -2,13 +2,13 @@
 
 python benchmarks/label_error.py                                   # about an hour on one core; goes on where it was
 python benchmarks/label_error.py --vasp PATH/dos_mp_elements.npz   # and the labels that are elements against VASP
-python benchmarks/label_error.py --recipe 1 --out benchmarks/results/recipe_1   # those of an earlier recipe
 
 **The draw.** 40 labels, shared out over the three densities of the DOS mesh (3.0, 2.5 and 2.0 points per A^-1, by
 symmetry) as all labels are, at least 2 each. Within each the order is that of a random number made from the seed and
 the id, so that new labels hardly change the draw. Labels whose dense calculation is estimated above `--max-cost`
 seconds are passed over and counted: large cells of low symmetry with heavy elements are missing. Those that are still
-of an earlier recipe than the latest are left out and counted.
+of an earlier recipe than the latest are left out and counted. Where a drawn structure has a label of an earlier recipe,
+too, that one is measured beside it.
 
 Results of single structures are kept in runs/label_error; --report makes the tables of those that are there, computing
 nothing. The draw that was asked for and what was computed of it both stand in the results.
@@ -164,6 +164,30 @@ def against_vasp(labels: SiteDOSLabels, path: Path) -> list[dict[str, Any]]:
     return table
 
 
+def recipes_in(directory: Path) -> set[int]:
+    """Recipes of the shards."""
+    recipes = set()
+    for path in directory.glob("*.npz"):
+        with np.load(path, allow_pickle=False) as shard:
+            recipes.add(int(shard["recipe"]) if "recipe" in shard else 1)
+    return recipes
+
+
+def earlier_recipes(directory: Path, latest: SiteDOSLabels, results: dict[str, ElectronicStructure]) -> dict[str, Any]:
+    """Median error of the sites by each earlier recipe and by the latest, where the computed structures have both."""
+    table, own = {}, dict(zip(latest.material_id.tolist(), range(len(latest)), strict=True))
+    for recipe in sorted(recipes_in(directory) - {int(latest.recipe.max())}):
+        theirs = load_site_dos(directory, recipe)
+        both = [(i, str(name)) for i, name in enumerate(theirs.material_id) if name in results]
+        if both:
+            pairs = [(compare(theirs, i, results[n]), compare(latest, own[n], results[n])) for i, n in both]
+            errors, own_errors = ([x for row in rows for x in row["l1_sites"]] for rows in zip(*pairs, strict=True))
+            quartiles = np.nanquantile(errors, [0.25, 0.5, 0.75]).tolist()
+            latest_median = float(np.nanmedian(own_errors))
+            table[str(recipe)] = {"structures": len(both), "quartiles": quartiles, "latest_median": latest_median}
+    return table
+
+
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """Median and quartiles over the sites."""
     figures: dict[str, Any] = {}
@@ -219,6 +243,18 @@ def markdown(report: dict[str, Any]) -> str:
             f"{r['l1_shifted']:.3f} ({r['shift']:+.2f}) | {r['worst_energy']:+.1f} | "
             f"{r['gap']:.2f} ({r['label_gap']:.2f}) |"
         )
+    if report["earlier"]:
+        lines += [
+            "",
+            "| earlier recipe | structures | median | quartiles | the latest on these |",
+            "|---|---|---|---|---|",
+        ]
+        for recipe, row in report["earlier"].items():
+            low, median, high = row["quartiles"]
+            lines.append(
+                f"| {recipe} | {row['structures']} | {median:.3f} | {low:.3f} to {high:.3f} | "
+                f"{row['latest_median']:.3f} |"
+            )
     if report["failed"]:
         lines += ["", "Failed: " + "; ".join(f"{name}: {reason}" for name, reason in report["failed"].items())]
     if report["vasp"]:
@@ -272,7 +308,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Error of the labels against denser meshes, and against VASP.")
     parser.add_argument("--vasp", type=Path, help="dos_mp_elements.npz")
     parser.add_argument("--labels", type=Path, default=ROOT / "data" / "site_dos", help="folder of shards")
-    parser.add_argument("--recipe", type=int, help="labels by this recipe alone, though some were computed anew")
     parser.add_argument("--report", action="store_true", help="compute nothing")
     parser.add_argument("-n", type=int, default=40, help="labels to recompute")
     parser.add_argument("--explain", type=int, default=5, help="worst labels recomputed at 75 Ry on their own meshes")
@@ -281,12 +316,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "label_error", help="where results are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    labels = load_site_dos(options.labels, options.recipe)
+    labels = load_site_dos(options.labels)
     rows, how = draw(labels, electron_counts(options.labels), options.n, options.seed, options.max_cost)
     latest = int(labels.recipe.max())
     current = [i for i in rows if labels.recipe[i] == latest]
     recipes = {"recipe": latest, "of_earlier_recipes": len(rows) - len(current)}
     report: dict[str, Any] = {"draw": {**how, "drawn": len(rows), **recipes}, "labels": [], "failed": {}}
+    results: dict[str, ElectronicStructure] = {}
     for i in tqdm(current, unit="structure"):
         name = str(labels.material_id[i])
         if options.report and not (options.folder / f"{name}.json").exists():
@@ -295,11 +331,13 @@ def main() -> None:
         if isinstance(result, str):
             report["failed"][name] = result
         else:
+            results[name] = result
             report["labels"].append(compare(labels, i, result))
     for row in sorted(report["labels"], key=lambda r: -r["l1"])[: options.explain]:
         if options.report and not (options.folder / "cutoff" / f"{row['id']}.json").exists():
             continue
         row["l1_cutoff"] = cutoff_error(labels, labels.material_id.tolist().index(row["id"]), options.folder)
+    report["earlier"] = earlier_recipes(options.labels, labels, results)
     report["vasp"] = against_vasp(labels, options.vasp) if options.vasp else []
     report["summary"] = summary(report)
     table = markdown(report)

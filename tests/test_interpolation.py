@@ -79,7 +79,15 @@ def test_rotated_harmonics_represent_the_group(degree: int) -> None:
 
 
 def write_waves(path: Path, k: Array, reciprocal: Array, miller: np.ndarray, waves: Array) -> None:
-    """What Quantum ESPRESSO writes for one k-point; lengths in 1/bohr."""
+    """What Quantum ESPRESSO writes for one k-point, lengths in 1/bohr, by the suffix."""
+    if path.suffix == ".hdf5":
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(path, "w") as file:
+            file.attrs["xk"] = k
+            file["MillerIndices"], file["evc"] = miller.astype(np.int32), np.ascontiguousarray(waves).view(float)
+            for i, vector in enumerate(reciprocal):
+                file["MillerIndices"].attrs[f"bg{i + 1}"] = vector
+        return
     with FortranFile(path, "w") as file:
         file.write_record(np.int32(1), k, np.int32(1), np.int32(0), np.float64(1))
         file.write_record(np.array([len(miller), len(miller), 1, len(waves)], dtype=np.int32))
@@ -89,7 +97,8 @@ def write_waves(path: Path, k: Array, reciprocal: Array, miller: np.ndarray, wav
             file.write_record(wave)
 
 
-def test_a_band_that_is_an_orbital_projects_on_it_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".dat", ".hdf5"])
+def test_a_band_that_is_an_orbital_projects_on_it_alone(tmp_path: Path, suffix: str) -> None:
     """Orbitals of an atom in a large box, written as bands: their projections are the unit matrix."""
     atoms = Atoms("C", positions=[[1.0, 2.0, 0.5]], cell=np.diag([6.0, 6.5, 7.0]), pbc=True)
     reciprocal = 2 * np.pi * atoms.cell.reciprocal().array * Bohr
@@ -100,18 +109,21 @@ def test_a_band_that_is_an_orbital_projects_on_it_alone(tmp_path: Path) -> None:
     length = width * np.linalg.norm(q, axis=1)
     waves = [w for l in range(3) for w in ((-1j * length) ** l * radial * real_harmonics(l, q).T)]  # noqa: E741
     waves = np.array([w / np.linalg.norm(w) for w in waves])
-    write_waves(tmp_path / "wfc1.dat", np.array([0.2, 0.1, -0.3]) @ reciprocal, reciprocal, miller, waves)
-    found = project_on_gaussians(atoms, tmp_path / "wfc1.dat")
-    assert found == pytest.approx(np.eye(9), abs=1e-6)
+    file = (tmp_path / "wfcup1").with_suffix(suffix)
+    write_waves(file, np.array([0.2, 0.1, -0.3]) @ reciprocal, reciprocal, miller, waves)
+    assert project_on_gaussians(atoms, tmp_path / "wfcup1") == pytest.approx(np.eye(9), abs=1e-6)
 
 
-def test_files_that_hold_no_wavefunctions(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no .*wfc1\.dat: Quantum ESPRESSO must be built without HDF5"):
-        project_on_gaussians(HCP, tmp_path / "wfc1.dat")
-    for content in (b"", b"wrong" * 20):
-        (tmp_path / "wfc1.dat").write_bytes(content)
-        with pytest.raises(ValueError, match="holds no wavefunctions"):
-            project_on_gaussians(HCP, tmp_path / "wfc1.dat")
+@pytest.mark.parametrize("suffix", [".dat", ".hdf5"])
+@pytest.mark.parametrize("content", [b"", b"wrong" * 20])
+def test_files_that_hold_no_wavefunctions(tmp_path: Path, suffix: str, content: bytes) -> None:
+    if suffix == ".hdf5":
+        pytest.importorskip("h5py")
+    with pytest.raises(FileNotFoundError, match=r"no wavefunctions at .*wfc1\.dat, nor with \.hdf5"):
+        project_on_gaussians(HCP, tmp_path / "wfc1")
+    (tmp_path / "wfc1").with_suffix(suffix).write_bytes(content)
+    with pytest.raises(ValueError, match="no wavefunctions of Quantum ESPRESSO in"):
+        project_on_gaussians(HCP, tmp_path / "wfc1")
 
 
 # -- interpolation -----------------------------------------------------------------------------------------------------

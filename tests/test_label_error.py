@@ -53,15 +53,28 @@ def test_labels_of_the_same_calculation_have_no_error(tmp_path: Path, monkeypatc
     assert tries(tmp_path).total() == 6 + 2
 
 
-def test_labels_of_an_earlier_recipe_are_left_out(
+def test_labels_of_an_earlier_recipe_are_told_apart(
     labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Five are of the recipe before and left out; all have one of recipe 1, too, a tenth too high."""
     stand_in_engine(tmp_path / "log")
     mixed = replace(labels, recipe=labels.recipe - (np.arange(len(labels)) < 5))
-    monkeypatch.setattr(benchmark, "load_site_dos", lambda *_: mixed)
+
+    def load(_: Path, recipe: int | None = None) -> SiteDOSLabels:
+        if recipe == 1:
+            return replace(labels, values=labels.values * 1.1)
+        return mixed if recipe is None else mixed.select(np.flatnonzero(mixed.recipe == recipe))
+
+    monkeypatch.setattr(benchmark, "load_site_dos", load)
+    monkeypatch.setattr(benchmark, "recipes_in", lambda _: {1, RECIPE})
     report = run(tmp_path, monkeypatch, "-n", "12", "--explain", "0")
     assert (report["draw"]["drawn"], report["draw"]["of_earlier_recipes"], len(report["labels"])) == (12, 5, 7)
     assert not {r["id"] for r in report["labels"]} & set(labels.material_id[:5].tolist())
+    (one,) = report["earlier"].values()
+    assert one["structures"] == 7
+    assert one["quartiles"] == pytest.approx([0.1] * 3, abs=2e-3)
+    assert one["latest_median"] < 1e-3
+    assert "| 1 | 7 | 0.100 | 0.100 to 0.100 | 0.000 |" in (tmp_path / "results" / "label_error.md").read_text()
 
 
 def test_a_shift_of_the_zero_is_told_from_an_error_of_the_shape(labels: SiteDOSLabels) -> None:

@@ -426,7 +426,7 @@ class _Run:
         levels, projections = [], []
         spins = [""] if len(read.eigenvalues) == 1 else ["up", "dw"]
         for spin, eigenvalues, amplitudes in zip(spins, read.eigenvalues, read.amplitudes, strict=True):
-            files = [save / f"wfc{spin}{k + 1}.dat" for k in range(len(mesh.points))]
+            files = [save / f"wfc{spin}{k + 1}" for k in range(len(mesh.points))]
             try:
                 gaussians = np.array([project_on_gaussians(atoms, file) for file in files])
                 energies, probabilities = interpolated(

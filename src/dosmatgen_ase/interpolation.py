@@ -29,7 +29,6 @@ import numpy as np
 import spglib
 from ase import Atoms
 from ase.data import covalent_radii
-from ase.units import Bohr
 from ase.utils import atoms_to_spglib_cell
 from scipy.io import FortranFile
 from scipy.special import gamma, sph_harm_y
@@ -123,8 +122,8 @@ def gaussian_orbitals(atoms: Atoms) -> list[Orbital]:
 def project_on_gaussians(atoms: Atoms, wavefunctions: Path) -> Array:
     """Projections of the bands at one k-point on `gaussian_orbitals`, complex, (orbitals, bands).
 
-    ``r^l exp(-r^2 / 2 w^2) Y_lm``, normalised, of a width w proportional to the covalent radius, in a file ``wfc*.dat``
-    of Quantum ESPRESSO.
+    Orbitals are ``r^l exp(-r^2 / 2 w^2) Y_lm``, normalised, of a width w proportional to the covalent radius. The file
+    is one that Quantum ESPRESSO writes, ``wfc*.dat`` or, read with h5py, ``wfc*.hdf5``; named without the suffix.
 
     Raises
     ------
@@ -133,21 +132,10 @@ def project_on_gaussians(atoms: Atoms, wavefunctions: Path) -> Array:
     ValueError
         If it cannot be read.
     """
-    if not wavefunctions.is_file():
-        raise FileNotFoundError(f"no {wavefunctions}: Quantum ESPRESSO must be built without HDF5 for this")
-    try:
-        with FortranFile(wavefunctions) as file:
-            k = np.frombuffer(file.read_ints("i1")[4:28].tobytes())  # after its number, Cartesian, 1/bohr
-            num_bands = int(file.read_ints()[3])
-            reciprocal = file.read_reals().reshape(3, 3)  # rows, 1/bohr
-            miller = file.read_ints().reshape(-1, 3)
-            waves = np.array([file.read_reals().view(complex) for _ in range(num_bands)])
-    except (OSError, TypeError, IndexError, ValueError) as error:
-        raise ValueError(f"{wavefunctions} holds no wavefunctions of Quantum ESPRESSO: {error}") from error
-    fractional = k @ np.linalg.inv(reciprocal) + miller
-    q = fractional @ reciprocal / Bohr
+    miller, waves = _read_waves(wavefunctions)
+    q = miller @ (2 * np.pi * atoms.cell.reciprocal().array)
     length = np.linalg.norm(q, axis=1)
-    phases = np.exp(-2j * np.pi * fractional @ atoms.get_scaled_positions(wrap=False).T)
+    phases = np.exp(-2j * np.pi * miller @ atoms.get_scaled_positions(wrap=False).T)
     harmonics = [real_harmonics(l, q) * (-1j) ** l for l in range(3)]
     rows = []
     for site, number in enumerate(atoms.numbers):
@@ -158,6 +146,31 @@ def project_on_gaussians(atoms: Atoms, wavefunctions: Path) -> Array:
             shell = norm * ((width * length) ** l * gaussian)[:, None] * harmonics[l]
             rows.append(shell.conj().T @ waves.T)
     return np.concatenate(rows)
+
+
+def _read_waves(stem: Path) -> tuple[Array, Array]:
+    """Plane waves k + G in units of the reciprocal vectors, (waves, 3), and their coefficients, (bands, waves)."""
+    binary, hdf5 = stem.with_suffix(".dat"), stem.with_suffix(".hdf5")
+    if not binary.is_file() and not hdf5.is_file():
+        raise FileNotFoundError(f"no wavefunctions at {binary}, nor with .hdf5")
+    try:
+        if binary.is_file():
+            with FortranFile(binary) as file:
+                k = np.frombuffer(file.read_ints("i1")[4:28].tobytes())  # after its number
+                num_bands = int(file.read_ints()[3])
+                reciprocal = file.read_reals().reshape(3, 3)
+                miller = file.read_ints().reshape(-1, 3)
+                waves = np.array([file.read_reals().view(complex) for _ in range(num_bands)])
+        else:
+            import h5py
+
+            with h5py.File(hdf5) as file:
+                k, miller = file.attrs["xk"], file["MillerIndices"][()]
+                reciprocal = np.array([file["MillerIndices"].attrs[f"bg{i}"] for i in (1, 2, 3)])
+                waves = file["evc"][()].view(complex)
+    except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(f"no wavefunctions of Quantum ESPRESSO in {stem}: {error}") from error
+    return k @ np.linalg.inv(reciprocal) + miller, waves
 
 
 def _weights(atoms: Atoms) -> Array:
