@@ -8,7 +8,7 @@ symmetry) as all labels are, at least 2 each. Within each the order is that of a
 the id, so that new labels hardly change the draw. Labels whose dense calculation is estimated above `--max-cost`
 seconds are passed over and counted: large cells of low symmetry with heavy elements are missing. Those that are still
 of an earlier recipe than the latest are left out and counted. Where a drawn structure has a label of an earlier recipe,
-too, that one is measured beside it.
+too, that one is measured beside it, which gives the error of the whole set.
 
 Results of single structures are kept in runs/label_error; --report makes the tables of those that are there, computing
 nothing. The draw that was asked for and what was computed of it both stand in the results.
@@ -173,19 +173,29 @@ def recipes_in(directory: Path) -> set[int]:
     return recipes
 
 
-def earlier_recipes(directory: Path, latest: SiteDOSLabels, results: dict[str, ElectronicStructure]) -> dict[str, Any]:
-    """Median error of the sites by each earlier recipe and by the latest, where the computed structures have both."""
-    table, own = {}, dict(zip(latest.material_id.tolist(), range(len(latest)), strict=True))
-    for recipe in sorted(recipes_in(directory) - {int(latest.recipe.max())}):
+def by_recipe(directory: Path, latest: SiteDOSLabels, results: dict[str, ElectronicStructure]) -> dict[str, Any]:
+    """Median error of the sites by every recipe on the structures computed, and by all as the set holds them.
+
+    Structures that were drawn may have been computed anew before others, so the set's figures are not those of the
+    labels that they happen to have: each recipe counts by its share of the set.
+    """
+    table, errors, weights = {}, [], []
+    for recipe in sorted(recipes_in(directory)):
         theirs = load_site_dos(directory, recipe)
-        both = [(i, str(name)) for i, name in enumerate(theirs.material_id) if name in results]
-        if both:
-            pairs = [(compare(theirs, i, results[n]), compare(latest, own[n], results[n])) for i, n in both]
-            errors, own_errors = ([x for row in rows for x in row["l1_sites"]] for rows in zip(*pairs, strict=True))
-            quartiles = np.nanquantile(errors, [0.25, 0.5, 0.75]).tolist()
-            latest_median = float(np.nanmedian(own_errors))
-            table[str(recipe)] = {"structures": len(both), "quartiles": quartiles, "latest_median": latest_median}
-    return table
+        rows = [i for i, name in enumerate(theirs.material_id) if str(name) in results]
+        if rows:
+            found = [x for i in rows for x in compare(theirs, i, results[str(theirs.material_id[i])])["l1_sites"]]
+            share = float(np.mean(latest.recipe == recipe))
+            table[str(recipe)] = {
+                "share": share,
+                "structures": len(rows),
+                "quartiles": np.nanquantile(found, [0.25, 0.5, 0.75]).tolist(),
+            }
+            known = [x for x in found if math.isfinite(x)]
+            errors += known
+            weights += [share / len(known)] * len(known)
+    quartiles = np.quantile(errors, [0.25, 0.5, 0.75], weights=weights, method="inverted_cdf")
+    return table | {"all": {"share": sum(r["share"] for r in table.values()), "quartiles": quartiles.tolist()}}
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
@@ -243,18 +253,16 @@ def markdown(report: dict[str, Any]) -> str:
             f"{r['l1_shifted']:.3f} ({r['shift']:+.2f}) | {r['worst_energy']:+.1f} | "
             f"{r['gap']:.2f} ({r['label_gap']:.2f}) |"
         )
-    if report["earlier"]:
-        lines += [
-            "",
-            "| earlier recipe | structures | median | quartiles | the latest on these |",
-            "|---|---|---|---|---|",
-        ]
-        for recipe, row in report["earlier"].items():
-            low, median, high = row["quartiles"]
-            lines.append(
-                f"| {recipe} | {row['structures']} | {median:.3f} | {low:.3f} to {high:.3f} | "
-                f"{row['latest_median']:.3f} |"
-            )
+    lines += ["", "| recipe | share of the set | structures | median | quartiles |", "|---|---|---|---|---|"]
+    for recipe, row in report["recipes"].items():
+        low, median, high = row["quartiles"]
+        lines.append(
+            f"| {recipe} | {row['share']:.0%} | {row.get('structures', '')} | {median:.3f} | {low:.3f} to {high:.3f} |"
+        )
+    lines += [
+        "",
+        "Labels of the drawn structures by every recipe that computed them; all: each by its share of the set.",
+    ]
     if report["failed"]:
         lines += ["", "Failed: " + "; ".join(f"{name}: {reason}" for name, reason in report["failed"].items())]
     if report["vasp"]:
@@ -337,7 +345,7 @@ def main() -> None:
         if options.report and not (options.folder / "cutoff" / f"{row['id']}.json").exists():
             continue
         row["l1_cutoff"] = cutoff_error(labels, labels.material_id.tolist().index(row["id"]), options.folder)
-    report["earlier"] = earlier_recipes(options.labels, labels, results)
+    report["recipes"] = by_recipe(options.labels, labels, results)
     report["vasp"] = against_vasp(labels, options.vasp) if options.vasp else []
     report["summary"] = summary(report)
     table = markdown(report)

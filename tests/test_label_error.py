@@ -70,11 +70,25 @@ def test_labels_of_an_earlier_recipe_are_told_apart(
     report = run(tmp_path, monkeypatch, "-n", "12", "--explain", "0")
     assert (report["draw"]["drawn"], report["draw"]["of_earlier_recipes"], len(report["labels"])) == (12, 5, 7)
     assert not {r["id"] for r in report["labels"]} & set(labels.material_id[:5].tolist())
-    (one,) = report["earlier"].values()
-    assert one["structures"] == 7
-    assert one["quartiles"] == pytest.approx([0.1] * 3, abs=2e-3)
-    assert one["latest_median"] < 1e-3
-    assert "| 1 | 7 | 0.100 | 0.100 to 0.100 | 0.000 |" in (tmp_path / "results" / "label_error.md").read_text()
+    assert report["recipes"]["1"]["structures"] == report["recipes"][str(RECIPE)]["structures"] == 7
+    assert report["recipes"]["1"]["quartiles"] == pytest.approx([0.1] * 3, abs=2e-3)
+    table = (tmp_path / "results" / "label_error.md").read_text()
+    assert "| 1 | 0% | 7 | 0.100 | 0.100 to 0.100 |" in table
+    assert "| 0.000 | 0.000 to 0.000 |" in table
+
+
+def test_recipes_count_by_their_share_of_the_set(
+    labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two thirds of the set are of recipe 1 and off by a tenth; of the structures computed all have both."""
+    higher = replace(labels, values=labels.values * 1.1, recipe=np.ones_like(labels.recipe))
+    monkeypatch.setattr(benchmark, "load_site_dos", lambda _, recipe: higher if recipe == 1 else labels)
+    monkeypatch.setattr(benchmark, "recipes_in", lambda _: {1, RECIPE})
+    mixed = replace(labels, recipe=np.where(np.arange(len(labels)) % 3, 1, RECIPE))
+    results = {str(name): computed(labels.atoms(i)) for i, name in enumerate(labels.material_id)}
+    whole = benchmark.by_recipe(tmp_path, mixed, results)["all"]
+    assert whole["share"] == pytest.approx(1)
+    assert whole["quartiles"] == pytest.approx([0.0, 0.1, 0.1], abs=2e-3)
 
 
 def test_a_shift_of_the_zero_is_told_from_an_error_of_the_shape(labels: SiteDOSLabels) -> None:
