@@ -75,10 +75,10 @@ def draw(
     """Rows of `n` labels, and how they were drawn."""
     density = np.array([dos_kpoint_density(labels.atoms(i)) for i in range(len(labels))])
     order = np.argsort([rng_for(seed, name).random() for name in labels.material_id.tolist()])
+    strata_rows = {level: order[density[order] == level] for level in (3.0, 2.5, 2.0)}
     rows, strata = [], {}
-    for level in (3.0, 2.5, 2.0):
-        inside = order[density[order] == level]
-        wanted, passed = min(len(inside), max(2, round(n * len(inside) / len(labels)))), 0
+    for level, wanted in _quotas(n, {level: len(inside) for level, inside in strata_rows.items()}).items():
+        inside, passed = strata_rows[level], 0
         taken: list[int] = []
         for i in inside.tolist():
             if len(taken) == wanted:
@@ -91,6 +91,15 @@ def draw(
         strata[f"{level:g}"] = {"labels": len(inside), "drawn": len(taken), "passed_over": passed}
     rows.sort(key=order.tolist().index)  # a part of them is a random draw too
     return rows, {"seed": seed, "max_cost": max_cost, "strata": strata}
+
+
+def _quotas(n: int, sizes: dict[float, int]) -> dict[float, int]:
+    """Share out `n` in proportion to the sizes by largest remainder, but at least 2 each where there are as many."""
+    exact = {level: n * size / sum(sizes.values()) for level, size in sizes.items()}
+    quotas = {level: min(size, max(2, int(exact[level]))) for level, size in sizes.items()}
+    for level in sorted(exact, key=lambda level: int(exact[level]) - exact[level]):
+        quotas[level] += int(sum(quotas.values()) < min(n, sum(sizes.values())) and quotas[level] < sizes[level])
+    return quotas
 
 
 def dense(atoms: Atoms, name: str, folder: Path) -> ElectronicStructure | str:

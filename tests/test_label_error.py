@@ -120,6 +120,13 @@ def test_the_draw_hardly_changes_with_new_labels(labels: SiteDOSLabels) -> None:
     assert all(benchmark.cost(labels.atoms(i), 10.0) <= cheap for i in rows)
 
 
+def test_the_draw_is_shared_out_in_full() -> None:
+    assert benchmark._quotas(40, {3.0: 1659, 2.5: 631, 2.0: 133}) == {3.0: 27, 2.5: 11, 2.0: 2}
+    assert benchmark._quotas(40, {3.0: 1000, 2.5: 10, 2.0: 1}) == {3.0: 39, 2.5: 2, 2.0: 1}
+    assert benchmark._quotas(6, {3.0: 12, 2.5: 0, 2.0: 0}) == {3.0: 6, 2.5: 0, 2.0: 0}
+    assert benchmark._quotas(9, {3.0: 4, 2.5: 2, 2.0: 1}) == {3.0: 4, 2.5: 2, 2.0: 1}
+
+
 def test_more_electrons_symmetry_and_spin_set_the_cost() -> None:
     copper, nickel = bulk("Cu", a=3.6), bulk("Ni", a=3.6)
     assert 2 * benchmark.cost(copper, 10.0) < benchmark.cost(nickel, 10.0) < 4 * benchmark.cost(copper, 10.0)
