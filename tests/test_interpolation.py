@@ -202,7 +202,17 @@ def test_points_of_the_mesh_keep_their_eigenvalues(num_bands: int) -> None:
     levels = np.cumsum(rng.uniform(0.1, 1.0, size=(len(mesh.points), num_bands)), axis=1)
     real, imaginary = rng.normal(size=(2, len(levels), 8 + 18, num_bands))
     atomic, gaussians = np.split(real + 1j * imaginary, [8], axis=1)
+    atomic /= np.linalg.norm(atomic, axis=1, keepdims=True) * rng.uniform(1, 2, size=(len(levels), 1, num_bands))
     found, shares = interpolated(TRICLINIC, mesh, s_and_p(TRICLINIC), levels, atomic, gaussians, mesh.points)
     kept = min(num_bands, 26)
     assert found == pytest.approx(levels[:, :kept], abs=1e-5)
     assert shares == pytest.approx(np.abs(atomic[:, :, :kept]) ** 2, abs=1e-3)
+
+
+def test_projections_of_a_band_never_exceed_it() -> None:
+    """Bands that are atomic orbitals throughout, beside Gaussians that turn the basis otherwise at every point."""
+    rng, mesh = np.random.default_rng(3), IrreducibleMesh.of(TRICLINIC, 1.2)
+    levels = np.cumsum(rng.uniform(0.1, 1.0, size=(len(mesh.points), 8)), axis=1)
+    atomic, gaussians = np.linalg.qr(rng.normal(size=(len(levels), 8, 8)))[0], rng.normal(size=(len(levels), 18, 8))
+    _, shares = interpolated(TRICLINIC, mesh, s_and_p(TRICLINIC), levels, atomic, gaussians, rng.random((50, 3)))
+    assert shares.sum(1).max() <= 1 + 1e-6

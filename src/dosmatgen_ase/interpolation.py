@@ -13,7 +13,7 @@ series in k, and its eigenvalues cross as they should.
 3. Symmetry gives it on the whole mesh (`_unfolded`), Fourier series in real space, where each pair of orbitals is
    kept at its shortest distance (G. Pizzi et al., J. Phys.: Condens. Matter 32, 165902 (2020), section 4.2).
 
-Nothing is changed at the points of the mesh: eigenvalues and projections there come out as they went in.
+At the points of the mesh, eigenvalues and projections come out as they went in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import spglib
@@ -162,8 +162,7 @@ def _read_waves(stem: Path) -> tuple[Array, Array]:
                 miller = file.read_ints().reshape(-1, 3)
                 waves = np.array([file.read_reals().view(complex) for _ in range(num_bands)])
         else:
-            import h5py
-
+            h5py = _h5py()
             with h5py.File(hdf5) as file:
                 k, miller = file.attrs["xk"], file["MillerIndices"][()]
                 reciprocal = np.array([file["MillerIndices"].attrs[f"bg{i}"] for i in (1, 2, 3)])
@@ -171,6 +170,14 @@ def _read_waves(stem: Path) -> tuple[Array, Array]:
     except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"no wavefunctions of Quantum ESPRESSO in {stem}: {error}") from error
     return k @ np.linalg.inv(reciprocal) + miller, waves
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError("wavefunctions in HDF5 need h5py: pip install dosmatgen-ase[hdf5]") from error
+    return h5py
 
 
 def _weights(atoms: Atoms) -> Array:
@@ -208,7 +215,7 @@ def interpolated(
     eigenvalues : array, shape (K, bands)
         Ascending. Of more bands than orbitals, the highest are left out.
     probabilities : array, shape (K, orbitals, bands)
-        Squared projections.
+        Squared projections; of each band they add up to at most 1, which interpolation alone does not keep.
 
     Raises
     ------
@@ -230,7 +237,8 @@ def interpolated(
     for part in np.array_split(points, max(1, math.ceil(len(points) * len(basis) ** 2 / _CHUNK))):
         values, vectors = np.linalg.eigh(series[0](part))
         levels.append(values[:, :num_bands] + top)
-        probabilities.append(np.abs(_adjoint(series[1](part)) @ vectors[:, :, :num_bands]) ** 2)
+        found = np.abs(_adjoint(series[1](part)) @ vectors[:, :, :num_bands]) ** 2
+        probabilities.append(found / np.maximum(found.sum(1, keepdims=True), 1.0))
     return np.concatenate(levels).astype(float), np.concatenate(probabilities).astype(float)
 
 
