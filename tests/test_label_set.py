@@ -62,8 +62,8 @@ def surplus(label: dict[str, Any]) -> float:
     return float((sites - (1 + SLACK) * label["total"])[below].max() - rounding)
 
 
-def semicore(label: dict[str, Any]) -> tuple[float, bool]:
-    """Electrons that are not inside the window, and whether a gap at its lower end makes them a whole number.
+def semicore(label: dict[str, Any]) -> tuple[float, bool, float]:
+    """Electrons not inside the window, whether a gap at its lower end makes them a whole number, and the correction.
 
     A band holds two, in a magnet one of each spin. The Fermi level is of the bands before they are broadened by a
     Gaussian, which moves sigma^2 / 2 times the slope of the DOS across it.
@@ -72,13 +72,14 @@ def semicore(label: dict[str, Any]) -> tuple[float, bool]:
     step = float(energies[1] - energies[0])
     end = zero_bin(energies) + int(min(label["band_gap"] / 2, 2.0) / step)
     slope = (total[end + 1] - total[end - 1]) / (2 * step)
-    inside = (total[: end + 1].sum() - total[end] / 2) * step - SIGMA**2 / 2 * slope
-    return float(label["num_electrons"] - inside), bool(total[:8].max() < 0.003)
+    moved = SIGMA**2 / 2 * slope
+    inside = (total[: end + 1].sum() - total[end] / 2) * step - moved
+    return float(label["num_electrons"] - inside), bool(total[:8].max() < 0.003), abs(float(moved))
 
 
 def odd(label: dict[str, Any]) -> float:
     """How far the electrons below the window are from an even number."""
-    left, _ = semicore(label)
+    left, _, _ = semicore(label)
     return abs(left - 2 * round(left / 2))
 
 
@@ -140,8 +141,10 @@ def test_sites_sum_to_at_most_the_total_below_zero(shards: dict[str, Any]) -> No
 
 def test_the_total_holds_the_electrons_but_for_the_semicore(shards: dict[str, Any]) -> None:
     left = {name: (*semicore(label), odd(label)) for name, label in labels(shards)}
-    assert {name: electrons for name, (electrons, _, _) in left.items() if electrons < -0.1} == {}
-    whole = {name: off for name, (_, gap, off) in left.items() if gap}
+    # Where the correction is large, bands are narrower than the broadening, and it is no better than its own size.
+    assert {name: electrons for name, (electrons, _, moved, _) in left.items() if electrons < -max(0.1, moved)} == {}
+    assert np.mean([moved > 0.1 for _, _, moved, _ in left.values()]) < 0.02
+    whole = {name: off for name, (_, gap, _, off) in left.items() if gap}
     assert len(whole) > 0.6 * len(left)
     assert np.median(list(whole.values())) < 0.005
     # Left out: bands narrower than the broadening at the Fermi level (TcF6 molecules), where the slope says nothing.
