@@ -10,6 +10,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.data import covalent_radii
+from ase.lattice import BCT
 from ase.units import Bohr
 from scipy.io import FortranFile
 from scipy.spatial.transform import Rotation
@@ -32,6 +33,7 @@ WURTZITE = bulk("ZnO", "wurtzite", a=3.2, c=5.2)
 TRICLINIC = Atoms(
     "SiC", scaled_positions=[[0, 0, 0], [0.3, 0.4, 0.6]], cell=[[3, 0, 0], [0.7, 3.4, 0], [1, 0.4, 4]], pbc=True
 )
+TETRAGONAL = Atoms("Al", cell=BCT(3.0, 4.6).tocell(), pbc=True)  # body-centred, its mesh is 4 x 4 x 5
 
 # -- k-points ----------------------------------------------------------------------------------------------------------
 
@@ -170,8 +172,8 @@ def error(atoms: Atoms, density: float, signs: tuple[int, int, int] = (1, -1, -1
 
 @pytest.mark.parametrize(
     "atoms",
-    [bulk("Al"), bulk("Fe"), HCP, bulk("Si"), ZINCBLENDE, WURTZITE, TRICLINIC],
-    ids=["fcc", "bcc", "hcp", "diamond", "zincblende", "wurtzite", "triclinic"],
+    [bulk("Al"), bulk("Fe"), HCP, bulk("Si"), ZINCBLENDE, WURTZITE, TRICLINIC, TETRAGONAL],
+    ids=["fcc", "bcc", "hcp", "diamond", "zincblende", "wurtzite", "triclinic", "mesh of lower symmetry"],
 )
 def test_a_tight_binding_crystal_comes_out_exactly(atoms: Atoms) -> None:
     """Bands cross, sites are swapped, screw axes and glide planes shift them: nothing of it leaves an error."""

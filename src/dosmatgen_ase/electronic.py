@@ -432,7 +432,7 @@ class _Run:
                 energies, probabilities = interpolated(
                     atoms, mesh, read.orbitals, eigenvalues, amplitudes, gaussians, dense.points
                 )
-            except ValueError as error:
+            except (ValueError, FileNotFoundError, MemoryError) as error:
                 raise ElectronicStructureError(f"the bands cannot be interpolated: {error}", self.folder) from error
             levels.append(energies)
             projections.append(_by_shell(read.orbitals, len(atoms), probabilities))

@@ -288,11 +288,14 @@ def _unfolded(atoms: Atoms, mesh: IrreducibleMesh, basis: Sequence[Orbital], fie
     unfolded = [np.empty((len(missing), *field.shape[1:]), dtype=complex) for field in fields]
     for rotation, translation in zip(symmetry["rotations"], symmetry["translations"], strict=True):
         images = mesh.points @ np.linalg.inv(rotation)
+        # A mesh may have less symmetry than the crystal: an image between its points is none of them.
+        scaled = images * mesh.size
+        on_mesh = np.flatnonzero(np.abs(scaled - np.round(scaled)).max(1) < 1e-6)
         # Time reversal takes the complex conjugate, as all orbitals are real.
         for sign in (1, -1):
-            address = sign * np.round(images * mesh.size).astype(int) % mesh.size
+            address = sign * np.round(scaled[on_mesh]).astype(int) % mesh.size
             place, first = np.unique(np.ravel_multi_index(tuple(address.T), tuple(mesh.size)), return_index=True)
-            place, first = place[missing[place]], first[missing[place]]
+            place, first = place[missing[place]], on_mesh[first[missing[place]]]
             if not place.size:
                 continue
             turn = _representation(atoms, basis, rotation, translation, images[first])
@@ -301,7 +304,8 @@ def _unfolded(atoms: Atoms, mesh: IrreducibleMesh, basis: Sequence[Orbital], fie
                 turned = turn @ field[first] @ _adjoint(turn[:, :columns, :columns])
                 whole[place] = turned if sign == 1 else turned.conj()
             missing[place] = False
-    assert not missing.any()
+    if missing.any():
+        raise ValueError("the symmetry of the crystal does not give all points of the mesh")
     return unfolded
 
 
