@@ -232,7 +232,8 @@ def interpolated(
     hamiltonian = (nearest * (energies - top)[:, None]) @ _adjoint(nearest)
     overlap = nearest @ _adjoint(atomic)  # of the basis with the atomic orbitals
     unfolded = _unfolded(atoms, mesh, basis, [hamiltonian, overlap])
-    series = [_Series.of(atoms, mesh, basis, field) for field in unfolded]
+    pairs = _nearest_pairs(atoms, mesh)
+    series = [_Series.of(mesh, basis, field, *pairs) for field in unfolded]
     levels, probabilities = [], []
     for part in np.array_split(points, max(1, math.ceil(len(points) * len(basis) ** 2 / _CHUNK))):
         values, vectors = np.linalg.eigh(series[0](part))
@@ -257,28 +258,38 @@ class _Series:
     elements: Array  # (R, rows, columns), complex
 
     @classmethod
-    def of(cls, atoms: Atoms, mesh: IrreducibleMesh, basis: Sequence[Orbital], field: Array) -> _Series:
+    def of(
+        cls, mesh: IrreducibleMesh, basis: Sequence[Orbital], field: Array,
+        origins: np.ndarray, vectors: np.ndarray, shares: Array,
+    ) -> _Series:  # fmt: skip
         """From an operator on the whole mesh, (k, rows, columns); columns are the first of the basis."""
         num_rows, num_columns = field.shape[1:]
         sites = np.array([orbital.site for orbital in basis])
         grid = field.reshape(*mesh.size, num_rows, num_columns)
         elements = np.fft.fftn(grid, axes=(0, 1, 2), norm="forward").reshape(-1, num_rows, num_columns)
-        # Each element stands for all that the mesh cannot tell apart: give it to those at the shortest distance.
-        images = np.array(list(itertools.product(range(-2, 3), repeat=3))) * mesh.size
-        vectors = np.array(list(np.ndindex(*mesh.size)))[:, None] + images
-        positions = atoms.get_scaled_positions(wrap=False)
-        apart = (positions[None] - positions[:, None]) @ atoms.cell.array
-        distances = np.linalg.norm((vectors @ atoms.cell.array)[:, :, None, None] + apart, axis=-1)
-        nearest = distances <= distances.min(1, keepdims=True) + _NEAR
-        shares = nearest / nearest.sum(1, keepdims=True)  # (R, images, sites, sites)
-        used = nearest.any((2, 3))
-        pairs = shares[used][:, sites[:, None], sites[None, :num_columns]]
-        return cls(vectors[used], (elements[np.nonzero(used)[0]] * pairs).astype(np.complex64))
+        pairs = shares[:, sites[:, None], sites[None, :num_columns]]
+        return cls(vectors, (elements[origins] * pairs).astype(np.complex64))
 
     def __call__(self, points: Array) -> Array:
         """Return the operator at fractional k-points, (K, rows, columns)."""
         phases = np.exp(2j * np.pi * points @ self.vectors.T).astype(np.complex64)
         return (phases @ self.elements.reshape(len(self.vectors), -1)).reshape(-1, *self.elements.shape[1:])
+
+
+def _nearest_pairs(atoms: Atoms, mesh: IrreducibleMesh) -> tuple[np.ndarray, np.ndarray, Array]:
+    """Where the elements of a series belong that a mesh cannot tell apart: to those at the shortest distance.
+
+    Lattice vectors of the mesh, by their number in C order (R,); what each becomes (R, 3); its share of each pair of
+    sites (R, sites, sites).
+    """
+    images = np.array(list(itertools.product(range(-2, 3), repeat=3))) * mesh.size
+    vectors = np.array(list(np.ndindex(*mesh.size)))[:, None] + images
+    positions = atoms.get_scaled_positions(wrap=False)
+    apart = (positions[None] - positions[:, None]) @ atoms.cell.array
+    distances = np.linalg.norm((vectors @ atoms.cell.array)[:, :, None, None] + apart, axis=-1)
+    nearest = distances <= distances.min(1, keepdims=True) + _NEAR
+    used = nearest.any((2, 3))
+    return np.nonzero(used)[0], vectors[used], (nearest / nearest.sum(1, keepdims=True))[used]
 
 
 def _unfolded(atoms: Atoms, mesh: IrreducibleMesh, basis: Sequence[Orbital], fields: Sequence[Array]) -> list[Array]:
