@@ -25,7 +25,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from dosmatgen_ase import cli
-from dosmatgen_ase.checkpoint import load_model, save_model
+from dosmatgen_ase.checkpoint import DEFAULT_WEIGHTS, load_model, save_model
 from dosmatgen_ase.cli import _whole_numbers, app
 from dosmatgen_ase.conditioning import ConditionalDenoiser
 from dosmatgen_ase.data import SHARD_KEYS
@@ -397,9 +397,12 @@ def test_train_predictor_and_pseudo_labels(small_data: Path, tmp_path: Path) -> 
     assert_one_line(run(*arguments, "--pseudo-labels", "absent.npz"), 1, "no pseudo-labels at absent.npz")
 
 
-def test_the_ready_config_is_valid() -> None:
-    config = TrainingConfig.from_dict(json.loads((ROOT / "configs" / "default.json").read_text()))
+@pytest.mark.parametrize("name", ["default", "large", "large_second_stage"])
+def test_the_ready_configs_are_valid(name: str) -> None:
+    config = TrainingConfig.from_dict(json.loads((ROOT / "configs" / f"{name}.json").read_text()))
     assert Denoiser(config.network, LatticeProcess((0.0,) * 6, (1.0,) * 6))
+    if name != "default":  # the weights that ship
+        assert load_model(DEFAULT_WEIGHTS)[0].denoiser.config == config.network
 
 
 def test_help_is_complete_and_needs_no_heavy_library() -> None:

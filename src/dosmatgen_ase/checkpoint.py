@@ -72,7 +72,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save_model(path: str | Path, model: ConditionalDenoiser, metadata: Mapping[str, Any]) -> None:
-    """Save a generator's weights (float32) with all that is needed to rebuild it."""
+    """Save a generator's weights, in the model's precision, with all that is needed to rebuild it."""
     lattice = model.denoiser.lattice
     described = {
         "kind": "generator",
