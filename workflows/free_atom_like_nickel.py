@@ -65,8 +65,8 @@ HOSTS = {  # crystal and the site that is to have the DOS
 }
 STRENGTH = 0.6
 RELAXED = 4  # structures relaxed for each that is computed
-# A peak this sharp shows every tenth of an eV that the Fermi level is off: AU3NI by the latest recipe of the labels lies
-# 0.22 from the one with denser meshes.
+# A peak this sharp shows every tenth of an eV that the Fermi level is off: AU3NI by the latest recipe of the labels is
+# 0.22 away from that of denser meshes.
 TARGETS = {
     False: (ROOT / "data" / "au3ni.json", EspressoSettings()),
     True: (
