@@ -158,7 +158,7 @@ class KnownCrystals:
 
     @classmethod
     def from_file(cls, path: str | Path, split: str | None = "train") -> Self:
-        """Read those of a file such as `data/structures.parquet`; by default what the generator was trained on.
+        """Read those of a file such as `data/structures.parquet`, by default of its training split.
 
         Raises
         ------
@@ -169,6 +169,9 @@ class KnownCrystals:
 
         data = load_structures(path, split)
         return cls(data.atoms(i) for i in range(len(data)))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._named.values()))
 
     def add(self, atoms: Atoms, name: str) -> None:
         """Take one more crystal in."""
