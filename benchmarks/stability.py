@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hull", type=Path, default=None, help="default: the one that ships")
     near_stable = ROOT / "data" / "structures.parquet"
-    parser.add_argument("--known", type=Path, default=near_stable, help="whose training split is not new")
+    parser.add_argument("--structures", type=Path, default=near_stable, help="whose training split is not new")
     parser.add_argument("--cache", type=Path, default=ROOT / "data" / "cache", help="relaxed energies are kept there")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     relaxed = [Atoms(z, cell=cell, positions=x, pbc=True) for z, cell, x in (r["crystal"] for r in done.values())]
     prototypes = [(atoms.numbers, relax(atoms).info["relaxation"]["energy"]) for atoms in PROTOTYPES.values()]
-    known = KnownCrystals.from_file(options.known)
+    known = KnownCrystals.from_file(options.structures)
     new = np.array([outcome.accepted for outcome in screen_many(relaxed, known=known)])
     balance = [charge_balanced(atoms) for atoms in made]
     first = list(done.values())[:50]
