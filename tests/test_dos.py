@@ -253,11 +253,28 @@ def test_peaks_hold_height_times_width() -> None:
     sketch = TargetDOS.from_peaks([(-2.0, 3.0, 0.3), (1.0, 1.0, 0.5)])
     assert sketch.total_states() == pytest.approx((0.9 + 0.5) * math.sqrt(2 * math.pi))
     assert sketch.values[np.argmin(abs(sketch.energies + 2.0))] == pytest.approx(3.0, abs=1e-2)
-    assert sketch.sigma == 0.3
+    assert sketch.sigma == MODEL_SIGMA
     assert sketch.on_grid().known.all()
     windowed = TargetDOS.from_peaks([(-0.65, 8.0, 0.25)], window=(-2.0, 0.5)).on_grid()
     inside = MODEL_GRID.energies[windowed.known]
     assert inside[[0, -1]] == pytest.approx([-2.0, 0.5], abs=0.051)
+
+
+@pytest.mark.parametrize("width", [0.05, 0.2, 0.3, 1.5])
+def test_a_sketch_asks_for_the_peak_as_drawn(width: float) -> None:
+    """A DOS with just that peak at the model's broadening is at distance 0, a narrower or wider one is not."""
+
+    def made(sigma: float) -> TargetDOS:  # what a model or DFT gives: on the model's grid, at its broadening
+        values = np.exp(-0.5 * ((MODEL_GRID.energies + 1.0) / sigma) ** 2) / sigma
+        return TargetDOS(MODEL_GRID.energies, values, np.full(values.shape, True), "fermi", MODEL_SIGMA)
+
+    drawn = max(width, MODEL_SIGMA)
+    sketch = TargetDOS.from_peaks([(-1.0, 1 / width, width)])
+    assert normalised_l1(made(drawn), sketch) < 0.01
+    assert normalised_l1(made(1.5 * drawn), sketch) > 0.2
+    assert normalised_l1(made(drawn / 1.5), sketch) > 0.2
+    beside = TargetDOS.from_peaks([(-1.0, 1 / width, width), (4.9, 30.0, 0.02)])  # a needle widens itself alone
+    assert normalised_l1(made(drawn), beside, window=(-10.0, 3.5)) < 0.01
 
 
 # -- sites and total ---------------------------------------------------------------------------------------------------
@@ -517,6 +534,10 @@ def test_ase_grid_collection() -> None:
     assert TargetDOS.from_ase(with_total).values == pytest.approx(6.0)
     assert TargetDOS.from_ase(with_total, 0).values == pytest.approx(3.0)
     assert TargetDOS.from_ase(with_total, 1).kind == "site"
+    up, down = {"label": "Total", "spin": "up"}, {"label": "Total", "spin": "down"}
+    spins = [GridDOSData(LABEL_ENERGIES, np.full(401, 4.0), up), GridDOSData(LABEL_ENERGIES, np.full(401, 2.0), down)]
+    assert TargetDOS.from_ase(GridDOSCollection(spins)).values == pytest.approx(6.0)
+    assert TargetDOS.from_ase(GridDOSCollection([*rows, *spins]), 0).values == pytest.approx(3.0)
     unnamed = GridDOSCollection([GridDOSData(LABEL_ENERGIES, np.full(401, w)) for w in (1.0, 2.0)])
     assert TargetDOS.from_ase(unnamed, 1).values == pytest.approx(2.0)
 

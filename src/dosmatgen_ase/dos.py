@@ -19,7 +19,7 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
@@ -382,7 +382,8 @@ class TargetDOS:
         ----------
         peaks : sequence of (energy, height, width)
             Centre (eV), value at the centre (states/eV) and standard deviation (eV). A peak holds
-            ``height * width * sqrt(2 pi)`` states. Peaks narrower than `MODEL_SIGMA` are widened on the model's grid.
+            ``height * width * sqrt(2 pi)`` states. The widths are those that the DOS shall have at the model's
+            broadening: a peak narrower than `MODEL_SIGMA` is drawn at that width with as many states.
         window : (lo, hi), optional
             Energies (eV) outside are unknown; by default the sketch is known wherever the model looks.
         reference, kind
@@ -407,12 +408,12 @@ class TargetDOS:
         for energy in table[:, 0]:
             if not lo <= energy <= hi:
                 raise ValueError(f"the peak at {energy:g} eV lies outside [{lo:g}, {hi:g}] eV: move it or the window")
-        narrowest = table[:, 2].min()
-        energies = np.linspace(lo, hi, math.ceil((hi - lo) / min(narrowest / 4, MODEL_GRID.step)) + 1)
+        energies = np.linspace(lo, hi, math.ceil((hi - lo) / (MODEL_SIGMA / 4)) + 1)
         centre, height, width = table.T[:, :, None]
-        values = (height * np.exp(-0.5 * ((energies - centre) / width) ** 2)).sum(axis=0)
+        drawn = np.maximum(width, MODEL_SIGMA)
+        values = (height * width / drawn * np.exp(-0.5 * ((energies - centre) / drawn) ** 2)).sum(axis=0)
         known = np.ones(energies.shape, dtype=bool)
-        return cls(energies, values, known, reference, narrowest, kind, {"source": "peaks"})
+        return cls(energies, values, known, reference, MODEL_SIGMA, kind, {"source": "peaks"})
 
     @classmethod
     def from_pymatgen(cls, dos: Any, site: int | None = None) -> TargetDOS:
@@ -781,6 +782,23 @@ def mae(dos: TargetDOS, target: TargetDOS, *, window: tuple[float, float] | None
     return float(mae_arrays(values, wanted, known))
 
 
+def mean_distance(
+    pairs: Iterable[tuple[TargetDOS, TargetDOS]], *, window: tuple[float, float] | None = None
+) -> float | None:
+    """Mean of `normalised_l1` over pairs of (dos, target): what candidates are ordered by.
+
+    A target that holds no states, such as a gap, has no ratio: its `mae`, in states/eV, takes the place. None if there
+    is no pair, or a target holds states but none where they can be compared. Errors as in `normalised_l1`.
+    """
+    distances = [
+        mae(dos, target, window=window)
+        if math.isnan(normalised_l1(target, target, window=window))
+        else normalised_l1(dos, target, window=window)
+        for dos, target in pairs
+    ]
+    return float(np.mean(distances)) if distances and np.isfinite(distances).all() else None
+
+
 def wasserstein(dos: TargetDOS, target: TargetDOS, *, window: tuple[float, float] | None = None) -> float:
     """Earth mover's distance in eV between the two DOS, each normalised over the bins known in both.
 
@@ -896,7 +914,7 @@ def _ase_select(rows: list[Any], table: Array, energies: Array, site: int | None
     is_total = np.array([row.info.get("label", "").lower() == "total" for row in rows])
     known = np.ones(energies.shape, dtype=bool)
     if site is None:
-        return (table[is_total][0] if is_total.any() else table.sum(axis=0)), known, "total", []
+        return table[is_total if is_total.any() else slice(None)].sum(axis=0), known, "total", []
     parts = [i for i in range(len(rows)) if not is_total[i]]
     indexed = all("index" in rows[i].info for i in parts)
     names = [str(rows[i].info["index"]) if indexed else str(number) for number, i in enumerate(parts)]
@@ -907,7 +925,7 @@ def _ase_select(rows: list[Any], table: Array, energies: Array, site: int | None
     chosen = order.index(str(site))
     if not is_total.any():
         return sites[chosen], known, "site", [f"site {site}: raw projection, no total DOS to scale by"]
-    scaled, known = scale_sites_to_total(sites, table[is_total][0], energies=energies, min_coverage=0.0)
+    scaled, known = scale_sites_to_total(sites, table[is_total].sum(axis=0), energies=energies, min_coverage=0.0)
     return scaled[chosen], known, "site", [f"site {site}, sites scaled to add up to the total"]
 
 
