@@ -288,6 +288,18 @@ def test_a_target_without_states_where_the_dos_is_known_is_told() -> None:
     assert (done.distance, done.mae) == (None, None)
 
 
+def test_a_gap_is_compared_by_its_mean_error_beside_other_targets() -> None:
+    grid = TARGET.on_grid()
+    gap = TargetDOS(grid.energies, 0 * grid.values, (grid.energies > 0) & (grid.energies < 1), "fermi", 0.2)
+    filled = replace(gap, values=np.full(grid.values.shape, 0.5))
+    make = CompareDOSMaker().make.original
+    two = Structure.from_spacegroup("Im-3m", Lattice.cubic(2.9), ["Cu"], [[0, 0, 0]])
+    dos = DOSDoc(engine="x", site_dos=[grid, filled])
+    done = make(CompareDOSMaker(), {"0": grid, "1": gap}, candidate_doc(), RelaxDoc(structure=two), dos)
+    assert done.reason is None
+    assert done.distance == pytest.approx(0.25)  # the mean of 0 and 0.5 states/eV
+
+
 @pytest.mark.parametrize(
     ("dos", "relaxation", "reason"),
     [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, fcc111
 from ase.calculators.lj import LennardJones
 
 from dosmatgen_ase import DOSGenerator, TargetDOS, energy_above_hull, predict_dos
@@ -87,6 +87,15 @@ def test_a_gap_can_be_ranked_by(copper: TargetDOS) -> None:
     assert [atoms.get_chemical_formula() for atoms in ranked] == ["ClNa", "AlNi"]
     assert ranked[0].info["scores"]["distance"] < ranked[1].info["scores"]["distance"]
     assert all(atoms.info["scores"]["score"] is not None for atoms in score([metal, salt], {0: copper, 1: gap}))
+
+
+def test_a_cell_with_vacuum_is_ranked_as_any_other(copper: TargetDOS) -> None:
+    slabs = [fcc111(name, (1, 1, 3), vacuum=25.0, periodic=True) for name in ("Al", "Cu")]
+    assert all(atoms.get_volume() / len(atoms) > 100 for atoms in slabs)
+    ranked = score(slabs, {1: copper})
+    assert [atoms.symbols[0] for atoms in ranked] == ["Cu", "Al"]
+    assert all(atoms.info["scores"]["score"] is not None for atoms in ranked)
+    assert best([slabs[0], slabs[0].copy(), slabs[1]], 2) == [slabs[0], slabs[1]]
 
 
 def test_total_targets_are_compared_with_the_cell(copper: TargetDOS) -> None:

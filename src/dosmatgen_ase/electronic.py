@@ -52,7 +52,7 @@ from tqdm import tqdm
 from .dos import MODEL_SIGMA, Array, EnergyGrid, TargetDOS, scale_sites_to_total
 from .files import write_atomic
 from .interpolation import IrreducibleMesh, Orbital, interpolated, mesh_size, project_on_gaussians, symmetry_of
-from .screening import screen
+from .screening import MAX_GIVEN_VOLUME_PER_ATOM, screen
 
 GRID = EnergyGrid(-12.0, 8.0, 0.05)
 """Energies of every DOS made here, eV."""
@@ -315,7 +315,7 @@ def _check_crystal(atoms: Atoms) -> None:
     occupancies = atoms.info.get("occupancy") or {}
     if any(len(kinds) > 1 or min(kinds.values()) < 1 for kinds in occupancies.values()):
         raise ElectronicStructureError("disordered structure: DFT needs one element on every site, order it first")
-    screening = screen(atoms, max_volume_per_atom=1000.0)  # vacuum costs time but does no harm
+    screening = screen(atoms, max_volume_per_atom=MAX_GIVEN_VOLUME_PER_ATOM)  # vacuum costs time, no more
     if not screening.accepted:
         raise ElectronicStructureError(f"not a crystal that DFT can handle: {screening.reason}")
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, mae, normalised_l1
+from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, mean_distance
 from .predictor import DOSPredictor, SitePrediction, default_predictor
 from .relaxation import relax as relax_atoms
-from .screening import KnownCrystals, screen
+from .screening import MAX_GIVEN_VOLUME_PER_ATOM, KnownCrystals, screen
 from .stability import chgnet_energies, load_hull
 
 if TYPE_CHECKING:
@@ -64,16 +64,12 @@ def predicted_for_targets(
 def predicted_distance(
     prediction: SitePrediction, sites: Mapping[int, TargetDOS], total: TargetDOS | None = None
 ) -> float | None:
-    """Normalised L1 to the targets, mean over them; None unless every one of them can be compared.
-
-    A target that holds no states, such as a gap, has no ratio: the mean error there, in states/eV, takes its place.
-    """
+    """`dos.mean_distance` to the targets; None unless every one of them can be compared."""
     pairs = predicted_for_targets(prediction, sites, total)
     if len(pairs) < len(sites) + (total is not None):
         return None
     try:
-        ratios = [normalised_l1(predicted, target) for predicted, target in pairs]
-        return _mean([mae(*pair) if math.isnan(ratio) else ratio for ratio, pair in zip(ratios, pairs, strict=True)])
+        return mean_distance(pairs)
     except ValueError:  # no bin is known in both
         return None
 
@@ -142,7 +138,7 @@ def score(
         weights = (ranking.distance, ranking.uncertainty, ranking.energy)
         parts = [(weight, cost) for weight, cost in zip(weights, costs.values(), strict=False) if weight]
         broken = relax is not None and atoms.info["relaxation"]["energy"] is None  # it kept its starting geometry
-        known = not broken and screen(atoms).accepted and not any(cost is None for _, cost in parts)
+        known = not broken and _is_crystal(atoms) and not any(cost is None for _, cost in parts)
         atoms.info["scores"] = {"score": sum(w * cost for w, cost in parts if cost) if known else None, **costs}
     return sorted(found, key=lambda atoms: ((value := atoms.info["scores"]["score"]) is None, value or 0.0))
 
@@ -153,7 +149,7 @@ def best(ranked: Sequence[Atoms], n: int) -> list[Atoms]:
     kept: list[int] = []
     twins: list[int] = []
     for i, atoms in enumerate(ranked):
-        if screen(atoms).accepted:
+        if _is_crystal(atoms):
             if seen.find(atoms) is not None:
                 twins.append(i)
                 continue
@@ -162,6 +158,10 @@ def best(ranked: Sequence[Atoms], n: int) -> list[Atoms]:
         if len(kept) == n:
             break
     return [ranked[i] for i in sorted([*kept, *twins][:n])]
+
+
+def _is_crystal(atoms: Atoms) -> bool:
+    return screen(atoms, max_volume_per_atom=MAX_GIVEN_VOLUME_PER_ATOM).accepted
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float | None:

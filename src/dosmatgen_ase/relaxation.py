@@ -30,7 +30,7 @@ from ase.spacegroup.symmetrize import refine_symmetry
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from .screening import Screening, screen
+from .screening import MAX_GIVEN_VOLUME_PER_ATOM, Screening, screen
 
 
 def relax(
@@ -201,7 +201,7 @@ def _relax_one(start: Atoms, calculator: Any, fmax: float, max_steps: int, time_
 
 
 def _screen(atoms: Atoms) -> Screening:
-    return screen(atoms, max_volume_per_atom=1000.0)  # vacuum, as around a slab, does no harm
+    return screen(atoms, max_volume_per_atom=MAX_GIVEN_VOLUME_PER_ATOM)
 
 
 class _BrokenDown(Exception):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pymatgen.core import Structure
 
-MAX_VOLUME_PER_ATOM = 100.0  # A^3
+MAX_VOLUME_PER_ATOM = 100.0  # A^3; of what a model draws freely
+MAX_GIVEN_VOLUME_PER_ATOM = 1000.0  # A^3; of a cell that was given: a slab has vacuum, caesium alone has 111
 _MAX_DISTANCES = 2_000_000  # about 0.2 s; a Niggli-reduced cell of 20 atoms needs 10,000
 
 

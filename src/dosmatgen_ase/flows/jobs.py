@@ -7,7 +7,6 @@ with the machine (a missing program, missing weights) fails the job.
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 import tempfile
 import zlib
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from jobflow import Maker, job
 from pymatgen.core import Structure
 
-from dosmatgen_ase.dos import NEAR_GAP, TargetDOS, mae, normalised_l1
+from dosmatgen_ase.dos import NEAR_GAP, TargetDOS, mae, mean_distance
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, GenerationDoc, RelaxDoc, ScreeningDoc, TrainDoc
+from dosmatgen_ase.screening import MAX_GIVEN_VOLUME_PER_ATOM
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -129,7 +129,7 @@ class ScreenMaker(Maker):
     Attributes
     ----------
     min_distance, min_volume_per_atom, max_volume_per_atom
-        As in `screening.screen`.
+        As in `screening.screen`, but as sparse as a template may be: the generator has judged the cells that it drew.
     drop_duplicates
         Keep the first of structures that pymatgen's StructureMatcher takes for one crystal.
     keep
@@ -139,7 +139,7 @@ class ScreenMaker(Maker):
     name: str = "screen"
     min_distance: float = 0.5
     min_volume_per_atom: float = 2.0
-    max_volume_per_atom: float = 100.0
+    max_volume_per_atom: float = MAX_GIVEN_VOLUME_PER_ATOM
     drop_duplicates: bool = True
     keep: int | None = None
 
@@ -348,14 +348,15 @@ class CompareDOSMaker(Maker):
         done.engine = done.engine or engine
         try:
             done.achieved = _achieved(targets, dos, relaxed.structure)
-            done.distance = _distance(done.achieved, targets)
+            pairs = [(done.achieved[key], target) for key, target in targets.items()]
+            done.distance = mean_distance(pairs)
             if done.distance is None:
                 raise ValueError("the target holds no states where both are known")
-            done.mae = sum(mae(done.achieved[key], target) for key, target in targets.items()) / len(targets)
+            done.mae = sum(mae(*pair) for pair in pairs) / len(pairs)
+            with contextlib.suppress(ValueError):  # a target may end outside this window
+                done.near_gap_distance = mean_distance(pairs, window=NEAR_GAP)
         except ValueError as error:
             done.reason = f"not comparable: {error}"
-        with contextlib.suppress(ValueError):  # a target may end outside this window
-            done.near_gap_distance = _distance(done.achieved, targets, window=NEAR_GAP) if done.achieved else None
         if self.max_distance is not None and (done.distance or 0.0) > self.max_distance:
             done.reason = f"distance {done.distance:.2f}, more than {self.max_distance:g}"
         return done
@@ -384,14 +385,6 @@ def _same_site(structure: Structure, reordered: Structure, site: int) -> int:
         if reordered[i].specie.Z == wanted.specie.Z and distances[i] < LATTICE_MATCH:
             return i
     raise ValueError(f"site {site} ({wanted.specie}) is not in the structure that the DOS was computed for")
-
-
-def _distance(
-    achieved: Mapping[str, TargetDOS], targets: Mapping[str, TargetDOS], window: tuple[float, float] | None = None
-) -> float | None:
-    """Mean normalised L1; None where a target holds no states in the window."""
-    mean = sum(normalised_l1(achieved[key], target, window=window) for key, target in targets.items()) / len(targets)
-    return mean if math.isfinite(mean) else None
 
 
 # -- labels and training -----------------------------------------------------------------------------------------------
