@@ -297,6 +297,7 @@ def broken(**changes: object) -> Atoms:
         (broken(pbc=(True, True, False)), ValueError, r"atoms\.pbc = True"),
         (broken(positions=[[np.nan, 0, 0]]), ValueError, "not finite"),
         (broken(cell=np.diag([3.0, 3.0, 0.0])), ValueError, "without volume"),
+        (broken(info={"occupancy": {"0": {"Cu": 0.5, "Au": 0.5}}}), ValueError, "disordered"),
         (broken(numbers=[95]), ValueError, "outside H to Pu"),
         (broken(numbers=[0]), ValueError, "outside H to Pu"),
     ],

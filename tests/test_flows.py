@@ -140,6 +140,10 @@ def test_structures_pass_between_ase_and_pymatgen_and_disorder_is_refused() -> N
     alloy = Structure(Lattice.cubic(3), [{"Cu": 0.5, "Au": 0.5}], [[0, 0, 0]])
     with pytest.raises(ValueError, match="disordered sites: order them first"):
         to_atoms(alloy)
+    copper = bulk("Cu")
+    copper.info["occupancy"] = {"0": {"Cu": 0.5, "Au": 0.5}}  # as ASE reads such a site from a CIF
+    with pytest.raises(ValueError, match="Cu is disordered: order it first"):
+        to_structure(copper)
     with pytest.raises(ValueError, match="disordered"):
         InverseDesignMaker().make(TARGET, template=alloy)
     with pytest.raises(ValueError, match="needs a target DOS"):

@@ -15,9 +15,9 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # Low to high; a file imports lower ones only. A folder is one layer, within which process.py joins the others.
 ORDER = [
-    "files", "dos", "crystal", "data", "diffusion", "denoiser", "conditioning", "constraints", "checkpoint", "sampler",
-    "training", "predictor", "screening", "relaxation", "stability", "interpolation", "electronic", "labels",
-    "coverage", "metrics", "plotting", "ranking", "generator", "flows", "report", "cli",
+    "files", "dos", "data", "screening", "crystal", "diffusion", "denoiser", "conditioning", "constraints",
+    "checkpoint", "sampler", "training", "predictor", "relaxation", "stability", "interpolation", "electronic",
+    "labels", "coverage", "metrics", "plotting", "ranking", "generator", "flows", "report", "cli",
 ]
 
 

@@ -86,6 +86,15 @@ def test_copper_goes_to_its_lattice_constant() -> None:
     assert "relaxation" not in start.info
 
 
+def test_a_left_handed_cell_relaxes_as_its_mirror_of_axes() -> None:
+    start = bulk("Cu", a=3.7)
+    turned = start.copy()
+    turned.set_cell(start.cell[[1, 0, 2]])
+    one, other = relax([start, turned], EMT())
+    assert other.info["relaxation"]["energy"] == pytest.approx(one.info["relaxation"]["energy"], abs=1e-5)
+    assert np.linalg.det(other.cell) == pytest.approx(np.linalg.det(one.cell), abs=1e-3)
+
+
 def test_rmsd_counts_neither_strain_nor_shift() -> None:
     strained = relax(bulk("Cu", a=3.9, cubic=True), EMT())
     assert report(strained)["steps"] > 3

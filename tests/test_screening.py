@@ -82,6 +82,13 @@ def test_distance_agrees_with_the_neighbour_list_of_ase(seed: int) -> None:
         assert "per atom" in result.reason
 
 
+def alloy() -> Atoms:
+    """As ASE reads a CIF with a mixed site."""
+    atoms = crystal(CUBE, [[0, 0, 0]])
+    atoms.info["occupancy"] = {"0": {"Cu": 0.5, "Au": 0.5}}
+    return atoms
+
+
 BROKEN: dict[str, tuple[Atoms, str]] = {
     "no atoms": (Atoms(cell=CUBE, pbc=True), "no atoms"),
     "NaN cell": (crystal(CUBE * np.nan, [[0, 0, 0]]), "not finite"),
@@ -90,6 +97,7 @@ BROKEN: dict[str, tuple[Atoms, str]] = {
     "slab": (Atoms("H", cell=CUBE, pbc=(True, True, False)), "not periodic"),
     "no cell": (Atoms("H", pbc=True), "less than 2"),
     "flat cell": (crystal([[3, 0, 0], [0, 3, 0], [3, 3, 0]], [[0, 0, 0]]), "less than 2"),
+    "disordered": (alloy(), "disordered"),
     "left-handed": (crystal(np.diag([3.0, 3, -3]), [[0, 0, 0]]), "left-handed"),
     "collapsed": (crystal(0.01 * np.eye(3), [[0, 0, 0]] * 20), "less than 2"),
     "dilute": (crystal(30 * np.eye(3), [[0, 0, 0]]), "more than 100"),

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .screening import is_disordered
+
 if TYPE_CHECKING:
     from ase import Atoms
 
@@ -125,6 +127,8 @@ def check_atoms(atoms: Any, name: str, max_atoms: int = MAX_ATOMS) -> None:
         raise ValueError(f"{name} has {len(atoms)} atoms: use a (primitive) cell of 1 to {max_atoms}")
     if not atoms.pbc.all():
         raise ValueError(f"{name} is not periodic in three directions: set atoms.pbc = True")
+    if is_disordered(atoms):
+        raise ValueError(f"{name} is disordered: sites are shared or partly empty, order it first")
     if not (np.isfinite(atoms.cell).all() and np.isfinite(atoms.positions).all()):
         raise ValueError(f"{name} has a cell or positions that are not finite: repair it first")
     if abs(atoms.cell.volume) < 1e-3:

@@ -36,7 +36,7 @@ from .diffusion.lattice import symmetric_exp, symmetric_log
 from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from .files import write_atomic
 from .sampler import Randomness, SamplerConfig, sample
-from .screening import MAX_VOLUME_PER_ATOM, screen
+from .screening import MAX_VOLUME_PER_ATOM, right_handed, screen
 
 if TYPE_CHECKING:
     from .ranking import Ranking
@@ -93,7 +93,7 @@ class Request:
         held = set(_indices(() if fixed_sites is None else fixed_sites, "fixed_sites"))
         if template is not None:
             check_atoms(template, "template")
-            template = _right_handed(template)
+            template = right_handed(template)
             for constraint in template.constraints:
                 if not isinstance(constraint, FixAtoms):
                     raise ValueError(
@@ -657,14 +657,6 @@ def _indices(values: Iterable[Any], name: str) -> list[int]:
     if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in chosen):
         raise TypeError(f"{name} must name sites by whole numbers, counted from 0, not {chosen!r}")
     return [int(i) for i in chosen]
-
-
-def _right_handed(template: Atoms) -> Atoms:
-    """A copy whose cell is right-handed: (a, b, c) -> (-a, -b, -c) is the same lattice and moves no atom."""
-    copy = template.copy()
-    if np.linalg.det(np.asarray(template.cell)) < 0:
-        copy.set_cell(-np.asarray(template.cell))
-    return copy
 
 
 def _digest(atoms: Atoms) -> str:

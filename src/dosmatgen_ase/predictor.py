@@ -32,6 +32,7 @@ from .checkpoint import load_tensors, save_tensors
 from .data import MAX_ATOMS, SiteDOSLabels, Structures, formula_fold, load_site_dos
 from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
 from .files import write_npz
+from .screening import is_disordered
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -72,6 +73,8 @@ def chgnet_graph(atoms: Atoms) -> object:
         raise ValueError("non-finite cell or positions")
     if len(numbers) == 0 or not atoms.pbc.all():
         raise ValueError("not a crystal: needs at least one atom and pbc=True")
+    if is_disordered(atoms):
+        raise ValueError("disordered: sites are shared or partly empty")
     if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
         raise ValueError(f"elements outside CHGNet's 1..{MAX_ATOMIC_NUMBER}")
     if abs(np.linalg.det(cell)) < MIN_VOLUME * len(numbers):

@@ -30,7 +30,7 @@ from ase.spacegroup.symmetrize import refine_symmetry
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from .screening import MAX_GIVEN_VOLUME_PER_ATOM, Screening, screen
+from .screening import MAX_GIVEN_VOLUME_PER_ATOM, Screening, right_handed, screen
 
 
 def relax(
@@ -175,7 +175,7 @@ def quick_blas() -> Iterator[None]:
 
 
 def _relax_one(start: Atoms, calculator: Any, fmax: float, max_steps: int, time_limit: float) -> Atoms:
-    atoms = start.copy()
+    atoms = right_handed(start)
     report: dict[str, Any] = {
         "converged": False, "steps": 0, "energy": None, "energy_start": None, "rmsd": 0.0, "reason": None,
     }  # fmt: skip

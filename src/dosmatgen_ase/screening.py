@@ -49,6 +49,20 @@ class Screening:
     volume_per_atom: float | None
 
 
+def is_disordered(atoms: Atoms) -> bool:
+    """Whether sites are shared or partly empty: ASE reads one element there, and keeps the truth in ``info``."""
+    occupancies = atoms.info.get("occupancy") or {}
+    return any(len(kinds) > 1 or min(kinds.values()) < 1 for kinds in occupancies.values())
+
+
+def right_handed(atoms: Atoms) -> Atoms:
+    """Return a copy whose cell is right-handed: (a, b, c) -> (-a, -b, -c) is the same lattice and moves no atom."""
+    copy = atoms.copy()
+    if np.linalg.det(np.asarray(atoms.cell)) < 0:
+        copy.set_cell(-np.asarray(atoms.cell))
+    return copy
+
+
 def screen(
     atoms: Atoms,
     *,
@@ -56,7 +70,7 @@ def screen(
     min_volume_per_atom: float = 2.0,
     max_volume_per_atom: float = MAX_VOLUME_PER_ATOM,
 ) -> Screening:
-    """Screen one structure: finite, periodic, right-handed, of sensible density, no two atoms on top of each other.
+    """Screen one structure: ordered, finite, periodic, right-handed, of sensible density, no atoms on top of others.
 
     A structure is never an error, however broken: it is rejected with a reason.
 
@@ -86,6 +100,8 @@ def screen(
     positions = np.asarray(atoms.positions, dtype=float)
     if len(positions) == 0:
         return Screening(False, "no atoms", None, None)
+    if is_disordered(atoms):
+        return Screening(False, "disordered: sites are shared or partly empty, order the structure first", None, None)
     if not (np.isfinite(cell).all() and np.isfinite(positions).all()):
         return Screening(False, "cell or positions are not finite", None, None)
     if not np.all(atoms.pbc):

@@ -20,7 +20,7 @@ from pymatgen.core import Structure
 
 from dosmatgen_ase.dos import NEAR_GAP, TargetDOS, mae, mean_distance
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, GenerationDoc, RelaxDoc, ScreeningDoc, TrainDoc
-from dosmatgen_ase.screening import MAX_GIVEN_VOLUME_PER_ATOM
+from dosmatgen_ase.screening import MAX_GIVEN_VOLUME_PER_ATOM, is_disordered
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -47,7 +47,15 @@ def to_atoms(structure: Structure) -> Atoms:
 
 
 def to_structure(atoms: Atoms) -> Structure:
-    """The same crystal for pymatgen."""
+    """The same crystal for pymatgen.
+
+    Raises
+    ------
+    ValueError
+        If sites are disordered, which ``Atoms`` do not show.
+    """
+    if is_disordered(atoms):
+        raise ValueError(f"{atoms.get_chemical_formula()} is disordered: order it first")
     return Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions(wrap=False))
 
 
@@ -261,8 +269,9 @@ class DOSMaker(Maker):
         except electronic.ElectronicStructureError as error:
             done.reason = str(error)
             return done
-        for file in Path(done.directory).rglob("wfc*.dat"):
-            file.unlink()  # wave functions: most of the bytes, and made again by the inputs
+        finally:
+            for file in Path(done.directory).rglob("*.save/wfc*"):
+                file.unlink()  # wave functions: most of the bytes, and made again by the inputs
         done.site_dos, done.total_dos, done.electronic_structure = list(result.sites), result.total, result.to_dict()
         done.band_gap, done.fermi_level, done.energy = result.band_gap, result.fermi_level, result.energy
         return done
