@@ -231,6 +231,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     binaries.mkdir()
     monkeypatch.setenv("PATH", f"{binaries}{os.pathsep}{os.environ['PATH']}")
     upf = pseudo_folder(tmp_path / "upf", "Si_r.upf", "H.UPF", "Ge-a.upf", "ge.upf")
+    (upf / "Sn.upf").write_text('<UPF><PP_INFO>US</PP_INFO><PP_HEADER element="Sn" pseudo_type="PAW"/></UPF>')
+    (upf / "Al.upf").write_text("<PP_HEADER>\n   0      Version Number\n  Al      Element\n   US     US - Ultrasoft\n")
     monkeypatch.setenv("ESPRESSO_PSEUDO", str(upf))
 
     def write(pw: str, projwfc: str = "exit 0", banner: bool = True) -> None:
@@ -250,6 +252,8 @@ DISORDERED.info["occupancy"] = {"0": {"Si": 0.5, "Ge": 0.5}, "1": {"Si": 1.0}}
 @pytest.mark.parametrize(
     ("atoms", "error", "fragment"),
     [
+        (bulk("Sn"), ElectronicStructureError, "Sn.upf is of type PAW"),
+        (bulk("Al"), ElectronicStructureError, "Al.upf is of type US"),
         ("Si", TypeError, "takes an ase.Atoms"),
         (Atoms("Si", cell=3 * np.eye(3)), ElectronicStructureError, "not periodic"),
         (bulk("Si", a=1.0), ElectronicStructureError, "A\\^3 per atom"),
@@ -285,6 +289,7 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         ("echo 'JOB DONE.'", "", 9.0, "did not converge", "scf.out"),
         ("echo ' Error in routine readpp (1):'; echo '  not found'; exit 1", "", 9.0, "readpp .* not found", "scf.out"),
         ("exit 3", "", 9.0, "exit code 3", "scf.out"),
+        ("echo 'forrtl: severe' >&2; exit 4", "", 9.0, "exit code 4 forrtl: severe", "scf.out"),
         ("kill -8 $$", "", 9.0, "pw.x .scf. crashed with signal 8", "scf.out"),
         ("exec sleep 20", "", 0.1, "time limit of 0.1 s", "scf.out"),  # hangs: ten times as long by the clock
         ("while :; do :; done", "", 0.3, "time limit of 0.3 s", "scf.out"),  # works on: CPU time, in whole seconds
@@ -543,6 +548,25 @@ def test_a_full_disk_stops_the_run_and_leaves_no_half_result(tmp_path: Path, mon
     assert not (tmp_path / "out" / "a.json").exists()
 
 
+@pytest.mark.parametrize("where", [">&2", ""])
+def test_a_disk_that_is_full_for_the_program_is_not_recorded(stand_in: Any, tmp_path: Path, where: str) -> None:
+    stand_in(f"echo 'write error: No space left on device' {where}; exit 2")
+    with pytest.raises(OSError, match=r"no space left for pw\.x"):
+        compute_many({"a": SILICON, "b": SILICON}, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_a_left_handed_cell_is_the_same_crystal(stand_in: Any, tmp_path: Path) -> None:
+    stand_in("exit 3")
+    atoms = SILICON.copy()
+    atoms.set_cell(atoms.cell[[1, 0, 2]])
+    with pytest.raises(ElectronicStructureError, match="exit code 3"):  # it gets as far as the program
+        compute_dos(atoms, directory=tmp_path / "run")
+    given = ase.io.read(tmp_path / "run" / "scf.in")
+    assert np.linalg.det(given.cell) > 0
+    np.testing.assert_allclose(given.get_all_distances(mic=True), atoms.get_all_distances(mic=True), atol=1e-6)
+
+
 # -- the command and the import ----------------------------------------------------------------------------------------
 
 
@@ -642,6 +666,9 @@ def test_damaged_espresso_files(tmp_path: Path, xml: str, states: str, fragment:
         read_espresso(tmp_path / "p.xml", tmp_path / "p.out", PAIR)
     with pytest.raises(FileNotFoundError, match="no file"):
         read_espresso(tmp_path / "absent.xml", tmp_path / "p.out", PAIR)
+    for sigma in (0.0, 0.02, float("nan")):
+        with pytest.raises(ValueError, match=r"sigma must be at least 0\.05 eV"):
+            read_espresso(tmp_path / "p.xml", tmp_path / "p.out", PAIR, sigma=sigma)
 
 
 def abinit_file(path: Path, energies: np.ndarray, blocks: list[np.ndarray]) -> None:

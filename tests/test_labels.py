@@ -79,6 +79,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{binaries}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("ESPRESSO_PSEUDO", str(upf))
     monkeypatch.setattr(electronic, "_compute", electronic._compute)  # put back afterwards
+    monkeypatch.setattr(labels, "has_recipe_pseudopotentials", lambda *_: True)
 
 
 def tries(tmp_path: Path) -> Counter[str]:
@@ -98,6 +99,7 @@ def crystals(n: int) -> dict[str, Atoms]:
 def test_labels_are_packed_with_what_failed_and_nothing_is_done_twice(tmp_path: Path) -> None:
     stand_in_engine(tmp_path / "log")
     given = {**crystals(8), "he": bulk("Au", a=4.1), "ce": bulk("Ce"), "zn": bulk("Zn"), "thin": bulk("Cu", a=8.0)}
+    given["gas"] = Atoms("Cu")
     given["he"].symbols[:] = "He"
     report = label(given, tmp_path / "shards", workers=2)
     assert report.skipped == {
@@ -105,6 +107,7 @@ def test_labels_are_packed_with_what_failed_and_nothing_is_done_twice(tmp_path: 
         "ce": "Ce is a lanthanide",
         "zn": f"no pseudopotential for Zn in {tmp_path}/upf: it must hold one UPF file per element",
         "thin": "more than 60 A^3 per atom",
+        "gas": "not periodic in all three directions",
     }
     assert report.failed == {"x-6": "the SCF calculation did not converge"}
     assert (report.labels, report.done_before, len(report.shards)) == (7, 0, 1)
@@ -325,14 +328,25 @@ def test_a_formula_of_the_table_without_a_label_stays_in_its_split(tmp_path: Pat
         label({"other": table.atoms(row)}, tmp_path / "more", table=table, split={"other": "train"})
 
 
+def test_labels_by_other_pseudopotentials_are_of_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels, "has_recipe_pseudopotentials", electronic.has_recipe_pseudopotentials)
+    stand_in_engine(tmp_path / "log")
+    report = label({"a": bulk("Cu"), "he": Atoms("He", cell=np.eye(3) * 3, pbc=True)}, tmp_path / "shards")
+    assert load_site_dos(tmp_path / "shards").recipe.tolist() == [0]
+    assert report.labels == 1
+
+
 def test_an_id_is_that_of_one_crystal(tmp_path: Path) -> None:
     stand_in_engine(tmp_path / "log")
     label({"POSCAR": bulk("Cu"), "lock": bulk("Ni")}, tmp_path / "shards")
     assert label({"POSCAR": bulk("Cu")}, tmp_path / "shards").done_before == 1
-    with pytest.raises(ValueError, match=r"POSCAR \(Al\) has the id of another crystal in .*, Cu: rename it"):
+    with pytest.raises(ValueError, match=r"POSCAR \(Al, .*\) has the id of another crystal in .*, Cu, 1 atoms, 11.76"):
         label({"POSCAR": bulk("Al")}, tmp_path / "shards")
+    for other in (bulk("Cu", cubic=True), bulk("Cu", a=3.7), bulk("Cu", "bcc", a=2.87)):
+        with pytest.raises(ValueError, match="has the id of another crystal"):
+            label({"POSCAR": other}, tmp_path / "shards")
     label({"POSCAR": bulk("Au")}, tmp_path / "failed")
-    with pytest.raises(ValueError, match=r"POSCAR \(Al\) .*, Au: rename it"):
+    with pytest.raises(ValueError, match=r"POSCAR \(Al, .*\) .*, Au, .*: rename it"):
         label({"POSCAR": bulk("Al")}, tmp_path / "failed")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import importlib.util
 import itertools
@@ -32,7 +33,7 @@ import tempfile
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -52,7 +53,7 @@ from tqdm import tqdm
 from .dos import MODEL_SIGMA, Array, EnergyGrid, TargetDOS, scale_sites_to_total
 from .files import write_atomic
 from .interpolation import IrreducibleMesh, Orbital, interpolated, mesh_size, project_on_gaussians, symmetry_of
-from .screening import MAX_GIVEN_VOLUME_PER_ATOM, screen
+from .screening import MAX_GIVEN_VOLUME_PER_ATOM, right_handed, screen
 
 GRID = EnergyGrid(-12.0, 8.0, 0.05)
 """Energies of every DOS made here, eV."""
@@ -86,6 +87,7 @@ _SAMPLING = 14.0  # points per 1/A of the mesh that bands are interpolated to
 _STEP = 0.02  # eV, bins that states are gathered in before they are broadened
 _CRASHES = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL)  # of a program's own making
 _BANNERS = {"pw.x": "Program PWSCF", "projwfc.x": "Program PROJWFC"}  # the first that they print
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")  # of this machine, not of the structure
 _PATIENCE = 10.0  # seconds by the clock for one of CPU time, before a calculation counts as hanging
 
 
@@ -140,8 +142,7 @@ class EspressoSettings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number above 0, not {value}")
-        if not (math.isfinite(self.sigma) and self.sigma >= GRID.step):
-            raise ValueError(f"sigma must be at least {GRID.step} eV, the step of the energy grid, not {self.sigma}")
+        _check_sigma(self.sigma)
         if not 0 <= self.nice <= 19:
             raise ValueError(f"nice must lie between 0 and 19, not {self.nice}")
         if self.pseudo_dir is not None:
@@ -166,6 +167,11 @@ class EspressoSettings:
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
+def _check_sigma(sigma: float) -> None:
+    if not (math.isfinite(sigma) and sigma >= GRID.step):
+        raise ValueError(f"sigma must be at least {GRID.step} eV, the step of the energy grid, not {sigma}")
+
+
 class ElectronicStructureError(RuntimeError):
     """The calculation of one structure failed; `log` is the output to look at, where there is one."""
 
@@ -175,7 +181,7 @@ class ElectronicStructureError(RuntimeError):
 
 
 class InterruptedCalculation(ElectronicStructureError):
-    """A program was stopped from outside, which says nothing about the structure."""
+    """A program was stopped from outside, or memory was too short, which says nothing about the structure."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -284,6 +290,8 @@ def compute_dos(
         not converge or takes longer than allowed. The message names the log; the files are kept.
     RuntimeError
         If a program does not even start, as with a wrong `launcher` or a missing library.
+    OSError
+        If the disk is full.
     """
     with _one_blas_thread():
         return _compute(atoms, settings or EspressoSettings(), directory, threading.Event())
@@ -298,6 +306,7 @@ def _compute(
     atoms: Atoms, settings: EspressoSettings, directory: str | os.PathLike[str] | None, stop: threading.Event
 ) -> ElectronicStructure:
     _check_crystal(atoms)
+    atoms = right_handed(atoms)
     programs = _programs(settings)
     pseudos = _pseudopotentials(atoms, settings)
     folder = Path(tempfile.mkdtemp(prefix="dosmatgen_dft_") if directory is None else directory).resolve()
@@ -311,11 +320,7 @@ def _compute(
 def _check_crystal(atoms: Atoms) -> None:
     if not isinstance(atoms, Atoms):
         raise TypeError(f"compute_dos takes an ase.Atoms, not {type(atoms).__name__}")
-    # ASE's CIF reader keeps partial occupancies here, and puts one of the elements on the site.
-    occupancies = atoms.info.get("occupancy") or {}
-    if any(len(kinds) > 1 or min(kinds.values()) < 1 for kinds in occupancies.values()):
-        raise ElectronicStructureError("disordered structure: DFT needs one element on every site, order it first")
-    screening = screen(atoms, max_volume_per_atom=MAX_GIVEN_VOLUME_PER_ATOM)  # vacuum costs time, no more
+    screening = screen(right_handed(atoms), max_volume_per_atom=MAX_GIVEN_VOLUME_PER_ATOM)  # vacuum costs time, no more
     if not screening.accepted:
         raise ElectronicStructureError(f"not a crystal that DFT can handle: {screening.reason}")
 
@@ -355,8 +360,20 @@ def _pseudopotentials(atoms: Atoms, settings: EspressoSettings) -> dict[str, Pat
         if len(fitting) != 1:
             what = "no pseudopotential" if not fitting else f"{len(fitting)} pseudopotentials"
             raise ElectronicStructureError(f"{what} for {symbol} in {folder}: it must hold one UPF file per element")
+        if (kind := _pseudo_type(fitting[0])) not in ("NC", "SL", ""):
+            raise ElectronicStructureError(
+                f"{fitting[0]} is of type {kind}: cut-offs and projections here are those of norm-conserving "
+                "pseudopotentials, such as PseudoDojo's"
+            )
         found[symbol] = fitting[0]
     return found
+
+
+def _pseudo_type(path: Path) -> str:
+    """What a UPF file of version 2 or 1 says of itself: NC, SL, US, PAW; empty if it does not say."""
+    text = path.read_text(errors="replace")
+    told = re.search(r'pseudo_type\s*=\s*"\s*(\w+)', text) or re.search(r"^\s*(NC|SL|US|PAW)\s", text, re.MULTILINE)
+    return told[1] if told else ""
 
 
 def _fingerprints(pseudos: Mapping[str, Path]) -> dict[str, str]:
@@ -366,7 +383,15 @@ def _fingerprints(pseudos: Mapping[str, Path]) -> dict[str, str]:
     }
 
 
-def without_pseudopotential(elements: Iterable[str], settings: EspressoSettings) -> dict[str, str]:
+def has_recipe_pseudopotentials(elements: Collection[str], settings: EspressoSettings) -> bool:
+    """Whether the files of those elements that have one are the ones that the label set is computed with."""
+    own = json.loads((Path(__file__).parent / "references" / "pseudodojo.json").read_text())["sha256_12"]
+    given = set(elements) - set(without_pseudopotential(elements, settings))
+    found = _fingerprints(_pseudopotentials(Atoms(sorted(given)), settings))
+    return all(told.split()[-1] == own.get(symbol) for symbol, told in found.items())
+
+
+def without_pseudopotential(elements: Collection[str], settings: EspressoSettings) -> dict[str, str]:
     """Which of the elements cannot be computed, and why."""
     reasons = {}
     for symbol in elements:
@@ -440,7 +465,9 @@ class _Run:
                 energies, probabilities = interpolated(
                     atoms, mesh, read.orbitals, eigenvalues, amplitudes, gaussians, dense.points
                 )
-            except (ValueError, FileNotFoundError, MemoryError) as error:
+            except MemoryError as error:
+                raise InterruptedCalculation("too little memory to interpolate the bands", self.folder) from error
+            except (ValueError, FileNotFoundError) as error:
                 raise ElectronicStructureError(f"the bands cannot be interpolated: {error}", self.folder) from error
             levels.append(energies)
             projections.append(_by_shell(read.orbitals, len(atoms), probabilities))
@@ -501,15 +528,17 @@ class _Run:
         too_slow = (unfinished and not self.stop.is_set()) or ended_by == signal.SIGXCPU
         if ended_by and not too_slow and ended_by not in _CRASHES:
             raise InterruptedCalculation(f"{program} ({name}) was stopped by signal {ended_by}", log)
+        said = " ".join(log.with_suffix(".err").read_text(errors="replace").split())[-300:]
+        if any(full in said + text[-2000:] for full in _DISK_FULL):
+            raise OSError(errno.ENOSPC, f"no space left for {program} ({name})", str(self.folder))
         if _BANNERS[program] not in text:  # the same would happen to every structure
-            said = " ".join(log.with_suffix(".err").read_text(errors="replace").split())[-300:]
             raise RuntimeError(f"{program} ({name}) did not start: {said or f'exit code {code}'} (see {log})")
         if too_slow:
             raise ElectronicStructureError(f"{program} ({name}) ran into the time limit of {limit:g} s", log)
         if ended_by:
             raise ElectronicStructureError(f"{program} ({name}) crashed with signal {ended_by}", log)
         if "JOB DONE" not in text:
-            told = re.findall(r"Error in routine.*\n.*", text) or [f"exit code {code}"]
+            told = re.findall(r"Error in routine.*\n.*", text) or [f"exit code {code} {said}"]
             raise ElectronicStructureError(f"{program} ({name}) failed: {' '.join(told[0].split())}", log)
         return text
 
@@ -742,7 +771,10 @@ def read_espresso(
         If a file is not there.
     ElectronicStructureError
         If the files do not belong together, cannot be read or hold no empty bands.
+    ValueError
+        If sigma is below the step of the energy grid, 0.05 eV.
     """
+    _check_sigma(sigma)
     proj, output = _existing(atomic_proj), _existing(projwfc_output)
     read = _read_projections(proj, output.read_text(errors="replace"), len(atoms))
     projections = _by_shell(read.orbitals, len(atoms), np.abs(read.amplitudes) ** 2)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import spglib
 from ase import Atoms
-from ase.data import atomic_numbers
+from ase.data import atomic_numbers, chemical_symbols
 from ase.utils import atoms_to_spglib_cell
 from numpy.typing import ArrayLike
 
@@ -36,6 +36,7 @@ from .electronic import (
     EspressoSettings,
     InterruptedCalculation,
     compute_each,
+    has_recipe_pseudopotentials,
     read_record,
     without_pseudopotential,
 )
@@ -89,8 +90,8 @@ def label(
     """Compute the site DOS of structures that have none by this recipe yet, and pack them into shards.
 
     What is in a shard, as a label or as a failure, or failed here before, is not computed again; but a label of an
-    earlier recipe is. Labels by other `settings` than the recipe's replace none and are replaced by it. A run that was
-    stopped or killed goes on where it was.
+    earlier recipe is. Labels by other `settings` or pseudopotentials than the recipe's replace none and are replaced by
+    it. A run that was stopped or killed goes on where it was.
 
     Parameters
     ----------
@@ -130,7 +131,8 @@ def label(
     folder, work = Path(shards), Path(shards) / "unpacked" if unpacked is None else Path(unpacked)
     work.mkdir(parents=True, exist_ok=True)
     with _alone_in(work):
-        recipe = RECIPE if settings.is_default else 0
+        own = settings.is_default and has_recipe_pseudopotentials(_elements(structures), settings)
+        recipe = RECIPE if own else 0
         set_ = _LabelSet.read(folder, recipe)
         _tidy(work, set_.done)
         candidates = {c.name: c for c in _candidates(structures, split, {**_splits(table), **set_.split})}
@@ -142,14 +144,16 @@ def label(
             if record is not None and "result" in record and record["settings"].get("recipe", 1) != RECIPE:
                 stale.append(path)
             elif record is not None:
-                set_.formula[path.stem] = _formula(record["structure"]["numbers"])
+                told = record["structure"]
+                set_.crystal[path.stem] = _Crystal.of(told["numbers"], told["cell"])
                 made.add(path.stem)
                 if "failed" in record:
                     failed[path.stem] = _without_log(record["failed"])
-        for name in set_.formula.keys() & candidates.keys():
-            own, other = _formula(candidates[name].atoms.numbers), set_.formula[name]
-            if own != other:
-                raise ValueError(f"{name} ({own}) has the id of another crystal in {folder}, {other}: rename it")
+        for name in set_.crystal.keys() & candidates.keys():
+            atoms = candidates[name].atoms
+            given, there = _Crystal.of(atoms.numbers, atoms.cell), set_.crystal[name]
+            if not given.is_like(there):
+                raise ValueError(f"{name} ({given}) has the id of another crystal in {folder}, {there}: rename it")
         done = set_.done.union(failed)
         skipped = _skipped(candidates, settings)
         waiting = {n: c for n, c in candidates.items() if n not in done and n not in skipped}
@@ -225,6 +229,15 @@ def _candidates(
         yield _Candidate(name, atoms, known.get(formulas[name], "train"), 1 if found is None else found.number)
 
 
+def _elements(structures: Structures | Mapping[str, Atoms]) -> set[str]:
+    """Elements that a label may hold."""
+    if isinstance(structures, Structures):
+        numbers = set(np.unique(structures.atomic_numbers).tolist()) - {0}
+    else:
+        numbers = {int(z) for atoms in structures.values() for z in atoms.numbers}
+    return {chemical_symbols[z] for z in numbers - UNLABELLED.keys()}
+
+
 def formula_splits(
     formulas: Mapping[str, str], split: Mapping[str, str] | None, known: Mapping[str, str] | None = None
 ) -> dict[str, str]:
@@ -266,6 +279,9 @@ def _skipped(candidates: Mapping[str, _Candidate], settings: EspressoSettings) -
     no_label |= {s: f"{s} is {UNLABELLED[z]}" for s in elements if (z := atomic_numbers[s]) in UNLABELLED}
     skipped = {}
     for name, candidate in candidates.items():
+        if candidate.atoms.cell.rank < 3 or not candidate.atoms.pbc.all():
+            skipped[name] = "not periodic in all three directions"
+            continue
         reasons = [no_label[symbol] for symbol in sorted(set(candidate.atoms.symbols)) if symbol in no_label]
         if len(candidate.atoms) > MAX_ATOMS:
             reasons.append(f"more than {MAX_ATOMS} atoms")
@@ -323,17 +339,38 @@ def unsound(result: ElectronicStructure) -> str | None:
 
 
 @dataclass(frozen=True)
+class _Crystal:
+    """Enough of a crystal to tell it from another that was given its id."""
+
+    formula: str
+    num_atoms: int
+    volume: float
+
+    @classmethod
+    def of(cls, numbers: ArrayLike, cell: ArrayLike) -> _Crystal:
+        volume = abs(float(np.linalg.det(np.reshape(np.asarray(cell, dtype=float), (3, 3)))))
+        return cls(_formula(numbers), len(np.asarray(numbers)), volume)
+
+    def is_like(self, other: _Crystal) -> bool:
+        same = (self.formula, self.num_atoms) == (other.formula, other.num_atoms)
+        return same and abs(self.volume - other.volume) <= 1e-3 * other.volume  # shards hold cells in single precision
+
+    def __str__(self) -> str:
+        return f"{self.formula}, {self.num_atoms} atoms, {self.volume:.2f} A^3"
+
+
+@dataclass(frozen=True)
 class _LabelSet:
     """What is in the shards of a folder.
 
-    Ids with a label of a recipe (or a later one) or a failure; number of labels by element, split by formula, formula
+    Ids with a label of a recipe (or a later one) or a failure; number of labels by element, split by formula, crystal
     by the id of a label.
     """
 
     done: set[str]
     elements: Counter[str]
     split: dict[str, str]
-    formula: dict[str, str]
+    crystal: dict[str, _Crystal]
 
     @classmethod
     def read(cls, folder: Path, recipe: int) -> _LabelSet:
@@ -342,11 +379,11 @@ class _LabelSet:
             with np.load(path, allow_pickle=False) as shard:
                 ids, failed = shard["material_id"].tolist(), shard["failed_id"].tolist() if "failed_id" in shard else []
                 sites = np.split(shard["atomic_numbers"], shard["atom_offset"][1:-1])
-                for name, split, numbers in zip(ids, shard["split"].tolist(), sites, strict=True):
-                    if name not in known.formula:
+                for name, split, numbers, cell in zip(ids, shard["split"].tolist(), sites, shard["cell"], strict=True):
+                    if name not in known.crystal:
                         known.elements.update(set(Atoms(numbers).symbols))
-                        known.formula[name] = _formula(numbers)
-                        known.split[known.formula[name]] = split
+                        known.crystal[name] = _Crystal.of(numbers, cell)
+                        known.split[known.crystal[name].formula] = split
                 known.done.update(ids if int(shard.get("recipe", 1)) >= recipe else [], failed)
         return known
 
