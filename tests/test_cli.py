@@ -441,10 +441,11 @@ def test_predict_writes_what_other_commands_read(tmp_path: Path) -> None:
     ase.io.write(tmp_path / "salt.cif", bulk("NaCl", "rocksalt", a=5.64))
     ase.io.write(tmp_path / "flat.xyz", bulk("Cu", a=1.0), format="extxyz")
     out, picture = tmp_path / "out", tmp_path / "salt.png"
-    result = run("predict", tmp_path / "salt.cif", tmp_path / "flat.xyz", "--out", out, "--plot", picture)
+    result = run("predict", tmp_path / "flat.xyz", tmp_path / "salt.cif", "--out", out, "--plot", picture)
     assert result.exit_code == 0, result.output
     assert picture.stat().st_size > 10_000
     assert "collapsed" in result.stdout
+    assert f"{out}/salt.json --site 0" in result.stdout
     assert {p.name for p in out.iterdir()} == {"salt.json"}
     sites = [TargetDOS.from_file(out / "salt.json", site=i) for i in range(2)]
     for dos, expected in zip(sites, predict_dos(ase.io.read(tmp_path / "salt.cif")), strict=True):

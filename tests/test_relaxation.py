@@ -21,8 +21,9 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from typer.testing import CliRunner
 
+from dosmatgen_ase import relaxation
 from dosmatgen_ase.cli import app
-from dosmatgen_ase.relaxation import _mace_environment, relax, symmetrized
+from dosmatgen_ase.relaxation import _mace_environment, relax, relax_into, symmetrized
 
 torch.set_num_threads(1)
 
@@ -268,6 +269,46 @@ def test_the_command_relaxes_files_and_tells_failures(tmp_path: Path) -> None:
     same = CliRunner().invoke(app, ["relax", files[0], files[0], "-o", str(out)])
     assert same.exit_code == 1
     assert "two structures would be named salt" in same.output
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_is_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relaxed: list[float] = []
+
+    class Stopping(EMT):
+        """Counts structures by their lattice, and stops like Ctrl-C at the third."""
+
+        def calculate(self, *args: Any) -> None:
+            lattice = round(float(args[0].info["a"]), 2)
+            if lattice not in relaxed:
+                if lattice == stop_at:
+                    raise KeyboardInterrupt
+                relaxed.append(lattice)
+            super().calculate(*args)
+
+    monkeypatch.setattr(relaxation, "load_calculator", lambda _: Stopping())
+    structures = [bulk("Cu", a=a) for a in (3.5, 3.6, 3.7, 3.8)]
+    for atoms in structures:
+        atoms.info["a"] = atoms.cell.lengths()[0] * np.sqrt(2)
+    out, stop_at = tmp_path / "out.extxyz", 3.7
+    with pytest.raises(KeyboardInterrupt):
+        relax_into(out, structures, "emt")
+    assert [round(a.info["a"], 2) for a in ase.io.read(out, ":")] == [3.5, 3.6]
+    relaxed.clear()
+    stop_at = 0.0
+    made = relax_into(out, structures, "emt")
+    assert relaxed == [3.7, 3.8]
+    assert [a.info["relaxation"]["converged"] for a in made] == [True] * 4
+    assert len(ase.io.read(out, ":")) == 4
+    relaxed.clear()
+    assert len(relax_into(out, structures, "emt")) == 4
+    assert relaxed == []
+    relax_into(out, structures[1:], "emt")  # other structures, other limits: made anew
+    assert relaxed == [3.6, 3.7, 3.8]
+    relaxed.clear()
+    relax_into(out, structures[1:], "emt", fmax=0.01)
+    assert relaxed == [3.6, 3.7, 3.8]
 
 
 def test_symmetry_within_the_tolerance_is_made_exact_and_no_other() -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from .dos import TargetDOS
     from .predictor import DOSPredictor
+    from .ranking import Ranking
 
 USAGE, INTERRUPTED = 2, 130  # exit codes
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError)  # what the library raises
@@ -215,7 +216,8 @@ def generate(
     relax: Annotated[
         str | None,
         typer.Option(
-            help="Relax before ranking: chgnet, or the path or name of a MACE model; the best go to OUT-best.extxyz."
+            help="Relax before ranking: chgnet, or the path or name of a MACE model; into OUT-relaxed.extxyz, and the "
+            "best into OUT-best.extxyz."
         ),
     ] = None,
     energy_weight: Annotated[
@@ -265,11 +267,12 @@ def generate(
 
     from .generator import DOSGenerator, check_relaxable
     from .predictor import DEFAULT_PREDICTOR, DOSPredictor
-    from .ranking import Ranking, score
+    from .ranking import Ranking
+    from .relaxation import load_calculator
 
     if relax is not None:
         check_relaxable(settings["template"], settings["fixed_sites"], fixed_cell)
-    how: dict[str, Any] = {"relax": relax, "ranking": Ranking(energy=energy_weight), "progress": relax is not None}
+    ranking = Ranking(energy=energy_weight)
     total = target if target.kind == "total" else None
     sites = {} if total else dict.fromkeys(settings["sites"] or [0], target)
     best_file = out if oversample == 1 and relax is None else out.with_name(f"{out.stem}-best{out.suffix}")
@@ -277,16 +280,24 @@ def generate(
     generator = DOSGenerator(weights, device=device)
     forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
     made = 0
-    # A calculator that cannot be loaded is told before the work.
-    score([], sites, total, predictor=forward, **{**how, "progress": False})
+    if relax is not None:
+        load_calculator(relax)  # one that cannot be loaded is told before the work
+    failed: RuntimeError | None = None
     try:
-        for _ in generator.generate_iter(target, n * oversample, **settings, progress=True, out=out):
-            made += 1
-        _report(out, best_file, n, n * oversample, sites, total, forward, plot, how)
+        try:
+            for _ in generator.generate_iter(target, n * oversample, **settings, progress=True, out=out):
+                made += 1
+        except RuntimeError as error:  # some were rejected too often, which must not cost the others
+            if not made:
+                raise
+            failed = error
+        _report(out, best_file, n, n * oversample, sites, total, forward, plot, relax, ranking)
     except KeyboardInterrupt:
         kept = f"{made} of {n * oversample} structures are kept in {out}"
         raise KeyboardInterrupt(f": {kept}; the same command goes on from there") from None
     typer.echo(f"{time.perf_counter() - start:.1f} s")
+    if failed is not None:
+        raise failed
 
 
 def _report(
@@ -298,29 +309,29 @@ def _report(
     total: TargetDOS | None,
     forward: DOSPredictor,
     plot: Path | None,
-    how: dict[str, Any],
+    relax: str | None,
+    ranking: Ranking,
 ) -> None:
-    """Rank the structures drawn into `out`; print the table, keep the best in `best_file` and draw them."""
-    import io
-
+    """Relax, if asked, and rank the structures drawn into `out`; print the table, keep and draw the best."""
     import ase.io
 
-    from .files import write_atomic
+    from .files import write_extxyz
     from .ranking import best, predicted_for_targets, score
+    from .relaxation import relax_into
 
     drawn = ase.io.read(out, ":", format="extxyz")
     for frame, atoms in enumerate(drawn):
         atoms.info["frame"] = frame
     drawn = [atoms for atoms in drawn if atoms.info["dosmatgen"]["index"] < draws]
-    found = best(score(drawn, sites, total, predictor=forward, **how), n)
+    if relax is not None:
+        drawn = relax_into(out.with_name(f"{out.stem}-relaxed{out.suffix}"), drawn, relax, progress=True)
+    found = best(score(drawn, sites, total, predictor=forward, ranking=ranking, progress=relax is not None), n)
     if best_file != out:
         for frame, atoms in enumerate(found):
             atoms.info["frame"] = frame
-        text = io.StringIO()
-        ase.io.write(text, found, format="extxyz")
-        write_atomic(best_file, text.getvalue().encode())
+        write_extxyz(best_file, found)
     table = Table(title=f"{len(found)} structures in {best_file}, best first")
-    energies = how["ranking"].energy > 0
+    energies = ranking.energy > 0
     for name in ("frame", "formula", "with the DOS", "atoms", "Å³/atom", "predicted distance", "expected error"):
         table.add_column(name, justify="left" if name in ("formula", "with the DOS") else "right")
     if energies:
@@ -598,18 +609,21 @@ def relax(
 ) -> None:
     """Relax cell and positions with a machine-learned potential. Failures are told in the table and in the file.
 
-    With CHGNet the table also has the energy above the hull, made by the same potential.
+    With CHGNet the table also has the energy above the hull, made by the same potential. A run that was killed goes on
+    where it stopped: give the same command again.
     """
-    import ase.io
-
-    from .relaxation import relax as run
+    from .files import write_extxyz
+    from .relaxation import relax_into
     from .stability import load_hull
 
     _writable(out, (".extxyz", ".xyz"))
     named = read_structures(files)
     limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "processes": jobs}
     warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
-    relaxed = run(list(named.values()), calculator, **limits, progress=True)
+    try:
+        relaxed = relax_into(out, list(named.values()), calculator, **limits, progress=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f": what is relaxed is kept in {out}; the same command goes on from there") from None
     hull = load_hull() if calculator == "chgnet" else None
     table = Table("structure", "formula", "steps", "eV/atom", "above hull", "moved, A", "outcome")
     for name, atoms in zip(named, relaxed, strict=True):
@@ -620,7 +634,7 @@ def relax(
             atoms.info["energy_above_hull"] = above
         figures = str(told["steps"]), energy, "" if above is None else f"{above:.3f}", f"{told['rmsd']:.2f}"
         table.add_row(name, atoms.get_chemical_formula(), *figures, told["reason"] or "converged")
-    ase.io.write(out, relaxed, format="extxyz")
+    write_extxyz(out, relaxed)
     Console().print(table)
 
 
@@ -681,7 +695,7 @@ def predict(
     named = read_structures(files)
     out.mkdir(parents=True, exist_ok=True)
     table = Table("structure", "site", "element", "states below 0 eV", "band centre, eV", "expected error")
-    first: list[TargetDOS] = []
+    first: tuple[str, list[TargetDOS]] | None = None
     for name, atoms in named.items():
         try:
             sites = predict_dos(atoms)
@@ -691,19 +705,20 @@ def predict(
         total = TargetDOS.sum_of(sites)
         record = {"sites": [dos.to_dict() for dos in sites], "total": total.to_dict()}
         write_atomic(out / f"{name}.json", json.dumps(record).encode())
-        first = first or sites
+        first = first or (name, sites)
         for i, dos in enumerate(sites):
             states, centre = f"{dos.total_states(hi=0.0):.2f}", f"{dos.band_centre():.2f}"
             error_expected = _figure(dos.provenance["expected_distance"])
             table.add_row(name if i == 0 else "", str(i), atoms.symbols[i], states, centre, error_expected)
     Console().print(table)
-    if not first:
+    if first is None:
         raise RuntimeError("no structure could be predicted: the reasons stand in the table")
-    typer.echo(f"results: {out}/NAME.json, as in dosmatgen dos {out}/{next(iter(named))}.json --site 0")
+    name, sites = first
+    typer.echo(f"results: {out}/NAME.json, as in dosmatgen dos {out}/{name}.json --site 0")
     if plot is not None:
         from .plotting import plot_dos
 
-        plot_dos(first, [f"site {i}" for i in range(len(first))], path=plot)
+        plot_dos(sites, [f"site {i}" for i in range(len(sites))], path=plot)
         typer.echo(f"picture: {plot}")
 
 

@@ -6,10 +6,14 @@ import contextlib
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -31,6 +35,16 @@ def write_atomic(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that exists and has space") from error
+
+
+def write_extxyz(path: Path, structures: Sequence[Atoms]) -> None:
+    """Write structures as extended XYZ; as :func:`write_atomic`."""
+    import ase.io
+
+    text = io.StringIO()
+    if structures:
+        ase.io.write(text, structures, format="extxyz")
+    write_atomic(path, text.getvalue().encode())
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:

@@ -137,7 +137,7 @@ def score(
         }
         weights = (ranking.distance, ranking.uncertainty, ranking.energy)
         parts = [(weight, cost) for weight, cost in zip(weights, costs.values(), strict=False) if weight]
-        broken = relax is not None and atoms.info["relaxation"]["energy"] is None  # it kept its starting geometry
+        broken = atoms.info.get("relaxation", {}).get("energy", 0.0) is None  # it kept its starting geometry
         known = not broken and _is_crystal(atoms) and not any(cost is None for _, cost in parts)
         atoms.info["scores"] = {"score": sum(w * cost for w, cost in parts if cost) if known else None, **costs}
     return sorted(found, key=lambda atoms: ((value := atoms.info["scores"]["score"]) is None, value or 0.0))

@@ -7,6 +7,7 @@ and one bad structure does not cost the others. Only a calculator that cannot be
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import math
 import multiprocessing
@@ -19,6 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -30,7 +32,10 @@ from ase.spacegroup.symmetrize import refine_symmetry
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from .files import write_extxyz
 from .screening import MAX_GIVEN_VOLUME_PER_ATOM, Screening, right_handed, screen
+
+_SAVE_EVERY = 5.0  # seconds
 
 
 def relax(
@@ -83,9 +88,6 @@ def relax(
     ValueError, OSError
         If a setting is senseless or the calculator cannot be loaded.
     """
-    if not (fmax > 0 and max_steps >= 0 and time_limit > 0 and processes > 0):
-        given = f"fmax={fmax}, time_limit={time_limit}, processes={processes}"
-        raise ValueError(f"{given} must be above 0, max_steps={max_steps} not below it")
     single = isinstance(atoms, Atoms)
     structures = [atoms] if single else list(atoms)
     for item in structures:
@@ -94,6 +96,56 @@ def relax(
     finished = relax_each(structures, calculator, fmax, max_steps, time_limit, processes)
     relaxed = list(tqdm(finished, total=len(structures), disable=not progress, unit="structure", desc="relax"))
     return relaxed[0] if single else relaxed
+
+
+def relax_into(
+    path: Path,
+    structures: Sequence[Atoms],
+    calculator: str | Path = "chgnet",
+    *,
+    fmax: float = 0.05,
+    max_steps: int = 200,
+    time_limit: float = 120.0,
+    processes: int = 1,
+    progress: bool = False,
+) -> list[Atoms]:
+    """Do what :func:`relax` does and keep it in an extxyz file as it comes: the same call goes on from there.
+
+    The file is replaced every few seconds and at the end, however that comes. What it holds is taken for done as far as
+    it was made of the same structures, in the same order, with the same calculator and limits; the rest is replaced.
+    Errors as in :func:`relax`, and ``OSError`` if the file cannot be written.
+    """
+    limits = (fmax, max_steps, time_limit)
+    origins = [_origin(atoms, (str(calculator), *limits)) for atoms in structures]
+    done: list[Atoms] = []
+    with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or not ours
+        for atoms, origin in zip(ase.io.read(path, ":", format="extxyz"), origins, strict=False):
+            if atoms.info["relaxation"]["of"] != origin:
+                break
+            done.append(atoms)
+    start, saved = len(done), time.monotonic()
+    bar = tqdm(total=len(structures), initial=start, disable=not progress, unit="structure", desc="relax")
+    try:
+        finished = relax_each(structures[start:], calculator, *limits, processes)
+        for atoms, origin in zip(finished, origins[start:], strict=True):
+            atoms.info["relaxation"]["of"] = origin
+            done.append(atoms)
+            bar.update()
+            if time.monotonic() - saved > _SAVE_EVERY:
+                write_extxyz(path, done)
+                saved = time.monotonic()
+    finally:
+        bar.close()
+        if len(done) > start:
+            write_extxyz(path, done)
+    return done
+
+
+def _origin(atoms: Atoms, settings: tuple[Any, ...]) -> str:
+    """Digest of what a relaxation depends on."""
+    told = f"{settings} {atoms.constraints}".encode()
+    arrays = (atoms.numbers.astype(np.int64), atoms.cell.array, atoms.positions)
+    return hashlib.sha256(told + b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
 
 
 def symmetrized(atoms: Atoms, tolerance: float = 0.1) -> Atoms:
@@ -129,6 +181,9 @@ def relax_each(
     processes: int = 1,
 ) -> Iterator[Atoms]:
     """Yield what :func:`relax` returns, in order and as it comes, so that a long run can keep what it has."""
+    if not (fmax > 0 and max_steps >= 0 and time_limit > 0 and processes > 0):
+        given = f"fmax={fmax}, time_limit={time_limit}, processes={processes}"
+        raise ValueError(f"{given} must be above 0, max_steps={max_steps} not below it")
     work = partial(_relax_one, fmax=fmax, max_steps=max_steps, time_limit=time_limit)
     if min(processes, len(structures)) <= 1:
         engine = load_calculator(calculator)
