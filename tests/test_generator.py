@@ -389,6 +389,23 @@ def test_rejected_draws_are_drawn_again_within_a_bound(
         make(generator, n=1)
 
 
+def test_a_structure_that_is_always_rejected_does_not_cost_the_others(
+    generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Atoms] = []
+
+    def not_the_first(atoms: Atoms, **_: float) -> Screening:
+        drawn.append(atoms)
+        bad = len(drawn) in (1, 4, 5, 6, 7)  # the attempts of the first of three
+        return Screening(not bad, "too dense" if bad else None, 1.0, 10.0)
+
+    monkeypatch.setattr("dosmatgen_ase.generator.screen", not_the_first)
+    made: list[Atoms] = []
+    with pytest.raises(RuntimeError, match=rf"structure 0 was rejected {MAX_ATTEMPTS} times"):
+        made.extend(generator.generate_iter(TARGET, 3, num_atoms=3, num_steps=STEPS, seed=0))  # keeps what came before
+    assert [record(a)["index"] for a in made] == [1, 2]
+
+
 def cut_inside_the_last_frame(text: str) -> str:
     return text[: text.rstrip().rfind("\n") + 5]
 

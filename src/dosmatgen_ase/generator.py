@@ -361,7 +361,7 @@ class DOSGenerator:
         TypeError, ValueError
             For arguments that are wrong or contradict each other.
         RuntimeError
-            If a structure is rejected by the screen five times in a row.
+            If a structure is rejected by the screen five times in a row. The others are made first, and are in ``out``.
         """
         if isinstance(oversample, bool) or not isinstance(oversample, int | np.integer) or oversample < 1:
             raise ValueError(f"oversample={oversample!r} must be a whole number of at least 1")
@@ -479,6 +479,8 @@ class DOSGenerator:
         yield from (a for i, a in ready.items() if i < n)
         sizes = self._sizes(request, n, seed, guidance)
         waiting = [(i, 0) for i in range(n) if i not in ready]  # (index, attempt)
+        lost: list[tuple[int, str | None]] = []  # index, and why its last attempt was rejected
+        accepted = bool(ready)
         with tqdm(total=n, initial=n - len(waiting), disable=not progress, unit="crystal") as bar:
             while waiting:
                 size = sizes[waiting[0][0]]
@@ -490,18 +492,23 @@ class DOSGenerator:
                 for (i, attempt), atoms in zip(batch, made, strict=True):
                     result = screen(atoms, max_volume_per_atom=request.max_volume_per_atom)
                     if not result.accepted:
-                        if attempt + 1 == MAX_ATTEMPTS:
-                            raise RuntimeError(
-                                f"structure {i} was rejected {MAX_ATTEMPTS} times, last because: {result.reason}; "
-                                "loosen the constraints or change the seed"
-                            )
-                        waiting.append((i, attempt + 1))
+                        if attempt + 1 < MAX_ATTEMPTS:
+                            waiting.append((i, attempt + 1))
+                        else:
+                            lost.append((i, result.reason))
                         continue
+                    accepted = True
                     atoms.info["dosmatgen"] = {**record, "index": i, "attempt": attempt, "network_calls": calls}
                     if out is not None:
                         out.append(atoms)
                     bar.update()
                     yield atoms
+                if lost and not accepted:
+                    break  # a hopeless wish ends at once
+        if lost:
+            which = f"structure {lost[0][0]} was" if len(lost) == 1 else f"{len(lost)} of {n} structures were"
+            told = f"{which} rejected {MAX_ATTEMPTS} times, last because: {lost[-1][1]}"
+            raise RuntimeError(f"{told}; loosen the constraints or change the seed")
 
     def _draw(
         self,
