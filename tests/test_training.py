@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -226,6 +227,15 @@ def test_another_type_of_device_refuses_to_resume(tmp_path: Path) -> None:
     save_tensors(tmp_path / "state", tensors, header)
     with pytest.raises(ValueError, match=r"does not tell what the run started from.*new folder"):
         Trainer(CONFIG, bulk_dataset()).restore(tmp_path / "state")
+
+
+def test_other_data_than_before_is_warned_of(tmp_path: Path) -> None:
+    Trainer(CONFIG, bulk_dataset()).save(tmp_path / "state")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trainer(CONFIG, bulk_dataset()).restore(tmp_path / "state")
+    with pytest.warns(UserWarning, match="the data is not that which the run began with"):
+        Trainer(CONFIG, bulk_dataset(labelled=5)).restore(tmp_path / "state")
 
 
 def test_weights_are_not_a_state_to_resume(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ or site at sampling time is nothing new to the network.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -137,6 +139,10 @@ class DenseData:
             self.dos, self.known = (v.new_zeros(1, *v.shape[1:]) for v in (self.dos, self.known))
         self.dos_index = torch.tensor(dataset.dos_index).to(device)
         self.probability = draw_probability(dataset, config)
+        digest = hashlib.sha256()
+        for array in (s.cell, s.frac_coords, s.atomic_numbers, dataset.dos, dataset.known, dataset.dos_index):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        self.digest = digest.hexdigest()[:16]
 
     def batch(self, rows: np.ndarray) -> tuple[CrystalBatch, DOSCondition]:
         """Crystals and their full DOS, cut to the largest of them."""
@@ -318,7 +324,8 @@ class Trainer:
         total = sum(getattr(c, f"{name}_weight") * value for name, value in parts.items())
         assert isinstance(total, Tensor)
         if not torch.isfinite(total):
-            raise FloatingPointError(f"the loss is not finite at step {self.step}: lower learning_rate and resume")
+            fix = "lower learning_rate and start in a new folder, from the weights of this one (init)"
+            raise FloatingPointError(f"the loss is not finite at step {self.step}: {fix}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad(set_to_none=False)
@@ -340,16 +347,17 @@ class Trainer:
         tensors["generator"] = self.generator.get_state()
         place = {"step": self.step, "epoch": self.epoch, "position": self.position}
         origin = {"lattice": asdict(self.model.denoiser.lattice), "init": self.init, "device": self.device.type}
+        origin["data"] = self.data.digest
         save_tensors(path, tensors, {"kind": "training", "config": asdict(self.config), **place, **origin})
 
     def restore(self, path: Path) -> None:
-        """Continue from :meth:`save`, bit for bit.
+        """Continue from :meth:`save`, bit for bit where the data is the same; a warning tells where it is not.
 
         Raises
         ------
         ValueError
-            If the run was started with settings that differ in more than :data:`MAY_CHANGE` (the data is trusted to be
-            the same), on another type of device, or by a version that did not tell its origin.
+            If the run was started with settings that differ in more than :data:`MAY_CHANGE`, on another type of device,
+            or by a version that did not tell its origin.
         """
         tensors, header = load_tensors(path)
         if (kind := header.get("kind")) != "training":
@@ -360,13 +368,16 @@ class Trainer:
             raise ValueError(
                 f"{path} was started with other settings of {changed}: restore them or choose a new folder"
             )
-        if not {"lattice", "init", "device"} <= header.keys():
+        if not {"lattice", "init", "device", "data"} <= header.keys():
             raise ValueError(f"{path} does not tell what the run started from (an older version): choose a new folder")
         if header["device"] != self.device.type:
             raise ValueError(
                 f"{path} was made on {header['device']}, this run is on {self.device.type}, which has other random "
                 "numbers: resume on the first or choose a new folder"
             )
+        if header["data"] != self.data.digest:
+            told = "the data is not that which the run began with: it goes on with the present one"
+            warnings.warn(f"{path}: {told}", stacklevel=2)
         self.model.denoiser.lattice = LatticeProcess(*(tuple(header["lattice"][k]) for k in ("mean", "std")))
         self.init = header["init"]
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
