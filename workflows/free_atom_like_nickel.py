@@ -1,7 +1,7 @@
 """The paper's experiment in one command: crystals with a site whose DOS is that of nickel in Au3Ni, one sharp d peak.
 
     python workflows/free_atom_like_nickel.py --out runs/nickel            # the DOS by DFT at the labels' settings
-    python workflows/free_atom_like_nickel.py --out runs/dense --dense     # at denser ones: the sharp peak moves 0.2 eV
+    python workflows/free_atom_like_nickel.py --out runs/dense --dense     # at denser ones: the sharp peak moves 0.1 eV
 
 The three constrained tasks of arXiv 2504.06249, section 3.2: masked generation of cells of 4, 5, 6 and 7 atoms, where
 the first site is to have that DOS and the others are free; the same on one site of three known crystals (template); and
@@ -241,7 +241,9 @@ def compute(
     for name, task in tasks.items():
         crystals = relaxed(outcomes[name], RELAXED * count, folder / "relaxed", name)
         order = ranked(ranker, crystals, task.site, target.on_grid()) if crystals else []
-        candidates |= {f"{name}-{k}": atoms for k, atoms in enumerate(best([crystals[i] for i in order], count))}
+        chosen_crystals = best([crystals[i] for i in order], count)
+        # Named after themselves: with another --dft or --candidates, the best are others.
+        candidates |= {f"{name}-{zlib.crc32(extxyz([atoms])):08x}": atoms for atoms in chosen_crystals}
     results = compute_many(candidates, folder / "dft", settings, workers=workers, progress=True)
     chosen = {}
     for name, task in tasks.items():
