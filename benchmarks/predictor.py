@@ -160,7 +160,7 @@ def markdown(report: dict[str, Any]) -> str:
         points = [f"{p['mean']:.3f} with {p['labels']}" for p in report["curve"]["random"]]
         chosen = report["curve"]["by uncertainty"][1]
         text += (
-            f"With part of the labels: {', '.join(points)}; {chosen['mean']:.3f} with {chosen['labels']} of which the "
+            f"Learning curve, of models trained for it: {', '.join(points)} labels; {chosen['mean']:.3f} with {chosen['labels']} of which the "
             f"second half was chosen for its expected error (pooled {chosen['pooled']:.3f} instead of "
             f"{report['curve']['random'][1]['pooled']:.3f}). "
         )
