@@ -160,9 +160,9 @@ def markdown(report: dict[str, Any]) -> str:
         points = [f"{p['mean']:.3f} with {p['labels']}" for p in report["curve"]["random"]]
         chosen = report["curve"]["by uncertainty"][1]
         text += (
-            f"Learning curve, of models trained for it: {', '.join(points)} labels; {chosen['mean']:.3f} with {chosen['labels']} of which the "
-            f"second half was chosen for its expected error (pooled {chosen['pooled']:.3f} instead of "
-            f"{report['curve']['random'][1]['pooled']:.3f}). "
+            f"Learning curve, of models trained for it: {', '.join(points)} labels; {chosen['mean']:.3f} with "
+            f"{chosen['labels']} of which the second half was chosen for its expected error (pooled "
+            f"{chosen['pooled']:.3f} instead of {report['curve']['random'][1]['pooled']:.3f}). "
         )
     text += (
         "The features come from CHGNet, which was trained on energies, forces, stresses and moments of most Materials "

@@ -31,6 +31,7 @@ from dosmatgen_ase.electronic import (
     EspressoSettings,
     InterruptedCalculation,
 )
+from dosmatgen_ase.interpolation import symmetry_of
 from dosmatgen_ase.labels import LabelReport, label, unsound
 
 ROOT = Path(__file__).parents[1]
@@ -326,6 +327,18 @@ def test_a_formula_of_the_table_without_a_label_stays_in_its_split(tmp_path: Pat
     assert dict(zip(read.material_id.tolist(), read.split.tolist(), strict=True)) == {"mine": "val", "al": "train"}
     with pytest.raises(ValueError, match="which are in val"):
         label({"other": table.atoms(row)}, tmp_path / "more", table=table, split={"other": "train"})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of spglib's old error handling
+@pytest.mark.parametrize("returns_none", [True, False])
+def test_without_a_symmetry_there_is_one_error_however_spglib_is_set(
+    returns_none: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spglib.error.OLD_ERROR_HANDLING", returns_none)  # other packages change it
+    assert labels._spacegroup(Atoms("Cu")) == 1
+    assert labels._spacegroup(bulk("Cu")) == 225
+    with pytest.raises(ValueError, match="spglib finds no symmetry"):
+        symmetry_of(Atoms("Cu2", positions=np.zeros((2, 3)), cell=3 * np.eye(3), pbc=True))
 
 
 def test_labels_by_other_pseudopotentials_are_of_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,10 @@ def symmetry_of(atoms: Atoms) -> dict[str, np.ndarray]:
     ValueError
         If it finds none.
     """
-    symmetry: dict[str, np.ndarray] | None = spglib.get_symmetry(atoms_to_spglib_cell(atoms), symprec=SYMPREC)
+    try:  # whether it raises or returns None is a setting of the process, which other packages change
+        symmetry: dict[str, np.ndarray] | None = spglib.get_symmetry(atoms_to_spglib_cell(atoms), symprec=SYMPREC)
+    except spglib.SpglibError:
+        symmetry = None
     if symmetry is None:
         raise ValueError("spglib finds no symmetry in this structure: are two atoms on one place?")
     return symmetry

@@ -225,8 +225,15 @@ def _candidates(
     formulas = {name: _formula(atoms.numbers) for name, atoms in structures.items()}
     known = formula_splits(formulas, split, split_of_formula)
     for name, atoms in structures.items():
-        found = spglib.get_symmetry_dataset(atoms_to_spglib_cell(atoms), symprec=1e-3)
-        yield _Candidate(name, atoms, known.get(formulas[name], "train"), 1 if found is None else found.number)
+        yield _Candidate(name, atoms, known.get(formulas[name], "train"), _spacegroup(atoms))
+
+
+def _spacegroup(atoms: Atoms) -> int:
+    """Number of the space group, 1 where spglib finds none."""
+    with contextlib.suppress(spglib.SpglibError):  # or it returns None: a setting of the process
+        if (found := spglib.get_symmetry_dataset(atoms_to_spglib_cell(atoms), symprec=1e-3)) is not None:
+            return int(found.number)
+    return 1
 
 
 def _elements(structures: Structures | Mapping[str, Atoms]) -> set[str]:
