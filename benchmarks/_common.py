@@ -17,6 +17,7 @@ from dosmatgen_ase import stability
 from dosmatgen_ase.checkpoint import DEFAULT_WEIGHTS
 from dosmatgen_ase.conditioning import ConditionalDenoiser, DOSCondition, Guidance
 from dosmatgen_ase.constraints import Constraints
+from dosmatgen_ase.data import SiteDOSLabels
 from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.predictor import DOSPredictor
 from dosmatgen_ase.sampler import Randomness, SamplerConfig, sample
@@ -36,8 +37,11 @@ def load_predictors(parser: argparse.ArgumentParser, options: argparse.Namespace
     """Judge and ranker, which must not share a formula, or the command line is wrong."""
     judge, ranker = DOSPredictor.load(options.judge), DOSPredictor.load(options.predictor)
     folds = judge.info["fold"], ranker.info["fold"]
-    if set(folds) != {0, 1}:
-        parser.error(f"judge and predictor were trained on the same formulas (folds {folds}): give one of each half")
+    if folds != (1, 0):
+        parser.error(
+            f"judge and predictor are of the folds {folds}: the judge must be of fold 1, and what picks of fold 0, "
+            "which made the generator's predicted labels"
+        )
     return judge, ranker
 
 
@@ -50,6 +54,37 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for f in fields(SamplerConfig):
         option = "--" + f.name.replace("_", "-")
         parser.add_argument(option, type=type(f.default), default=f.default, help="sampler (default %(default)s)")
+
+
+def add_targets(parser: argparse.ArgumentParser, count: int) -> None:
+    """Options that say which labels are targets; `drawn_rows` reads them."""
+    parser.add_argument("--num-targets", type=int, default=count, help="at most this many (default %(default)s)")
+    parser.add_argument(
+        "--targets", type=Path, metavar="RESULT.json", help="those of an earlier result, in place of a draw"
+    )
+
+
+def in_random_order(labels: SiteDOSLabels, rows: np.ndarray, seed: int) -> list[int]:
+    """Rows by a random number made from the seed and the id, so that new labels hardly change the first ones."""
+    names = labels.material_id.tolist()
+    return sorted(rows.tolist(), key=lambda i: rng_for(seed, names[i], 0, 2).random())
+
+
+def drawn_rows(labels: SiteDOSLabels, fitting: np.ndarray, options: argparse.Namespace) -> list[int]:
+    """Rows of the targets among those that fit: of an earlier result, or drawn.
+
+    Raises
+    ------
+    SystemExit
+        If an earlier result names none, or a label that is not there or does not fit.
+    """
+    if options.targets is None:
+        return in_random_order(labels, fitting, options.seed)[: options.num_targets]
+    wanted = json.loads(options.targets.read_text()).get("target_ids")
+    row_of = {str(labels.material_id[i]): i for i in fitting.tolist()}
+    if not wanted or set(wanted) - row_of.keys():
+        raise SystemExit(f"{options.targets} names no targets, or labels that are not there: draw them")
+    return [row_of[name] for name in wanted]
 
 
 def split_of(options: argparse.Namespace) -> str:

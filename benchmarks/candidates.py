@@ -29,6 +29,8 @@ from _common import (
     ROOT,
     add_options,
     add_predictors,
+    add_targets,
+    drawn_rows,
     load_predictors,
     rng_for,
     sampler_config,
@@ -68,6 +70,8 @@ def curves(target: Target, found: Candidates, which: str, numbers: list[int]) ->
         site_distances(a[0, keep][:, sites].astype(float), target.dos[sites], target.known)["l1"]
         for a in (found.judged, found.ranked)
     )
+    if not keep.any():
+        return {name: [math.nan] * len(numbers) for name in ("picked", "oracle")}
     numbers = [min(k, int(keep.sum())) for k in numbers]
     return {
         "picked": [first_of(ranked, judged, k) for k in numbers],
@@ -114,8 +118,8 @@ def markdown(report: dict[str, Any]) -> str:
         cells = [text(report["given"][title][name][i]) for title in titles for name in ("picked", "oracle")]
         lines.append(f"| {k} | {' | '.join(cells)} | {k * report['seconds_per_candidate']:.2f} |")
     told = [
-        f"{title}: {text(part['floor'])} on the true structures, picked of 20 over the mean {text(part['gain'])}, "
-        f"{100 * part['share_of_oracle']:.0f} % of the oracle's gain"
+        f"{title}: {text(part['floor'])} on the true structures, picked of {part['of']} over the mean "
+        f"{text(part['gain'])}, {100 * part['share_of_oracle']:.0f} % of the oracle's gain"
         for title, part in report["given"].items()
     ]
     lines += [
@@ -135,7 +139,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Match against the number of candidates.")
     add_options(parser)
     add_predictors(parser)
-    parser.add_argument("--num-targets", type=int, default=24)
+    add_targets(parser, 24)
     parser.add_argument("--max-atoms", type=int, default=8)
     parser.add_argument("--candidates", type=int, default=1000)
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "candidates")
@@ -148,8 +152,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     config, split = sampler_config(options), split_of(options)
     labels = load_site_dos(ROOT / "data" / "site_dos")
     small = np.flatnonzero((labels.split == split) & (labels.num_atoms <= options.max_atoms))
-    rows = np.random.default_rng(options.seed).permutation(small)[: options.num_targets].tolist()
-    targets = [Target.from_label(labels, row, options.seed) for row in rows]
+    targets = [Target.from_label(labels, row, options.seed) for row in drawn_rows(labels, small, options)]
     key = hashlib.sha256(repr((asdict(config), options.candidates, options.seed)).encode())
     for path in (options.weights, options.judge, options.predictor):
         key.update(path.read_bytes())
@@ -165,7 +168,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         )
         spent = json.loads(cost.read_text()) if cost.exists() else {}
         # Side by side, as the speed of a machine changes with what else it does.
-        spent[f"{target.material_id} {which}"] = [time.process_time() - start, published_seconds(network)]
+        spent[f"{target.key} {which}"] = [time.process_time() - start, published_seconds(network)]
         write_atomic(cost, json.dumps(spent).encode())
         return found
 
@@ -175,7 +178,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for which, title in (("all", "every site given"), ("site", "one site given")):
         table, floor = [], []
         for t, true in zip(tqdm(targets, unit="target", desc=title), floors, strict=True):
-            found = cached(folder / f"{t.material_id}-{which}.npz", lambda t=t, w=which: draw_and_judge(t, w))
+            found = cached(folder / f"{t.key}-{which}.npz", lambda t=t, w=which: draw_and_judge(t, w))
             table.append(curves(t, found, which, numbers))
             sites = t.sites(which)
             floor.append(float(site_distances(true.mean[sites], t.dos[sites], t.known)["l1"]))
@@ -185,15 +188,21 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         given[title] = {
             **{name: [interval(v[:, i], mean_of) for i in range(len(numbers))] for name, v in values.items()},
             "floor": interval(np.array(floor), mean_of),
+            "of": numbers[twenty],
             "gain": interval(values["picked"][:, [twenty, 0]], ratio_of_means),
             "share_of_oracle": float(gain["picked"] / gain["oracle"]) if gain["oracle"] else 0.0,
         }
-    spent, published = np.mean(list(json.loads(cost.read_text()).values()), axis=0).tolist()
+    timed = json.loads(cost.read_text())
+    own = [timed[f"{t.key} {which}"] for t in targets for which in ("all", "site")]
+    spent, published = np.mean(own, axis=0).tolist()
     seconds = spent / options.candidates
     report = {
         "weights": generator.header["sha256"],
+        "judge": judge.info,
+        "predictor": ranker.info,
         "split": split,
         "targets": len(targets),
+        "target_ids": [t.material_id for t in targets],
         "max_atoms": options.max_atoms,
         "seed": options.seed,
         "sampler": asdict(config),

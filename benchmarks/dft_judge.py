@@ -25,7 +25,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 import ase.io
 import numpy as np
 import torch
-from _common import JUDGE, RESULTS, ROOT, add_options, sampler_config, split_of, write_results
+from _common import (
+    JUDGE,
+    RESULTS,
+    ROOT,
+    add_options,
+    add_targets,
+    drawn_rows,
+    sampler_config,
+    split_of,
+    write_results,
+)
 from ase import Atoms
 from matplotlib.figure import Figure
 from round_trip import (
@@ -186,7 +196,7 @@ def markdown(report: dict[str, Any]) -> str:
         "were. Mean over targets [95 % bootstrap interval]; normalised L1, absolute, without a floor, over the "
         "energies known to every row of a table. Retrieval (the nearest label to each site) and the per-element mean "
         "compare labels with labels. The predictor's own error on "
-        f"these {error['targets']} generated crystals is {text(error)} in the mean, on the targets' "
+        f"the crystals generated for {error['targets']} targets is {text(error)} in the mean, on the targets' "
         f"own crystals {report['predictor_error_on_labels']:.2f}. The forward model of the third table is the judge "
         "of the round trip, whose labels the predictor that picked has seen; DFT is independent. "
         f"Left out: {', '.join(report['failed']) or 'none'}.",
@@ -221,7 +231,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="DOS round trip judged by Quantum ESPRESSO.")
     add_options(parser)
     parser.add_argument("--judge", type=Path, default=JUDGE)
-    parser.add_argument("--num-targets", type=int, default=24)
+    add_targets(parser, 24)
     parser.add_argument("--max-atoms", type=int, default=6, help="largest target: what DFT costs")
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1, help="structures computed at a time")
@@ -238,7 +248,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     small = np.flatnonzero((labels.split == split) & (labels.num_atoms <= options.max_atoms) & as_computed)
     if not small.size:
         parser.error(f"no label of `{split}` with at most {options.max_atoms} atoms is of recipe {RECIPE} yet")
-    rows = np.random.default_rng(options.seed).permutation(small)[: options.num_targets].tolist()
+    rows = drawn_rows(labels, small, options)
     targets = [Target.from_label(labels, row, options.seed) for row in rows]
     gaps = {t.material_id: float(labels.band_gap[row]) for t, row in zip(targets, rows, strict=True)}
     settings = (header["sha256"], predictor.info, asdict(config), options.candidates, options.seed, RECIPE)
@@ -254,15 +264,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 made = generate(model, t, options.candidates, config, 1.0, options.seed, [arm.mode])
                 return pick(arm, t, made, predictor)
 
-            first = kept(folder / f"{t.material_id}-{k}.extxyz", drawn)
-            after = kept(folder / f"{t.material_id}-{k}-relaxed.extxyz", partial(settled, first))
+            first = kept(folder / f"{t.key}-{k}.extxyz", drawn)
+            after = kept(folder / f"{t.key}-{k}-relaxed.extxyz", partial(settled, first))
             if first:
                 raw[t.material_id, name], relaxed[t.material_id, name] = first[0], after[0]
             else:
                 failed.append(f"{name} of {t.material_id} (no draw was fit)")
-    order = list(ARMS)
+    order, keys = list(ARMS), {t.material_id: t.key for t in targets}
     results = compute_many(
-        {f"{material_id}-{order.index(arm)}": atoms for (material_id, arm), atoms in relaxed.items()},
+        {f"{keys[material_id]}-{order.index(arm)}": atoms for (material_id, arm), atoms in relaxed.items()},
         folder / "dft",
         EspressoSettings(time_limit=TIME_LIMIT),
         workers=options.jobs,
@@ -284,14 +294,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     def by_judge(arm: str, state: str) -> dict[str, Any]:
         predictions = judge.predict_arrays([getattr(made[t.material_id, arm], state) for t in full])
-        l1 = [site_distances(p.mean, t.dos, t.known)["l1"] for p, t in zip(predictions, full, strict=True)]
+        pairs = zip(predictions, full, strict=True)
+        l1 = [np.nan if p.reason else site_distances(p.mean, t.dos, t.known)["l1"] for p, t in pairs]
         return interval(np.array(l1), mean_of)
 
     confusion = {one: dict.fromkeys(CLASSES, 0) for one in CLASSES}
     for t in full:
         confusion[gap_class(gaps[t.material_id])][gap_class(made[t.material_id, main_arm].band_gap)] += 1
     predictions = predictor.predict_arrays([m.relaxed for m in made.values()])
-    own = [site_distances(p.mean, m.values, m.known)["l1"] for p, m in zip(predictions, made.values(), strict=True)]
+    own: dict[str, list[float]] = {}  # by target: its crystals are no independent draws
+    for (material_id, _), m, p in zip(made, made.values(), predictions, strict=True):
+        if not p.reason:
+            own.setdefault(material_id, []).append(float(site_distances(p.mean, m.values, m.known)["l1"]))
     on_labels = [
         site_distances(p.mean, t.dos, t.known)["l1"]
         for t, p in zip(full, predictor.predict_arrays([t.atoms for t in full]), strict=True)
@@ -301,6 +315,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "predictor": predictor.info,
         "split": split,
         "targets": len(full),
+        "target_ids": [t.material_id for t in targets],
         "max_atoms": options.max_atoms,
         "candidates": options.candidates,
         "sampler": asdict(config),
@@ -309,7 +324,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "tables": {title: summary(title, rows) for title, rows in table.items()},
         "forward": {arm: {state: by_judge(arm, state) for state in ("raw", "relaxed")} for arm in (main_arm, other)},
         "gap_classes": confusion,
-        "predictor_error": interval(np.array(own), mean_of),
+        "predictor_error": interval(np.array([np.mean(x) for x in own.values()]), mean_of),
         "predictor_error_on_labels": float(np.mean(on_labels)),
         "failed": failed,
         "per_target": {

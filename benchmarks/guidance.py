@@ -25,6 +25,7 @@ from _common import (
     ROOT,
     add_options,
     add_predictors,
+    in_random_order,
     load_predictors,
     rng_for,
     sampler_config,
@@ -124,7 +125,7 @@ def measure(
         different.append(diversity(found))
         raw = made[: options.candidates]
         energies = (hull.above(a.numbers, e) for a, e in zip(raw, chgnet_energies(raw), strict=True))
-        above += [e for e in energies if e is not None and np.isfinite(e)]
+        above += [np.inf if e is None else e for e in energies]
     pairs = np.array(
         [[a["l1 mean"], b["l1 mean"]] for a, b in zip(table["site with DOS"], table["site without DOS"], strict=True)]
     )
@@ -203,8 +204,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     model, header = generator.model, generator.header
     judge, ranker = load_predictors(parser, options)
     labels = load_site_dos(ROOT / "data" / "site_dos")
-    rows = np.random.default_rng(options.seed).permutation(np.flatnonzero(labels.split == "val"))
-    all_targets = [Target.from_label(labels, row, options.seed) for row in rows.tolist()]
+    rows = in_random_order(labels, np.flatnonzero(labels.split == "val"), options.seed)
+    all_targets = [Target.from_label(labels, row, options.seed) for row in rows]
     targets, window_targets = all_targets[: options.num_targets], all_targets[: options.window_targets]
     report = {
         "weights": header["sha256"],

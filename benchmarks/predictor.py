@@ -25,7 +25,7 @@ from _common import JUDGE, RANKER, RESULTS, ROOT, write_results
 from electronic import SHIFTS, in_shape, vasp_elements
 from matplotlib.figure import Figure
 
-from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
+from dosmatgen_ase.data import SiteDOSLabels, Structures, load_site_dos, load_structures
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.predictor import (
     DEFAULT_PREDICTOR,
@@ -83,10 +83,11 @@ def learning_curve(labels: SiteDOSLabels, features: Features, seed: int) -> dict
     }
 
 
-def against_vasp(predictor: DOSPredictor, path: Path) -> dict[str, Any]:
-    """Normalised L1 in shape to the first site of each elemental solid, as it is and after the best rigid shift."""
+def against_vasp(predictor: DOSPredictor, structures: Structures, path: Path) -> dict[str, dict[str, float]]:
+    """Medians of the normalised L1 in shape to the first site of elemental solids, held out by formula or not."""
+    trained = set(structures.reduced_formula[structures.split == "train"].tolist())
     entries = vasp_elements(path)
-    distances = {"as it is": [], "shifted": [], "per-element mean, shifted": []}
+    groups: dict[str, dict[str, list[float]]] = {"held out": {}, "of training formulas": {}}
     everywhere = np.ones(MODEL_GRID.size, dtype=bool)
     for (atoms, reference), prediction in zip(
         entries.values(), predictor.predict_arrays([a for a, _ in entries.values()]), strict=True
@@ -94,16 +95,17 @@ def against_vasp(predictor: DOSPredictor, path: Path) -> dict[str, Any]:
         if prediction.reason or not prediction.known[0].any():
             continue
         z, known = int(atoms.numbers[0]), prediction.known[0]
-
-        def shifts(values: np.ndarray, known: np.ndarray = known, reference: TargetDOS = reference) -> list[float]:
+        group = groups["of training formulas" if atoms.symbols[0] in trained else "held out"]
+        for what, values in (("predictor", prediction.mean[0]), ("element mean", predictor.baseline[z])):
             ours = TargetDOS(MODEL_GRID.energies, values, known, "fermi", MODEL_SIGMA)
-            return [in_shape(ours.shift(float(s)), reference, everywhere) for s in SHIFTS]
-
-        predicted = shifts(prediction.mean[0])
-        distances["as it is"].append(predicted[int(np.abs(SHIFTS).argmin())])
-        distances["shifted"].append(min(predicted))
-        distances["per-element mean, shifted"].append(min(shifts(predictor.baseline[z])))
-    return {"structures": len(distances["shifted"]), **{k: float(np.median(v)) for k, v in distances.items()}}
+            tried = [in_shape(ours.shift(float(s)), reference, everywhere) for s in SHIFTS]
+            group.setdefault(what, []).append(tried[int(np.abs(SHIFTS).argmin())])
+            group.setdefault(f"{what}, shifted", []).append(min(tried))
+    return {
+        name: {"structures": len(group["predictor"]), **{k: float(np.median(v)) for k, v in group.items()}}
+        for name, group in groups.items()
+        if group
+    }
 
 
 def plot(figures: dict[str, Any], curve: dict[str, Any] | None, path: Path) -> None:
@@ -150,11 +152,14 @@ def markdown(report: dict[str, Any]) -> str:
         f"{cost['alone']:.0f} ms alone. "
     )
     if report.get("vasp"):
-        v = report["vasp"]
+        told = [
+            f"{v['structures']:.0f} {name}: {v['predictor']:.2f} (element's mean {v['element mean']:.2f}), after a "
+            f"rigid shift {v['predictor, shifted']:.2f} ({v['element mean, shifted']:.2f})"
+            for name, v in report["vasp"].items()
+        ]
         text += (
-            f"Against {v['structures']} elemental solids computed with VASP (median, scaled to the same number of "
-            f"states): {v['as it is']:.2f}, after a rigid shift {v['shifted']:.2f}; the element's mean "
-            f"{v['per-element mean, shifted']:.2f}. "
+            "Against elemental solids computed with VASP, median in shape, scaled to the same number of states; "
+            f"{'; '.join(told)}. "
         )
     if report.get("curve"):
         points = [f"{p['mean']:.3f} with {p['labels']}" for p in report["curve"]["random"]]
@@ -188,15 +193,18 @@ def main() -> None:
     last = RESULTS / "predictor.json"
     report: dict[str, Any] = json.loads(last.read_text()) if last.exists() else {}
     trained_on = {name: model.info for name, model in models.items()}
-    if report.get("trained_on") != trained_on:
-        report = {}  # what was measured of other models says nothing of these
-    report["trained_on"] = trained_on
+    ids = labels.material_id[labels.split == "test"].tolist()
+    if (report.get("trained_on"), report.get("test_ids")) != (trained_on, ids):
+        report = {}  # what was measured of other models, or on other structures, does not stand beside these
+    report |= {"trained_on": trained_on, "test_ids": ids}
     report["figures"] = {n: {s: evaluate(p, labels, features, s) for s in ("val", "test")} for n, p in models.items()}
     report["milliseconds"] = milliseconds(models["predictor"], labels)
     if options.curve:
         report["curve"] = learning_curve(labels, features, options.seed)
     if options.vasp:
-        report["vasp"] = against_vasp(models["predictor"], options.vasp)
+        report["vasp"] = against_vasp(
+            models["predictor"], load_structures(ROOT / "data" / "structures.parquet"), options.vasp
+        )
     table = markdown(report)
     print(table)
     write_results(RESULTS, "predictor", report, table)

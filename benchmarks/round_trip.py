@@ -33,7 +33,9 @@ from _common import (
     ROOT,
     add_options,
     add_predictors,
+    add_targets,
     draw,
+    drawn_rows,
     load_predictors,
     rng_for,
     sampler_config,
@@ -99,6 +101,12 @@ class Target:
     known: np.ndarray  # (G,)
     reference: str
     site: int  # the site of the masked modes
+
+    @property
+    def key(self) -> str:
+        """Name of files about it: of the id, and of the label itself, which may be computed anew."""
+        digest = hashlib.sha256(self.atoms.numbers.tobytes() + self.dos.tobytes() + self.known.tobytes())
+        return f"{self.material_id}-{digest.hexdigest()[:8]}"
 
     def sites(self, which: str) -> np.ndarray:
         """Mask (N,) of "all" sites, "none", or the drawn "site"."""
@@ -436,7 +444,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="DOS round trip on held-out formulas.")
     add_options(parser)
     add_predictors(parser)
-    parser.add_argument("--num-targets", type=int, default=200, help="at most this many (default 200)")
+    add_targets(parser, 200)
     parser.add_argument("--candidates", type=int, default=20, help="per target and mode (default 20)")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "round_trip", help="candidates are kept there")
@@ -450,8 +458,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     config, split = sampler_config(options), split_of(options)
     labels = load_site_dos(ROOT / "data" / "site_dos")
     library = Library(labels.select(labels.split == "train"))
-    rows = np.random.default_rng(options.seed).permutation(np.flatnonzero(labels.split == split))[: options.num_targets]
-    targets = [Target.from_label(labels, row, options.seed) for row in rows.tolist()]
+    rows = drawn_rows(labels, np.flatnonzero(labels.split == split), options)
+    targets = [Target.from_label(labels, row, options.seed) for row in rows]
 
     settings = {"sampler": asdict(config), "guidance_scale": options.guidance_scale, "seed": options.seed}
     key = hashlib.sha256(json.dumps([settings, options.candidates, list(MODES)]).encode())
@@ -463,9 +471,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         made = generate(model, target, options.candidates, config, options.guidance_scale, options.seed)
         return judge_candidates(made, judge, ranker)
 
-    found = [
-        cached(folder / f"{t.material_id}.npz", lambda t=t: candidates_of(t)) for t in tqdm(targets, unit="target")
-    ]
+    found = [cached(folder / f"{t.key}.npz", lambda t=t: candidates_of(t)) for t in tqdm(targets, unit="target")]
     floor: list[SitePrediction] = judge.predict_arrays([t.atoms for t in targets])
 
     def baselines(which: str) -> dict[str, list[dict[str, float]]]:
@@ -495,6 +501,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "predictor": ranker.info,
         "split": split,
         "targets": len(targets),
+        "target_ids": [t.material_id for t in targets],
         "candidates": options.candidates,
         **settings,
         "bar": BAR,

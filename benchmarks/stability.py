@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 
 import numpy as np
 import torch
-from _common import RESULTS, ROOT, write_results
+from _common import RESULTS, ROOT, in_random_order, write_results
 from ase import Atoms
 from ase.build import bulk
 from matplotlib.figure import Figure
@@ -89,7 +89,7 @@ def draw(count: int, seed: int) -> list[Atoms]:
     """Candidates of 4 to 7 atoms, one per target, every site conditioned; targets are used again where they run out."""
     labels = load_site_dos(ROOT / "data" / "site_dos")
     rows = np.flatnonzero((labels.split == "test") & (labels.num_atoms >= 4) & (labels.num_atoms <= 7))
-    rows = np.random.default_rng(seed).permutation(rows)
+    rows = np.array(in_random_order(labels, rows, seed))
     generator, made = DOSGenerator(), []
     for k in range(count):
         i = int(rows[k % len(rows)])

@@ -83,7 +83,15 @@ def true_energies(truths: list[Atoms], cache: Path) -> np.ndarray:
 
 
 def measure(made: list[Atoms], truths: list[Atoms], reference: np.ndarray) -> dict[str, Any]:
-    """Figures of one row of the table."""
+    """Figures of one row of the table.
+
+    Raises
+    ------
+    ValueError
+        If a true structure has no energy: whatever were drawn would count as infinitely low.
+    """
+    if not np.isfinite(reference).all():
+        raise ValueError("CHGNet gives no energy for a true structure: leave it out")
     accepted = np.array([screen(a).accepted for a in made])
     above = np.full(len(made), np.inf)
     above[accepted] = chgnet_energies([a for a, ok in zip(made, accepted, strict=True) if ok]) - reference[accepted]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,15 +141,18 @@ def test_sites_sum_to_at_most_the_total_below_zero(shards: dict[str, Any]) -> No
 
 
 def test_the_total_holds_the_electrons_but_for_the_semicore(shards: dict[str, Any]) -> None:
-    left = {name: (*semicore(label), odd(label)) for name, label in labels(shards)}
+    left = {
+        (file, name): (*semicore(label), odd(label)) for file in shards for name, label in labels({file: shards[file]})
+    }
     # Where the correction is large, bands are narrower than the broadening, and it is no better than its own size.
-    assert {name: electrons for name, (electrons, _, moved, _) in left.items() if electrons < -max(0.1, moved)} == {}
+    assert {label: electrons for label, (electrons, _, moved, _) in left.items() if electrons < -max(0.1, moved)} == {}
     assert np.mean([moved > 0.1 for _, _, moved, _ in left.values()]) < 0.02
-    whole = {name: off for name, (_, gap, _, off) in left.items() if gap}
+    whole = {label: off for label, (_, gap, _, off) in left.items() if gap}
     assert len(whole) > 0.6 * len(left)
     assert np.median(list(whole.values())) < 0.005
-    # Left out: bands narrower than the broadening at the Fermi level (TcF6 molecules), where the slope says nothing.
-    assert sum(off > 0.15 for off in whole.values()) < 0.005 * len(whole)
+    # Bands narrower than the broadening at the Fermi level (TcF6 molecules), where the slope says nothing, are rare.
+    far = Counter(file for (file, _), off in whole.items() if off > 0.15)
+    assert max(far.values()) <= 2, "more wrong Fermi levels in one shard than chance makes"
 
 
 def test_equivalent_sites_are_equal(shards: dict[str, Any]) -> None:

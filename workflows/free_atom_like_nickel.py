@@ -361,6 +361,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "masked_nickel": float(np.mean([outcome.figures["nickel"] for outcome in masked])),
         "masked_seconds": None if math.isnan(duration) else duration,
         "distance_of_au3ni": float(normalised_l1_arrays(floor, seen.values, seen.known)[0]),
+        "known_structures": None if known is None else len(known),
         "tasks": {name: outcome.figures for name, outcome in outcomes.items()},
     }
     write_atomic(options.out / "report.json", (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
