@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import pytest
 import round_trip
 import structure
 import torch
+from _common import drawn_rows, in_random_order
 from ase import Atoms
 from ase.build import bulk
 from round_trip import MODES, Candidates, Library, Target
@@ -289,11 +291,35 @@ def test_the_round_trip_runs_and_resumes(
         round_trip.main([*files, *small, "--guidance-scale=2", f"--out={tmp_path}"])
 
 
-def test_the_ranking_predictor_cannot_be_the_judge(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [f"--{option}={folder}/judge.safetensors" for option in ("judge", "predictor")]
+@pytest.mark.parametrize("swapped", [("judge", "judge"), ("predictor", "judge")])
+def test_the_ranking_predictor_cannot_be_the_judge(
+    swapped: tuple[str, str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [f"--{o}={folder}/{name}.safetensors" for o, name in zip(("judge", "predictor"), swapped, strict=True)]
     with pytest.raises(SystemExit):
         round_trip.main([f"--weights={folder}/generator.safetensors", *files])
-    assert "same formulas" in capsys.readouterr().err
+    assert "the judge must be of fold 1" in capsys.readouterr().err
+
+
+def test_new_labels_hardly_change_the_draw_and_a_result_repeats_its_own(labels: SiteDOSLabels, tmp_path: Path) -> None:
+    everything, half = np.arange(len(labels)), np.arange(0, len(labels), 2)
+    options = argparse.Namespace(seed=3, num_targets=3, targets=None)
+    drawn, before = drawn_rows(labels, everything, options), drawn_rows(labels, half, options)
+    assert [i for i in in_random_order(labels, everything, 3) if i in half][:3] == before
+    assert drawn != drawn_rows(labels, everything, argparse.Namespace(**{**vars(options), "seed": 4}))
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"target_ids": labels.material_id[[5, 2]].tolist()}))
+    repeated = argparse.Namespace(**{**vars(options), "targets": result})
+    assert drawn_rows(labels, everything, repeated) == [5, 2]
+    with pytest.raises(SystemExit, match="names no targets, or labels that are not there"):
+        drawn_rows(labels, np.arange(3), repeated)
+
+
+def test_candidates_are_kept_for_a_label_not_for_its_id_alone(labels: SiteDOSLabels) -> None:
+    target = Target.from_label(labels, 0, 0)
+    assert Target.from_label(labels, 0, 5).key == target.key
+    assert replace(target, dos=1.1 * target.dos).key != target.key
+    assert target.key.startswith(f"{target.material_id}-")
 
 
 def test_the_dft_judge_runs_and_counts(
@@ -310,7 +336,7 @@ def test_the_dft_judge_runs_and_counts(
     def engine(structures: dict[str, Atoms], *_: object, **__: object) -> dict[str, ElectronicStructure]:
         found = {}
         for name, atoms in structures.items():
-            material_id, arm = name.rsplit("-", 1)
+            material_id, _, arm = name.rsplit("-", 2)
             row = labels.material_id.tolist().index(material_id)
             sites = tuple(
                 TargetDOS(MODEL_GRID.energies, (1.1 + int(arm)) * values, labels.known[row], "fermi", 0.2)

@@ -115,3 +115,18 @@ def test_compositions_are_counted_among_the_accepted(target: Target) -> None:
     candidates = Candidates(numbers, np.array([[True, True, True, False]]), *np.zeros((2, *shape)), numbers > 0)
     assert diversity(candidates) == pytest.approx(2 / 3)
     assert np.isnan(diversity(replace(candidates, accepted=np.zeros((1, 4), dtype=bool))))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_strength_1_is_compared_with_noise_within_targets(shift: float) -> None:
+    """A shift as large as the spread within a target is found beside a larger spread between targets; none is not."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for target in range(20):
+        centre = rng.normal(5.0)
+        for strength in (*constraints.STRENGTHS, None):
+            for value in centre + rng.normal(size=5) * 0.3 + (shift if strength == 1 else 0.0):
+                names = ("rmsd", "species", "volume", "distance")
+                rows.append({"target": str(target), "strength": strength, **dict.fromkeys(names, value)})
+    p = constraints.template_table(rows)["strength 1 against noise, p"]["rmsd"]
+    assert p < 0.001 if shift else p > 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from update_readme import with_includes
+
+from dosmatgen_ase.checkpoint import DEFAULT_WEIGHTS, load_model
+from dosmatgen_ase.predictor import DOSPredictor
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "dosmatgen_ase"
@@ -89,3 +93,13 @@ def test_every_library_that_the_source_imports_is_declared() -> None:
         name for name in outside if not declared & {canonicalize_name(owner) for owner in distributions.get(name, [])}
     }
     assert not undeclared
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_results_are_of_the_models_that_ship(path: Path) -> None:
+    """But for the trial on `val` that the defaults were chosen by, as the README says."""
+    report = json.loads(path.read_text())
+    if "weights" in report and path.stem != "guidance":
+        assert report["weights"] in ("default", load_model(DEFAULT_WEIGHTS)[1]["sha256"])
+    if "judge" in report and isinstance(report["judge"], dict):
+        assert report["judge"] == DOSPredictor.load(ROOT / "benchmarks" / "judge.safetensors").info
