@@ -66,8 +66,8 @@ def add_targets(parser: argparse.ArgumentParser, count: int) -> None:
 
 def in_random_order(labels: SiteDOSLabels, rows: np.ndarray, seed: int) -> list[int]:
     """Rows by a random number made from the seed and the id, so that new labels hardly change the first ones."""
-    names = labels.material_id.tolist()
-    return sorted(rows.tolist(), key=lambda i: rng_for(seed, names[i], 0, 2).random())
+    names = labels.material_id.tolist()  # 0, 3: a stream of which no draw takes numbers, or it would be chosen by them
+    return sorted(rows.tolist(), key=lambda i: rng_for(seed, names[i], 0, 3).random())
 
 
 def drawn_rows(labels: SiteDOSLabels, fitting: np.ndarray, options: argparse.Namespace) -> list[int]:

@@ -66,12 +66,12 @@ def first_of(order: np.ndarray, values: np.ndarray, k: int) -> float:
 def curves(target: Target, found: Candidates, which: str, numbers: list[int]) -> dict[str, list[float]]:
     """Expected distance, by the judge, of the ranker's pick and of the oracle's, for each number of draws."""
     keep, sites = found.accepted[0], target.sites(which)
+    if not keep.any():
+        return {name: [math.nan] * len(numbers) for name in ("picked", "oracle")}
     judged, ranked = (
         site_distances(a[0, keep][:, sites].astype(float), target.dos[sites], target.known)["l1"]
         for a in (found.judged, found.ranked)
     )
-    if not keep.any():
-        return {name: [math.nan] * len(numbers) for name in ("picked", "oracle")}
     numbers = [min(k, int(keep.sum())) for k in numbers]
     return {
         "picked": [first_of(ranked, judged, k) for k in numbers],

@@ -56,13 +56,13 @@ from dosmatgen_ase.checkpoint import load_model
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.electronic import RECIPE, ElectronicStructure, EspressoSettings, compute_many
-from dosmatgen_ase.files import write_atomic
+from dosmatgen_ase.files import write_extxyz
 from dosmatgen_ase.metrics import site_distances
 from dosmatgen_ase.plotting import plot_dos
 from dosmatgen_ase.predictor import MIN_LABELS, DOSPredictor, default_predictor
 from dosmatgen_ase.ranking import score
 from dosmatgen_ase.relaxation import relax, symmetrized
-from dosmatgen_ase.screening import screen
+from dosmatgen_ase.screening import reduced_formula, screen
 
 MEAN = "per-element mean"
 
@@ -113,10 +113,7 @@ def kept(path: Path, make: Any) -> list[Atoms]:
     """Structures from a file, made and kept there the first time."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.extxyz")
-        ase.io.write(part, made := make(), format="extxyz")
-        write_atomic(path, part.read_bytes() if made else b"")
-        part.unlink()
+        write_extxyz(path, make())
     return ase.io.read(path, ":") if path.stat().st_size else []
 
 
@@ -172,6 +169,22 @@ def summary(title: str, rows: dict[str, Any]) -> dict[str, Any]:
     return means | ratios
 
 
+def own_formula(report: dict[str, Any]) -> str:
+    """How far the picks with the target's formula are from it, and the others."""
+    title = "all sites"
+    arm = TABLES[title][0][0]
+    near: dict[bool, list[float]] = {True: [], False: []}
+    for row in report["per_target"][title].values():
+        same = reduced_formula(Atoms(row["target"])) == reduced_formula(Atoms(row[arm]["formula"]))
+        near[same].append(row[arm]["l1"])
+    told = [
+        f"{len(found)} have {what} (median {np.median(found):.2f}, {min(found):.2f} to {max(found):.2f})"
+        for found, what in ((near[True], "the target's formula"), (near[False], "another"))
+        if found
+    ]
+    return " and ".join(told)
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The tables of the README."""
     lines = []
@@ -199,6 +212,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"the crystals generated for {error['targets']} targets is {text(error)} in the mean, on the targets' "
         f"own crystals {report['predictor_error_on_labels']:.2f}. The forward model of the third table is the judge "
         "of the round trip, whose labels the predictor that picked has seen; DFT is independent. "
+        f"Of the picks with every site given, {own_formula(report)}. "
         f"Left out: {', '.join(report['failed']) or 'none'}.",
     ]
     return "\n".join(lines) + "\n"

@@ -36,10 +36,9 @@ from tqdm import tqdm
 from dosmatgen_ase import DOSGenerator
 from dosmatgen_ase.data import load_site_dos, load_structures
 from dosmatgen_ase.files import read_records
-from dosmatgen_ase.generator import _digest
 from dosmatgen_ase.metrics import bootstrap_interval, median, quantile
 from dosmatgen_ase.relaxation import relax
-from dosmatgen_ase.screening import KnownCrystals, charge_balanced, screen_many
+from dosmatgen_ase.screening import KnownCrystals, charge_balanced, digest, screen_many
 from dosmatgen_ase.stability import Hull, chgnet_energies, load_hull
 
 BAR = {"real_median": 0.03, "seconds_for_50": 300.0}
@@ -194,7 +193,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     raw = above(hull, zip((atoms.numbers for atoms in made), chgnet_energies(made, progress=True), strict=True))
     sha = made[0].info["dosmatgen"]["weights"][:12]
     # The targets change as labels are added, and with them what a seed draws: the atoms belong to the name.
-    draws = {f"{options.seed}-{k}-{_digest(atoms)[:12]}": atoms for k, atoms in enumerate(made)}
+    draws = {f"{options.seed}-{k}-{digest(atoms)[:12]}": atoms for k, atoms in enumerate(made)}
     done = relax_all(draws, options.cache / f"stability_{sha}.jsonl")
     after = above(hull, [(record["crystal"][0], record["reached"]) for record in done.values()])
 

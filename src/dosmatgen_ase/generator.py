@@ -7,7 +7,6 @@ how each was made.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -36,7 +35,7 @@ from .diffusion.lattice import symmetric_exp, symmetric_log
 from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from .files import write_atomic
 from .sampler import Randomness, SamplerConfig, sample
-from .screening import MAX_VOLUME_PER_ATOM, right_handed, screen
+from .screening import MAX_VOLUME_PER_ATOM, digest, right_handed, screen
 
 if TYPE_CHECKING:
     from .ranking import Ranking
@@ -230,7 +229,7 @@ class Request:
             "targets": {str(i): t.digest() for i, t in self.site_targets.items()},
             "total_target": self.total_target.digest() if self.total_target is not None else None,
             "template": self.template.get_chemical_formula() if self.template is not None else None,
-            "template_sha256": _digest(self.template) if self.template is not None else None,
+            "template_sha256": digest(self.template) if self.template is not None else None,
             "strength": self.strength if self.template is not None else None,
             "fixed_species": {str(i): chemical_symbols[z] for i, z in self.fixed_species.items()},
             "fixed_sites": sorted(self.fixed_sites),
@@ -664,12 +663,6 @@ def _indices(values: Iterable[Any], name: str) -> list[int]:
     if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in chosen):
         raise TypeError(f"{name} must name sites by whole numbers, counted from 0, not {chosen!r}")
     return [int(i) for i in chosen]
-
-
-def _digest(atoms: Atoms) -> str:
-    """SHA-256 of cell, positions and species."""
-    parts = (np.asarray(atoms.cell), atoms.positions, atoms.numbers.astype(np.int64))
-    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
 
 def _element(value: str | int, name: str) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, mean_distance
 from .predictor import DOSPredictor, SitePrediction, default_predictor
 from .relaxation import relax as relax_atoms
-from .screening import MAX_GIVEN_VOLUME_PER_ATOM, KnownCrystals, screen
+from .screening import KnownCrystals, screen_given
 from .stability import chgnet_energies, load_hull
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def score(
         weights = (ranking.distance, ranking.uncertainty, ranking.energy)
         parts = [(weight, cost) for weight, cost in zip(weights, costs.values(), strict=False) if weight]
         broken = atoms.info.get("relaxation", {}).get("energy", 0.0) is None  # it kept its starting geometry
-        known = not broken and _is_crystal(atoms) and not any(cost is None for _, cost in parts)
+        known = not broken and screen_given(atoms).accepted and not any(cost is None for _, cost in parts)
         atoms.info["scores"] = {"score": sum(w * cost for w, cost in parts if cost) if known else None, **costs}
     return sorted(found, key=lambda atoms: ((value := atoms.info["scores"]["score"]) is None, value or 0.0))
 
@@ -149,7 +149,7 @@ def best(ranked: Sequence[Atoms], n: int) -> list[Atoms]:
     kept: list[int] = []
     twins: list[int] = []
     for i, atoms in enumerate(ranked):
-        if _is_crystal(atoms):
+        if screen_given(atoms).accepted:
             if seen.find(atoms) is not None:
                 twins.append(i)
                 continue
@@ -158,10 +158,6 @@ def best(ranked: Sequence[Atoms], n: int) -> list[Atoms]:
         if len(kept) == n:
             break
     return [ranked[i] for i in sorted([*kept, *twins][:n])]
-
-
-def _is_crystal(atoms: Atoms) -> bool:
-    return screen(atoms, max_volume_per_atom=MAX_GIVEN_VOLUME_PER_ATOM).accepted
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float | None:

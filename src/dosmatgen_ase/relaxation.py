@@ -33,7 +33,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from .files import write_extxyz
-from .screening import MAX_GIVEN_VOLUME_PER_ATOM, Screening, right_handed, screen
+from .screening import digest, right_handed, screen_given
 
 _SAVE_EVERY = 5.0  # seconds
 
@@ -118,7 +118,7 @@ def relax_into(
     limits = (fmax, max_steps, time_limit)
     origins = [_origin(atoms, (str(calculator), *limits)) for atoms in structures]
     done: list[Atoms] = []
-    with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or not ours
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not there, or not ours
         for atoms, origin in zip(ase.io.read(path, ":", format="extxyz"), origins, strict=False):
             if atoms.info["relaxation"]["of"] != origin:
                 break
@@ -143,9 +143,8 @@ def relax_into(
 
 def _origin(atoms: Atoms, settings: tuple[Any, ...]) -> str:
     """Digest of what a relaxation depends on."""
-    told = f"{settings} {atoms.constraints}".encode()
-    arrays = (atoms.numbers.astype(np.int64), atoms.cell.array, atoms.positions)
-    return hashlib.sha256(told + b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
+    told = f"{settings} {atoms.constraints} {digest(atoms)}".encode()
+    return hashlib.sha256(told).hexdigest()[:16]
 
 
 def symmetrized(atoms: Atoms, tolerance: float = 0.1) -> Atoms:
@@ -235,7 +234,7 @@ def _relax_one(start: Atoms, calculator: Any, fmax: float, max_steps: int, time_
         "converged": False, "steps": 0, "energy": None, "energy_start": None, "rmsd": 0.0, "reason": None,
     }  # fmt: skip
     atoms.info["relaxation"] = report
-    screening = _screen(atoms)
+    screening = screen_given(atoms)
     if not screening.accepted:
         report["reason"] = f"rejected before relaxation: {screening.reason}"
         return atoms
@@ -255,10 +254,6 @@ def _relax_one(start: Atoms, calculator: Any, fmax: float, max_steps: int, time_
     return atoms
 
 
-def _screen(atoms: Atoms) -> Screening:
-    return screen(atoms, max_volume_per_atom=MAX_GIVEN_VOLUME_PER_ATOM)
-
-
 class _BrokenDown(Exception):
     """The calculator failed, or the structure left what it can describe."""
 
@@ -273,7 +268,7 @@ def _optimise(atoms: Atoms, report: dict[str, Any], fmax: float, max_steps: int,
             energy = float(atoms.get_potential_energy()) / len(atoms)
             if not (math.isfinite(energy) and np.isfinite(atoms.get_forces()).all()):
                 raise _BrokenDown("energy or forces are not finite")
-            screening = _screen(atoms)
+            screening = screen_given(atoms)
             if not screening.accepted:
                 raise _BrokenDown(f"broke down in step {optimiser.nsteps}: {screening.reason}")
             report["energy"], report["steps"] = energy, int(optimiser.nsteps)

@@ -7,6 +7,7 @@ says nothing about the energy of a structure.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections import Counter
@@ -61,6 +62,12 @@ def right_handed(atoms: Atoms) -> Atoms:
     if np.linalg.det(np.asarray(atoms.cell)) < 0:
         copy.set_cell(-np.asarray(atoms.cell))
     return copy
+
+
+def digest(atoms: Atoms) -> str:
+    """SHA-256 of cell, positions and species: that of the very same numbers, not of the same crystal."""
+    parts = (np.asarray(atoms.cell), atoms.positions, atoms.numbers.astype(np.int64))
+    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
 
 def screen(
@@ -126,6 +133,11 @@ def screen(
     if not shortest >= min_distance:
         return Screening(False, f"atoms {shortest:.3f} A apart, less than {min_distance:g}", shortest, per_atom)
     return Screening(True, None, shortest, per_atom)
+
+
+def screen_given(atoms: Atoms) -> Screening:
+    """Screen a structure whose cell was given, or comes from one that was: it may be as sparse as a slab."""
+    return screen(atoms, max_volume_per_atom=MAX_GIVEN_VOLUME_PER_ATOM)
 
 
 def _shortest_distance(

@@ -30,7 +30,7 @@ from .files import write_npz
 from .predictor import MAX_ATOMIC_NUMBER, chgnet_graph, load_chgnet
 from .relaxation import quick_blas
 from .relaxation import relax as relax_atoms
-from .screening import MAX_GIVEN_VOLUME_PER_ATOM, screen
+from .screening import screen_given
 
 DEFAULT_HULL = Path(__file__).parent / "references" / "hull.npz"
 
@@ -209,7 +209,7 @@ def chgnet_energies(structures: Sequence[Atoms], batch_size: int = 16, progress:
     for start in tqdm(starts, disable=not progress, unit="batch", desc="CHGNet energies"):
         graphs, rows = [], []
         for i in range(start, min(start + batch_size, len(structures))):
-            if not screen(structures[i], max_volume_per_atom=MAX_GIVEN_VOLUME_PER_ATOM).accepted:
+            if not screen_given(structures[i]).accepted:
                 continue
             try:
                 graphs.append(chgnet_graph(structures[i]))
