@@ -269,6 +269,11 @@ def test_the_command_relaxes_files_and_tells_failures(tmp_path: Path) -> None:
     same = CliRunner().invoke(app, ["relax", files[0], files[0], "-o", str(out)])
     assert same.exit_code == 1
     assert "two structures would be named salt" in same.output
+    before = (tmp_path / "two.extxyz").read_bytes()
+    onto_itself = CliRunner().invoke(app, ["relax", files[1], "-o", files[1]])
+    assert onto_itself.exit_code == 1
+    assert "is one of the files to relax" in onto_itself.output
+    assert (tmp_path / "two.extxyz").read_bytes() == before
 
 
 def test_a_run_that_was_stopped_goes_on_with_what_is_in_the_file(

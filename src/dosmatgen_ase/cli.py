@@ -617,6 +617,8 @@ def relax(
     from .stability import load_hull
 
     _writable(out, (".extxyz", ".xyz"))
+    if out.resolve() in [file.resolve() for file in files]:  # it grows as structures are relaxed
+        raise ValueError(f"--out {out} is one of the files to relax: choose another name")
     named = read_structures(files)
     limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "processes": jobs}
     warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
