@@ -45,12 +45,18 @@ def load_predictors(parser: argparse.ArgumentParser, options: argparse.Namespace
     return judge, ranker
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every benchmark that draws structures: weights, split, seed, output, and each sampler setting."""
+def add_options(parser: argparse.ArgumentParser, *, tunes: bool = False) -> None:
+    """Options of every benchmark that draws structures: weights, seed, output, each sampler setting, and the split.
+
+    What `tunes` is on `val` alone.
+    """
     parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="generator (default: the one that ships)")
-    parser.add_argument("--val", action="store_true", help="measure on `val` (for tuning) instead of `test`")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None, help="results folder (default: results/, with --val runs/)")
+    if tunes:
+        parser.add_argument("--out", type=Path, default=RESULTS, help="results folder (default: results/)")
+    else:
+        parser.add_argument("--val", action="store_true", help="measure on `val` (for tuning) instead of `test`")
+        parser.add_argument("--out", type=Path, help="results folder (default: results/, with --val runs/)")
     for f in fields(SamplerConfig):
         option = "--" + f.name.replace("_", "-")
         parser.add_argument(option, type=type(f.default), default=f.default, help="sampler (default %(default)s)")

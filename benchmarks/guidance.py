@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 import numpy as np
 import torch
 from _common import (
-    RESULTS,
     ROOT,
     add_options,
     add_predictors,
@@ -192,7 +191,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure every setting on `val`."""
     parser = argparse.ArgumentParser(description="Guidance and temperature, on val.")
-    add_options(parser)
+    add_options(parser, tunes=True)
     add_predictors(parser)
     parser.add_argument("--num-targets", type=int, default=60)
     parser.add_argument("--candidates", type=int, default=10)
@@ -216,11 +215,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "window": measure_window(window_targets, generator, judge, ranker, options),
         "rows": [measure(targets, model, judge, ranker, options, g, t) for g, t in SETTINGS],
     }
-    out = options.out or RESULTS
     table = markdown(report)
     print(table)
-    write_results(out, "guidance", report, table)
-    plot(report, out / "guidance.png")
+    write_results(options.out, "guidance", report, table)
+    plot(report, options.out / "guidance.png")
     return report
 
 

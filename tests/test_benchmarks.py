@@ -428,3 +428,11 @@ def test_the_guidance_curve_runs(
     assert one["ratio"]["value"] > 0
     assert one["inside"] != three["inside"]
     assert (tmp_path / "guidance.png").stat().st_size > 5000
+
+
+def test_the_guidance_curve_takes_no_split(capsys: pytest.CaptureFixture[str]) -> None:
+    import guidance
+
+    with pytest.raises(SystemExit):
+        guidance.main(["--val"])
+    assert "unrecognized arguments: --val" in capsys.readouterr().err
