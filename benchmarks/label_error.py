@@ -39,6 +39,7 @@ from dosmatgen_ase.electronic import (
 from dosmatgen_ase.interpolation import IrreducibleMesh
 
 CUTOFF = 75.0  # Ry
+SETTINGS = ("ecutwfc", "scf_kpoint_density", "dos_kpoint_density")  # that make the error
 SECONDS = 3.4e-4  # per k-point, spin, band and A^3 at 75 Ry, on a core that made labels; an SCF costs 4 such sweeps
 
 
@@ -108,10 +109,12 @@ def dense(atoms: Atoms, name: str, folder: Path) -> ElectronicStructure | str:
     return result if isinstance(result, ElectronicStructure) else str(result)
 
 
-def cutoff_error(labels: SiteDOSLabels, i: int, folder: Path) -> float | None:
-    """What of a label's error the cut-off alone makes: its distance to 75 Ry on its own meshes."""
-    name, settings = str(labels.material_id[i]), EspressoSettings(ecutwfc=CUTOFF, time_limit=1800.0)
-    result = compute_many({name: labels.atoms(i)}, folder / "cutoff", settings)[name]
+def error_by(setting: str, labels: SiteDOSLabels, i: int, folder: Path) -> float | None:
+    """What of a label's error one setting makes: its distance to a calculation that is dense in that one alone."""
+    name, atoms = str(labels.material_id[i]), labels.atoms(i)
+    dense_in_one = {setting: getattr(dense_settings(atoms), setting)}
+    settings = EspressoSettings(**dense_in_one, time_limit=1800.0)
+    result = compute_many({name: atoms}, folder / setting, settings)[name]
     return compare(labels, i, result)["l1"] if isinstance(result, ElectronicStructure) else None
 
 
@@ -250,15 +253,17 @@ def markdown(report: dict[str, Any]) -> str:
         "Normalised L1 of the sites to a calculation at 75 Ry with the meshes twice as dense (SCF and DOS), at sigma "
         "0.2 eV. Occupied (below the zero of energy) and shifted (after the best rigid shift): medians over "
         f"structures. {current} of {how['drawn']} drawn labels are of recipe {how['recipe']}, {len(rows)} of them "
-        f"computed; {passed} were passed over as too costly.",
+        f"computed; {passed} were passed over as too costly. By cut-off, SCF mesh, DOS mesh: how far that one alone, "
+        "raised, takes a label.",
         "",
-        "| worst | | atoms | normalised L1 | by cut-off | occupied | shifted (by, eV) | most at | gap (label), eV |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| worst | | atoms | normalised L1 | by cut-off | SCF mesh | DOS mesh | occupied | shifted (by, eV) | "
+        "most at | gap (label), eV |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(rows, key=lambda r: -r["l1"])[:8]:
+        by = " | ".join(_figure(r.get(f"l1_{setting}")) for setting in SETTINGS)
         lines.append(
-            f"| {r['id']} | {r['formula']} | {r['num_atoms']} | {r['l1']:.3f} | {_figure(r.get('l1_cutoff'))} | "
-            f"{r['l1_occupied']:.3f} | "
+            f"| {r['id']} | {r['formula']} | {r['num_atoms']} | {r['l1']:.3f} | {by} | {r['l1_occupied']:.3f} | "
             f"{r['l1_shifted']:.3f} ({r['shift']:+.2f}) | {r['worst_energy']:+.1f} | "
             f"{r['gap']:.2f} ({r['label_gap']:.2f}) |"
         )
@@ -327,7 +332,7 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, default=ROOT / "data" / "site_dos", help="folder of shards")
     parser.add_argument("--report", action="store_true", help="compute nothing")
     parser.add_argument("-n", type=int, default=40, help="labels to recompute")
-    parser.add_argument("--explain", type=int, default=5, help="worst labels recomputed at 75 Ry on their own meshes")
+    parser.add_argument("--explain", type=int, default=5, help="worst labels computed with one dense setting each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-cost", type=float, default=150.0, help="estimated seconds for one structure")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "label_error", help="where results are kept")
@@ -353,9 +358,10 @@ def main() -> None:
     if not results:
         raise SystemExit(f"nothing is computed in {options.folder}: leave out --report, or look at its logs")
     for row in sorted(report["labels"], key=lambda r: -r["l1"])[: options.explain]:
-        if options.report and not (options.folder / "cutoff" / f"{row['id']}.json").exists():
-            continue
-        row["l1_cutoff"] = cutoff_error(labels, labels.material_id.tolist().index(row["id"]), options.folder)
+        for setting in SETTINGS:
+            if not options.report or (options.folder / setting / f"{row['id']}.json").exists():
+                i = labels.material_id.tolist().index(row["id"])
+                row[f"l1_{setting}"] = error_by(setting, labels, i, options.folder)
     report["recipes"] = by_recipe(options.labels, labels, results)
     report["vasp"] = against_vasp(labels, options.vasp) if options.vasp else []
     report["summary"] = summary(report)

@@ -41,16 +41,18 @@ def test_labels_of_the_same_calculation_have_no_error(tmp_path: Path, monkeypatc
     assert report["draw"]["strata"]["3"] == {"labels": 12, "drawn": 6, "passed_over": 0}
     assert max(r["l1"] for r in report["labels"]) < 1e-3
     assert {r["shift"] for r in report["labels"]} == {0.0}
-    assert len([r for r in report["labels"] if "l1_cutoff" in r]) == 2
-    assert tries(tmp_path).total() == 6 + 2
+    explained = [r for r in report["labels"] if "l1_ecutwfc" in r]
+    assert len(explained) == 2
+    assert all(r[f"l1_{name}"] < 1e-3 for r in explained for name in benchmark.SETTINGS)
+    assert tries(tmp_path).total() == 6 + 2 * 3
     assert (tmp_path / "results" / "label_error.png").read_bytes()[:4] == b"\x89PNG"
     told = f"6 of 6 drawn labels are of recipe {RECIPE}, 6 of them computed"
     assert told in (tmp_path / "results" / "label_error.md").read_text()
     assert run(tmp_path, monkeypatch, "-n", "6", "--explain", "2") == report
     assert run(tmp_path, monkeypatch, "-n", "6", "--explain", "2", "--report") == report
-    assert tries(tmp_path).total() == 6 + 2, "results are kept"
+    assert tries(tmp_path).total() == 6 + 2 * 3, "results are kept"
     assert len(run(tmp_path, monkeypatch, "-n", "8", "--report")["labels"]) == 6, "computes nothing"
-    assert tries(tmp_path).total() == 6 + 2
+    assert tries(tmp_path).total() == 6 + 2 * 3
 
 
 def test_labels_of_an_earlier_recipe_are_told_apart(
