@@ -1,6 +1,6 @@
 """What guidance and the temperature of the species buy and cost: the curve on `val` that the defaults come from.
 
-    python benchmarks/guidance.py              # 60 targets of `val`, 10 draws per setting: ten minutes on one core
+    python benchmarks/guidance.py    # 60 targets of `val`, 10 draws per setting: a quarter of an hour on one core
 
 Of a window: the DOS of every site on [-2, 2] eV only, inside it, by scale, against the whole range at scale 1.
 Else, per setting: share of right elements and distance with the DOS of every site; control beyond the element (one

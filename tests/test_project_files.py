@@ -97,9 +97,8 @@ def test_every_library_that_the_source_imports_is_declared() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_results_are_of_the_models_that_ship(path: Path) -> None:
-    """But for the trial on `val` that the defaults were chosen by, as the README says."""
     report = json.loads(path.read_text())
-    if "weights" in report and path.stem != "guidance":
+    if "weights" in report:
         assert report["weights"] in ("default", load_model(DEFAULT_WEIGHTS)[1]["sha256"])
     if "judge" in report and isinstance(report["judge"], dict):
         assert report["judge"] == DOSPredictor.load(ROOT / "benchmarks" / "judge.safetensors").info
