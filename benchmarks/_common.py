@@ -45,21 +45,19 @@ def load_predictors(parser: argparse.ArgumentParser, options: argparse.Namespace
     return judge, ranker
 
 
-def add_options(parser: argparse.ArgumentParser, *, tunes: bool = False) -> None:
-    """Options of every benchmark that draws structures: weights, seed, output, each sampler setting, and the split.
-
-    What `tunes` is on `val` alone.
-    """
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every benchmark that draws structures: weights, seed, and each sampler setting."""
     parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="generator (default: the one that ships)")
     parser.add_argument("--seed", type=int, default=0)
-    if tunes:
-        parser.add_argument("--out", type=Path, default=RESULTS, help="results folder (default: results/)")
-    else:
-        parser.add_argument("--val", action="store_true", help="measure on `val` (for tuning) instead of `test`")
-        parser.add_argument("--out", type=Path, help="results folder (default: results/, with --val runs/)")
     for f in fields(SamplerConfig):
         option = "--" + f.name.replace("_", "-")
         parser.add_argument(option, type=type(f.default), default=f.default, help="sampler (default %(default)s)")
+
+
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Options that say what is measured on and where results go; `split_of` and `results_folder` read them."""
+    parser.add_argument("--val", action="store_true", help="measure on `val` (for tuning) instead of `test`")
+    parser.add_argument("--out", type=Path, help="results folder (default: results/, with --val runs/)")
 
 
 def add_targets(parser: argparse.ArgumentParser, count: int) -> None:
@@ -96,6 +94,11 @@ def drawn_rows(labels: SiteDOSLabels, fitting: np.ndarray, options: argparse.Nam
 def split_of(options: argparse.Namespace) -> str:
     """Split that is measured."""
     return "val" if options.val else "test"
+
+
+def results_folder(options: argparse.Namespace) -> Path:
+    """Where results go: trials on `val` do not replace published ones."""
+    return options.out or (ROOT / "runs" if options.val else RESULTS)
 
 
 def sampler_config(options: argparse.Namespace) -> SamplerConfig:

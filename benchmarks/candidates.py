@@ -25,13 +25,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 import numpy as np
 import torch
 from _common import (
-    RESULTS,
     ROOT,
     add_options,
     add_predictors,
+    add_split,
     add_targets,
     drawn_rows,
     load_predictors,
+    results_folder,
     rng_for,
     sampler_config,
     split_of,
@@ -138,6 +139,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Draw, rank, judge, draw the curve."""
     parser = argparse.ArgumentParser(description="Match against the number of candidates.")
     add_options(parser)
+    add_split(parser)
     add_predictors(parser)
     add_targets(parser, 24)
     parser.add_argument("--max-atoms", type=int, default=8)
@@ -212,7 +214,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "published_seconds": published,
         "affordable": published / seconds,
     }
-    out = options.out or (ROOT / "runs" if options.val else RESULTS)
+    out = results_folder(options)
     written = markdown(report)
     print(written)
     write_results(out, "candidates", report, written)

@@ -28,13 +28,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 import numpy as np
 import torch
 from _common import (
-    RESULTS,
     ROOT,
     add_options,
     add_predictors,
+    add_split,
     add_targets,
     drawn_rows,
     load_predictors,
+    results_folder,
     rng_for,
     sampler_config,
     split_of,
@@ -356,6 +357,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure everything and write the results."""
     parser = argparse.ArgumentParser(description="Constraints on held-out formulas.")
     add_options(parser)
+    add_split(parser)
     add_predictors(parser)
     add_targets(parser, 200)
     parser.add_argument("--draws", type=int, default=None, help="at most this many per target and row of a table")
@@ -437,7 +439,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "cobalt with DOS / without": cobalt_ratio,
         },
     }
-    out = options.out or (ROOT / "runs" if options.val else RESULTS)
+    out = results_folder(options)
     table = markdown(report)
     print(table)
     write_results(out, "constraints", report, table)

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from _common import (
     JUDGE,
-    RESULTS,
     ROOT,
     add_options,
+    add_split,
     add_targets,
     drawn_rows,
+    results_folder,
     sampler_config,
     split_of,
     write_results,
@@ -244,6 +245,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Generate, pick, relax, compute, compare, write."""
     parser = argparse.ArgumentParser(description="DOS round trip judged by Quantum ESPRESSO.")
     add_options(parser)
+    add_split(parser)
     parser.add_argument("--judge", type=Path, default=JUDGE)
     add_targets(parser, 24)
     parser.add_argument("--max-atoms", type=int, default=6, help="largest target: what DFT costs")
@@ -358,7 +360,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             for title, (arms, _) in TABLES.items()
         },
     }
-    out = options.out or (ROOT / "runs" if options.val else RESULTS)
+    out = results_folder(options)
     tables = markdown(report)
     print(tables)
     write_results(out, "dft_judge", report, tables)

@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 import numpy as np
 import torch
 from _common import (
+    RESULTS,
     ROOT,
     add_options,
     add_predictors,
@@ -191,11 +192,12 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure every setting on `val`."""
     parser = argparse.ArgumentParser(description="Guidance and temperature, on val.")
-    add_options(parser, tunes=True)
+    add_options(parser)
     add_predictors(parser)
     parser.add_argument("--num-targets", type=int, default=60)
     parser.add_argument("--candidates", type=int, default=10)
     parser.add_argument("--window-targets", type=int, default=200, help="at most, of the second table")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results folder (default: results/)")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)

@@ -29,14 +29,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 import numpy as np
 import torch
 from _common import (
-    RESULTS,
     ROOT,
     add_options,
     add_predictors,
+    add_split,
     add_targets,
     draw,
     drawn_rows,
     load_predictors,
+    results_folder,
     rng_for,
     sampler_config,
     split_of,
@@ -443,6 +444,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Generate, judge, compare and write the results."""
     parser = argparse.ArgumentParser(description="DOS round trip on held-out formulas.")
     add_options(parser)
+    add_split(parser)
     add_predictors(parser)
     add_targets(parser, 200)
     parser.add_argument("--candidates", type=int, default=20, help="per target and mode (default 20)")
@@ -519,7 +521,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             for i, t in enumerate(targets)
         },
     }
-    out = options.out or (ROOT / "runs" if options.val else RESULTS)
+    out = results_folder(options)
     table = markdown(report)
     print(table)
     write_results(out, "round_trip", report, table)

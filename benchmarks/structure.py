@@ -22,7 +22,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 
 import numpy as np
 import torch
-from _common import RESULTS, ROOT, add_options, chgnet_energies, draw, rng_for, sampler_config, split_of, write_results
+from _common import (
+    ROOT,
+    add_options,
+    add_split,
+    chgnet_energies,
+    draw,
+    results_folder,
+    rng_for,
+    sampler_config,
+    split_of,
+    write_results,
+)
 from ase import Atoms
 from tqdm import tqdm
 
@@ -140,6 +151,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure every row and write the results."""
     parser = argparse.ArgumentParser(description="Geometry of the raw output, species pinned, no DOS.")
     add_options(parser)
+    add_split(parser)
     parser.add_argument("--num-structures", type=int, default=150, help="structures of 1-8 atoms (default 150)")
     parser.add_argument("--num-large", type=int, default=40, help="per larger class of sizes (default 40; 0: none)")
     parser.add_argument("--cache", type=Path, default=ROOT / "data" / "cache", help="true energies are kept there")
@@ -170,7 +182,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     table = markdown(rows, report)
     print(table)
-    write_results(options.out or (ROOT / "runs" if options.val else RESULTS), "structure", report, table)
+    write_results(results_folder(options), "structure", report, table)
     return report
 
 
