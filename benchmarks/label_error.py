@@ -8,7 +8,8 @@ symmetry) as all labels are, at least 2 each. Within each the order is that of a
 the id, so that new labels hardly change the draw. Labels whose dense calculation is estimated above `--max-cost`
 seconds are passed over and counted: large cells of low symmetry with heavy elements are missing. Those that are still
 of an earlier recipe than the latest are left out and counted. Where a drawn structure has a label of an earlier recipe,
-too, that one is measured beside it, which gives the error of the whole set.
+too, that one is measured beside it, which gives the error of the whole set. The worst are computed with cut-off, SCF
+mesh and DOS mesh raised one at a time, which tells what their error comes from.
 
 Results of single structures are kept in runs/label_error; --report makes the tables of those that are there, computing
 nothing. The draw that was asked for and what was computed of it both stand in the results.
@@ -112,8 +113,8 @@ def dense(atoms: Atoms, name: str, folder: Path) -> ElectronicStructure | str:
 def error_by(setting: str, labels: SiteDOSLabels, i: int, folder: Path) -> float | None:
     """What of a label's error one setting makes: its distance to a calculation that is dense in that one alone."""
     name, atoms = str(labels.material_id[i]), labels.atoms(i)
-    dense_in_one = {setting: getattr(dense_settings(atoms), setting)}
-    settings = EspressoSettings(**dense_in_one, time_limit=1800.0)
+    raised = dense_settings(atoms)
+    settings = EspressoSettings(**{setting: getattr(raised, setting)}, time_limit=raised.time_limit)
     result = compute_many({name: atoms}, folder / setting, settings)[name]
     return compare(labels, i, result)["l1"] if isinstance(result, ElectronicStructure) else None
 
@@ -358,9 +359,9 @@ def main() -> None:
     if not results:
         raise SystemExit(f"nothing is computed in {options.folder}: leave out --report, or look at its logs")
     for row in sorted(report["labels"], key=lambda r: -r["l1"])[: options.explain]:
+        i = labels.material_id.tolist().index(row["id"])
         for setting in SETTINGS:
             if not options.report or (options.folder / setting / f"{row['id']}.json").exists():
-                i = labels.material_id.tolist().index(row["id"])
                 row[f"l1_{setting}"] = error_by(setting, labels, i, options.folder)
     report["recipes"] = by_recipe(options.labels, labels, results)
     report["vasp"] = against_vasp(labels, options.vasp) if options.vasp else []
