@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from dosmatgen_ase import stability
-from dosmatgen_ase.checkpoint import DEFAULT_WEIGHTS
-from dosmatgen_ase.conditioning import ConditionalDenoiser, DOSCondition, Guidance
-from dosmatgen_ase.constraints import Constraints
 from dosmatgen_ase.data import SiteDOSLabels
 from dosmatgen_ase.files import write_atomic
-from dosmatgen_ase.predictor import DOSPredictor
-from dosmatgen_ase.sampler import Randomness, SamplerConfig, sample
+from dosmatgen_ase.forward.predictor import DOSPredictor
+from dosmatgen_ase.generate.constraints import Constraints
+from dosmatgen_ase.generate.sampler import Randomness, SamplerConfig, sample
+from dosmatgen_ase.judge import stability
+from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS
+from dosmatgen_ase.model.conditioning import ConditionalDenoiser, DOSCondition, Guidance
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

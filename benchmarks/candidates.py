@@ -47,8 +47,8 @@ from tqdm import tqdm
 
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.files import write_atomic
-from dosmatgen_ase.generator import DOSGenerator
-from dosmatgen_ase.metrics import site_distances
+from dosmatgen_ase.generate.generator import DOSGenerator
+from dosmatgen_ase.judge.metrics import site_distances
 
 NUMBERS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 

@@ -60,14 +60,14 @@ from round_trip import (
 from tqdm import tqdm
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
-from dosmatgen_ase.conditioning import Guidance
-from dosmatgen_ase.crystal import minimum_image
+from dosmatgen_ase.crystals.batch import minimum_image
+from dosmatgen_ase.crystals.screening import screen
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, NEAR_GAP, normalised_l1_arrays
-from dosmatgen_ase.generator import BATCH_PAIRS, WINDOW_GUIDANCE, WINDOW_TEMPERATURE, Request
-from dosmatgen_ase.predictor import DOSPredictor
-from dosmatgen_ase.sampler import SamplerConfig
-from dosmatgen_ase.screening import screen
+from dosmatgen_ase.forward.predictor import DOSPredictor
+from dosmatgen_ase.generate.generator import BATCH_PAIRS, WINDOW_GUIDANCE, WINDOW_TEMPERATURE, Request
+from dosmatgen_ase.generate.sampler import SamplerConfig
+from dosmatgen_ase.model.conditioning import Guidance
 
 
 @dataclass(frozen=True)

@@ -53,17 +53,17 @@ from round_trip import (
 )
 from tqdm import tqdm
 
-from dosmatgen_ase.checkpoint import load_model
+from dosmatgen_ase.crystals.screening import reduced_formula, screen
 from dosmatgen_ase.data import load_site_dos
+from dosmatgen_ase.dft.espresso import RECIPE, ElectronicStructure, EspressoSettings, compute_many
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
-from dosmatgen_ase.electronic import RECIPE, ElectronicStructure, EspressoSettings, compute_many
 from dosmatgen_ase.files import write_extxyz
-from dosmatgen_ase.metrics import site_distances
+from dosmatgen_ase.forward.predictor import MIN_LABELS, DOSPredictor, default_predictor
+from dosmatgen_ase.judge.metrics import site_distances
+from dosmatgen_ase.judge.ranking import score
+from dosmatgen_ase.judge.relaxation import relax, symmetrized
+from dosmatgen_ase.model.checkpoint import load_model
 from dosmatgen_ase.plotting import plot_dos
-from dosmatgen_ase.predictor import MIN_LABELS, DOSPredictor, default_predictor
-from dosmatgen_ase.ranking import score
-from dosmatgen_ase.relaxation import relax, symmetrized
-from dosmatgen_ase.screening import reduced_formula, screen
 
 MEAN = "per-element mean"
 

@@ -17,8 +17,8 @@ from _common import RESULTS, ROOT, write_results
 from ase import Atoms
 
 from dosmatgen_ase.data import load_site_dos
+from dosmatgen_ase.dft.espresso import ElectronicStructure, compute_many
 from dosmatgen_ase.dos import MODEL_GRID, TargetDOS, normalised_l1_arrays
-from dosmatgen_ase.electronic import ElectronicStructure, compute_many
 
 LABELS = ("mp-1550", "mp-2647", "mp-1105", "mp-1023924", "mp-23")  # semiconductor, metals, oxide, layers, magnet
 ELEMENTS = ("mp-1010136", "mp-1056004", "mp-11", "mp-78", "mp-166")  # Cu, Mo, As, Ge, Ca

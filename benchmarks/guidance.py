@@ -47,11 +47,11 @@ from round_trip import (
 from tqdm import tqdm
 
 from dosmatgen_ase import DOSGenerator
-from dosmatgen_ase.conditioning import ConditionalDenoiser, Guidance
 from dosmatgen_ase.data import load_site_dos
-from dosmatgen_ase.generator import WINDOW_GUIDANCE, WINDOW_TEMPERATURE
-from dosmatgen_ase.predictor import DOSPredictor
-from dosmatgen_ase.stability import chgnet_energies, load_hull
+from dosmatgen_ase.forward.predictor import DOSPredictor
+from dosmatgen_ase.generate.generator import WINDOW_GUIDANCE, WINDOW_TEMPERATURE
+from dosmatgen_ase.judge.stability import chgnet_energies, load_hull
+from dosmatgen_ase.model.conditioning import ConditionalDenoiser, Guidance
 
 USED = ("conditional", "site with DOS", "site without DOS")
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)

@@ -29,15 +29,15 @@ from electronic import OCCUPIED, SHIFTS, in_shape, vasp_elements
 from tqdm import tqdm
 
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
-from dosmatgen_ase.dos import MODEL_GRID, normalised_l1_arrays
-from dosmatgen_ase.electronic import (
+from dosmatgen_ase.dft.espresso import (
     MAGNETIC,
     ElectronicStructure,
     EspressoSettings,
     compute_many,
     dos_kpoint_density,
 )
-from dosmatgen_ase.interpolation import IrreducibleMesh
+from dosmatgen_ase.dft.interpolation import IrreducibleMesh
+from dosmatgen_ase.dos import MODEL_GRID, normalised_l1_arrays
 
 CUTOFF = 75.0  # Ry
 SETTINGS = ("ecutwfc", "scf_kpoint_density", "dos_kpoint_density")  # that make the error

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from dosmatgen_ase.data import SiteDOSLabels, Structures, load_site_dos, load_structures
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
-from dosmatgen_ase.predictor import (
+from dosmatgen_ase.forward.predictor import (
     DEFAULT_PREDICTOR,
     DOSPredictor,
     evaluate,

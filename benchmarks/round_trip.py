@@ -47,23 +47,23 @@ from ase import Atoms
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from dosmatgen_ase.checkpoint import load_model
-from dosmatgen_ase.conditioning import ConditionalDenoiser, DOSCondition
-from dosmatgen_ase.constraints import Constraints
+from dosmatgen_ase.crystals.screening import screen
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files import write_npz
-from dosmatgen_ase.generator import BATCH_PAIRS
-from dosmatgen_ase.metrics import bootstrap_interval, nearest_sites, site_distances
-from dosmatgen_ase.plotting import plot_dos
-from dosmatgen_ase.predictor import (
+from dosmatgen_ase.forward.predictor import (
     DOSPredictor,
     SitePrediction,
     element_tables,
     site_features,
 )
-from dosmatgen_ase.sampler import SamplerConfig
-from dosmatgen_ase.screening import screen
+from dosmatgen_ase.generate.constraints import Constraints
+from dosmatgen_ase.generate.generator import BATCH_PAIRS
+from dosmatgen_ase.generate.sampler import SamplerConfig
+from dosmatgen_ase.judge.metrics import bootstrap_interval, nearest_sites, site_distances
+from dosmatgen_ase.model.checkpoint import load_model
+from dosmatgen_ase.model.conditioning import ConditionalDenoiser, DOSCondition
+from dosmatgen_ase.plotting import plot_dos
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,12 @@ from round_trip import Target
 from tqdm import tqdm
 
 from dosmatgen_ase import DOSGenerator
+from dosmatgen_ase.crystals.screening import KnownCrystals, charge_balanced, digest, screen_many
 from dosmatgen_ase.data import load_site_dos, load_structures
 from dosmatgen_ase.files import read_records
-from dosmatgen_ase.metrics import bootstrap_interval, median, quantile
-from dosmatgen_ase.relaxation import relax
-from dosmatgen_ase.screening import KnownCrystals, charge_balanced, digest, screen_many
-from dosmatgen_ase.stability import Hull, chgnet_energies, load_hull
+from dosmatgen_ase.judge.metrics import bootstrap_interval, median, quantile
+from dosmatgen_ase.judge.relaxation import relax
+from dosmatgen_ase.judge.stability import Hull, chgnet_energies, load_hull
 
 BAR = {"real_median": 0.03, "seconds_for_50": 300.0}
 STABLE = 0.1  # eV/atom above the hull: the usual bound for "metastable"

@@ -37,16 +37,16 @@ from _common import (
 from ase import Atoms
 from tqdm import tqdm
 
-from dosmatgen_ase.checkpoint import load_model
-from dosmatgen_ase.conditioning import ConditionalDenoiser
-from dosmatgen_ase.constraints import Constraints
-from dosmatgen_ase.crystal import CrystalBatch
+from dosmatgen_ase.crystals.batch import CrystalBatch
+from dosmatgen_ase.crystals.screening import screen
 from dosmatgen_ase.data import Structures, load_structures
 from dosmatgen_ase.files import write_atomic
-from dosmatgen_ase.generator import BATCH_PAIRS
-from dosmatgen_ase.metrics import QUARTILES, bootstrap_interval, match_rms, median, quantile
-from dosmatgen_ase.sampler import SamplerConfig
-from dosmatgen_ase.screening import screen
+from dosmatgen_ase.generate.constraints import Constraints
+from dosmatgen_ase.generate.generator import BATCH_PAIRS
+from dosmatgen_ase.generate.sampler import SamplerConfig
+from dosmatgen_ase.judge.metrics import QUARTILES, bootstrap_interval, match_rms, median, quantile
+from dosmatgen_ase.model.checkpoint import load_model
+from dosmatgen_ase.model.conditioning import ConditionalDenoiser
 
 SIZE_CLASSES = [(1, 8), (9, 12), (13, 16), (17, 20)]
 BAR = {"energy_median": 0.25, "match_rate": 0.40}

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from dosmatgen_ase.data import load_structures
 from dosmatgen_ase.files import read_records
-from dosmatgen_ase.relaxation import relax_each
-from dosmatgen_ase.stability import DEFAULT_HULL, Hull, chgnet_energies
+from dosmatgen_ase.judge.relaxation import relax_each
+from dosmatgen_ase.judge.stability import DEFAULT_HULL, Hull, chgnet_energies
 
 ROOT = Path(__file__).parents[1]
 CHUNK = 256

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dosmatgen_ase.coverage import Coverage
 from dosmatgen_ase.data import load_site_dos, load_structures
+from dosmatgen_ase.data.coverage import Coverage
 from dosmatgen_ase.plotting import plot_coverage
 
 DATA = Path(__file__).parents[1] / "data"

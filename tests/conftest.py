@@ -14,9 +14,9 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from dosmatgen_ase.conditioning import ConditionalDenoiser
-    from dosmatgen_ase.denoiser import DenoiserConfig
-    from dosmatgen_ase.diffusion.lattice import LatticeProcess
+    from dosmatgen_ase.model.conditioning import ConditionalDenoiser
+    from dosmatgen_ase.model.denoiser import DenoiserConfig
+    from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
 
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
@@ -25,7 +25,7 @@ settings.load_profile("reproducible")
 @pytest.fixture(scope="session")
 def tiny_config() -> DenoiserConfig:
     """A network of a few thousand parameters: its symmetries and promises are those of the large one."""
-    from dosmatgen_ase.denoiser import DenoiserConfig
+    from dosmatgen_ase.model.denoiser import DenoiserConfig
 
     return DenoiserConfig(width=16, pair_width=16, vector_channels=4, num_layers=2, num_radial=6)
 
@@ -33,7 +33,7 @@ def tiny_config() -> DenoiserConfig:
 @pytest.fixture(scope="session")
 def lattice() -> LatticeProcess:
     """Cells of about 15 A^3 per atom, within some 20 % of a cube."""
-    from dosmatgen_ase.diffusion.lattice import LatticeProcess
+    from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
 
     return LatticeProcess((0.0, 0.0, 0.0, 0.0, 0.0, 1.56), (0.2, 0.2, 0.2, 0.2, 0.2, 0.1))
 
@@ -43,8 +43,8 @@ def tiny_model(tiny_config: DenoiserConfig, lattice: LatticeProcess) -> Conditio
     """Untrained, in evaluation mode. The learned nulls are not zero, so that a test sees where they go."""
     import torch
 
-    from dosmatgen_ase.conditioning import ConditionalDenoiser
-    from dosmatgen_ase.denoiser import Denoiser
+    from dosmatgen_ase.model.conditioning import ConditionalDenoiser
+    from dosmatgen_ase.model.denoiser import Denoiser
 
     torch.set_num_threads(1)
     with torch.random.fork_rng():
@@ -58,7 +58,7 @@ def tiny_model(tiny_config: DenoiserConfig, lattice: LatticeProcess) -> Conditio
 @pytest.fixture(scope="session")
 def tiny_weights(tiny_model: ConditionalDenoiser, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny network as a weights file."""
-    from dosmatgen_ase.checkpoint import save_model
+    from dosmatgen_ase.model.checkpoint import save_model
 
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     save_model(path, tiny_model, {})

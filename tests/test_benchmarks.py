@@ -21,15 +21,15 @@ from ase import Atoms
 from ase.build import bulk
 from round_trip import MODES, Candidates, Library, Target
 
-from dosmatgen_ase.checkpoint import load_model, save_model
-from dosmatgen_ase.conditioning import ConditionalDenoiser
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
-from dosmatgen_ase.denoiser import Denoiser, DenoiserConfig
-from dosmatgen_ase.diffusion.lattice import LatticeProcess
 from dosmatgen_ase.dos import MODEL_GRID
-from dosmatgen_ase.metrics import bootstrap_interval
-from dosmatgen_ase.predictor import DOSPredictor, PredictorConfig
-from dosmatgen_ase.sampler import SamplerConfig
+from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig
+from dosmatgen_ase.generate.sampler import SamplerConfig
+from dosmatgen_ase.judge.metrics import bootstrap_interval
+from dosmatgen_ase.model.checkpoint import load_model, save_model
+from dosmatgen_ase.model.conditioning import ConditionalDenoiser
+from dosmatgen_ase.model.denoiser import Denoiser, DenoiserConfig
+from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
 
 ROOT = Path(__file__).parents[1]
 STEPS = SamplerConfig(num_steps=2)
@@ -328,8 +328,8 @@ def test_the_dft_judge_runs_and_counts(
     """An engine that gives the sites of the first arm 1.1 times their target, of the second 2.1 times, and so on."""
     import dft_judge
 
+    from dosmatgen_ase.dft.espresso import RECIPE, ElectronicStructure
     from dosmatgen_ase.dos import TargetDOS
-    from dosmatgen_ase.electronic import RECIPE, ElectronicStructure
 
     labels = replace(labels, recipe=np.full(len(labels), RECIPE))
 

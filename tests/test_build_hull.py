@@ -12,7 +12,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 
-from dosmatgen_ase.stability import Hull
+from dosmatgen_ase.judge.stability import Hull
 
 ROOT = Path(__file__).parents[1]
 METALS = ("Cu", "Ni", "Al")

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load, save, save_file
 
 from dosmatgen_ase import files
-from dosmatgen_ase.checkpoint import content_hash, load_model, load_tensors, save_model, save_tensors
-from dosmatgen_ase.conditioning import ConditionalDenoiser
+from dosmatgen_ase.model.checkpoint import content_hash, load_model, load_tensors, save_model, save_tensors
+from dosmatgen_ase.model.conditioning import ConditionalDenoiser
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2]), "empty": torch.zeros(0, 3)}
 

@@ -25,15 +25,15 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from dosmatgen_ase import cli
-from dosmatgen_ase.checkpoint import DEFAULT_WEIGHTS, load_model, save_model
 from dosmatgen_ase.cli import _whole_numbers, app
-from dosmatgen_ase.conditioning import ConditionalDenoiser
 from dosmatgen_ase.data import SHARD_KEYS
-from dosmatgen_ase.denoiser import Denoiser, DenoiserConfig
-from dosmatgen_ase.diffusion.lattice import LatticeProcess
 from dosmatgen_ase.dos import TargetDOS, normalised_l1
-from dosmatgen_ase.predictor import DOSPredictor, PredictorConfig, predict_dos
-from dosmatgen_ase.training import TrainingConfig
+from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig, predict_dos
+from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS, load_model, save_model
+from dosmatgen_ase.model.conditioning import ConditionalDenoiser
+from dosmatgen_ase.model.denoiser import Denoiser, DenoiserConfig
+from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
+from dosmatgen_ase.train.trainer import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
 NICKEL = ROOT / "data" / "ni_in_au3ni.npz"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dosmatgen_ase.conditioning import ConditionalDenoiser, ConditionDropout, DOSCondition, Guidance
-from dosmatgen_ase.diffusion.process import NoisyCrystals, Prediction
 from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.model.conditioning import ConditionalDenoiser, ConditionDropout, DOSCondition, Guidance
+from dosmatgen_ase.model.diffusion.process import NoisyCrystals, Prediction
 
 BINS = 151
 SIZE = 4

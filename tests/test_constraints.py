@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dosmatgen_ase.conditioning import ConditionalDenoiser, Guidance
-from dosmatgen_ase.constraints import Constraints
-from dosmatgen_ase.crystal import MAX_ATOMIC_NUMBER, CrystalBatch
-from dosmatgen_ase.diffusion.lattice import LatticeProcess
-from dosmatgen_ase.sampler import Randomness, Sample, SamplerConfig, sample
+from dosmatgen_ase.crystals.batch import MAX_ATOMIC_NUMBER, CrystalBatch
+from dosmatgen_ase.generate.constraints import Constraints
+from dosmatgen_ase.generate.sampler import Randomness, Sample, SamplerConfig, sample
+from dosmatgen_ase.model.conditioning import ConditionalDenoiser, Guidance
+from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
 
 CONFIG = SamplerConfig(num_steps=5)
 PALETTE = [1, 8, 29, 94]  # few, so that pins, templates and compositions overlap

@@ -11,8 +11,8 @@ import update_datasheet
 from typer.testing import CliRunner
 
 from dosmatgen_ase.cli import app
-from dosmatgen_ase.coverage import COMMON, Coverage
 from dosmatgen_ase.data import MAX_ATOMS, SiteDOSLabels, Structures, load_site_dos
+from dosmatgen_ase.data.coverage import COMMON, Coverage
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.plotting import plot_coverage
 

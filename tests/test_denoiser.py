@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from dosmatgen_ase.conditioning import ConditionalDenoiser, DOSCondition
-from dosmatgen_ase.crystal import CrystalBatch, check_atoms
-from dosmatgen_ase.denoiser import DenoiserConfig, pair_features
-from dosmatgen_ase.diffusion.lattice import LatticeProcess
-from dosmatgen_ase.diffusion.process import NoisyCrystals, Prediction
+from dosmatgen_ase.crystals.batch import CrystalBatch, check_atoms
+from dosmatgen_ase.model.conditioning import ConditionalDenoiser, DOSCondition
+from dosmatgen_ase.model.denoiser import DenoiserConfig, pair_features
+from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
+from dosmatgen_ase.model.diffusion.process import NoisyCrystals, Prediction
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # float32 through a few layers
 

@@ -12,10 +12,16 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 from scipy.stats import chisquare, kstest
 
-from dosmatgen_ase.crystal import CrystalBatch, minimum_image, wrap
-from dosmatgen_ase.diffusion import coordinates, species
-from dosmatgen_ase.diffusion.lattice import BASIS, LOG_EIGENVALUE_LIMIT, LatticeProcess, symmetric_exp, symmetric_log
-from dosmatgen_ase.diffusion.process import JointProcess
+from dosmatgen_ase.crystals.batch import CrystalBatch, minimum_image, wrap
+from dosmatgen_ase.model.diffusion import coordinates, species
+from dosmatgen_ase.model.diffusion.lattice import (
+    BASIS,
+    LOG_EIGENVALUE_LIMIT,
+    LatticeProcess,
+    symmetric_exp,
+    symmetric_log,
+)
+from dosmatgen_ase.model.diffusion.process import JointProcess
 
 UNIT = LatticeProcess((0.0,) * 6, (1.0,) * 6)
 PROCESS = LatticeProcess((0.1, -0.2, 0.0, 0.3, 0.0, 1.5), (0.5, 0.4, 0.3, 0.2, 0.6, 0.7))

@@ -26,10 +26,9 @@ from ase.units import Hartree, Ry
 from test_layout import loaded_after
 from typer.testing import CliRunner
 
-from dosmatgen_ase import electronic
 from dosmatgen_ase.cli import app
-from dosmatgen_ase.dos import TargetDOS, normalised_l1_arrays
-from dosmatgen_ase.electronic import (
+from dosmatgen_ase.dft import espresso as electronic
+from dosmatgen_ase.dft.espresso import (
     GRID,
     RECIPE,
     ElectronicStructure,
@@ -46,7 +45,8 @@ from dosmatgen_ase.electronic import (
     read_abinit,
     read_espresso,
 )
-from dosmatgen_ase.interpolation import IrreducibleMesh
+from dosmatgen_ase.dft.interpolation import IrreducibleMesh
+from dosmatgen_ase.dos import TargetDOS, normalised_l1_arrays
 
 ROOT = Path(__file__).parents[1]
 SILICON = bulk("Si")
@@ -443,7 +443,7 @@ def test_a_running_program_can_be_ended_from_another_thread(stand_in: Any, tmp_p
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
 def test_a_program_ends_with_a_parent_that_was_killed(stand_in: Any, tmp_path: Path) -> None:
     stand_in(f"echo $$ > {tmp_path}/pid.part; mv {tmp_path}/pid.part {tmp_path}/pid; exec sleep 60")
-    code = "from ase.build import bulk; from dosmatgen_ase.electronic import compute_dos; compute_dos(bulk('Si'))"
+    code = "from ase.build import bulk; from dosmatgen_ase.dft.espresso import compute_dos; compute_dos(bulk('Si'))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     with subprocess.Popen([sys.executable, "-c", code], env=environment) as parent:
         while not (tmp_path / "pid").exists():
@@ -583,7 +583,7 @@ def test_the_command_records_failures(stand_in: Any, tmp_path: Path) -> None:
 
 
 def test_importing_it_needs_neither_torch_nor_pymatgen() -> None:
-    assert loaded_after("import dosmatgen_ase.electronic", ["torch", "pymatgen", "chgnet"]) == []
+    assert loaded_after("import dosmatgen_ase.dft.espresso", ["torch", "pymatgen", "chgnet"]) == []
 
 
 # -- readers -----------------------------------------------------------------------------------------------------------

@@ -350,8 +350,8 @@ def test_a_site_is_found_again_in_a_structure_sorted_by_the_engine() -> None:
 def test_labels_are_made_batch_by_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_labels import stand_in_engine
 
-    from dosmatgen_ase import electronic
     from dosmatgen_ase.data import load_site_dos
+    from dosmatgen_ase.dft import espresso as electronic
 
     monkeypatch.setattr(electronic, "_compute", None)  # put back afterwards
     monkeypatch.setattr(electronic, "_programs", lambda settings: {})
@@ -378,7 +378,8 @@ def test_labels_are_made_batch_by_batch(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_every_batch_knows_the_split_of_a_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dosmatgen_ase import data, labels
+    from dosmatgen_ase import data
+    from dosmatgen_ase.dft import labels
 
     seen: dict[str, Any] = {}
 
@@ -426,14 +427,14 @@ def test_a_training_job_finds_its_folders_wherever_it_runs(tmp_path: Path, monke
 def test_training_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_training import CONFIG, bulk_dataset
 
-    import dosmatgen_ase.training
     from dosmatgen_ase import data
+    from dosmatgen_ase.train.trainer import TrainingConfig
 
     dataset = bulk_dataset()
     monkeypatch.setattr(data, "load_structures", lambda path, split: (path, split))
     monkeypatch.setattr(data, "load_site_dos", lambda path: path)
     monkeypatch.setattr(data.CrystalDataset, "join", lambda *parts: dataset)
-    monkeypatch.setattr(dosmatgen_ase.training.TrainingConfig, "from_dict", lambda values: replace(CONFIG, **values))
+    monkeypatch.setattr(TrainingConfig, "from_dict", lambda values: replace(CONFIG, **values))
     output = run(TrainMaker(config={"steps": 2}, data="somewhere", out=str(tmp_path / "run")).make(), tmp_path)
     assert output["structures"] == 10
     assert output["labelled"] == 4
@@ -485,7 +486,7 @@ def test_a_run_without_survivors_still_has_a_result(tiny_weights: Path, tmp_path
 def test_structures_made_before_a_hopeless_one_are_kept(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dosmatgen_ase.generator import DOSGenerator
+    from dosmatgen_ase.generate.generator import DOSGenerator
 
     original = DOSGenerator.generate_iter
 
@@ -507,7 +508,7 @@ def test_a_missing_program_fails_the_job_and_a_failed_calculation_does_not(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"pw.x is not on the PATH"):
         run(DOSMaker().make(COPPER), tmp_path)
-    from dosmatgen_ase import electronic
+    from dosmatgen_ase.dft import espresso as electronic
 
     def diverges(*arguments: Any, directory: str) -> None:
         raise electronic.ElectronicStructureError("the SCF calculation did not converge", Path(directory) / "scf.out")
@@ -529,7 +530,7 @@ def test_a_missing_program_fails_the_job_and_a_failed_calculation_does_not(
 def test_dft_sees_the_symmetry_that_a_relaxation_blurred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_electronic import some_result
 
-    from dosmatgen_ase import electronic
+    from dosmatgen_ase.dft import espresso as electronic
 
     seen = []
 
@@ -592,7 +593,7 @@ def mace_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("atomate2")
     import torch
 
-    from dosmatgen_ase.relaxation import _mace_environment
+    from dosmatgen_ase.judge.relaxation import _mace_environment
 
     with _mace_environment(), torch.random.fork_rng():
         from e3nn import o3

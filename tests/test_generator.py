@@ -21,9 +21,9 @@ from ase.constraints import FixAtoms, FixBondLength
 
 import dosmatgen_ase
 from dosmatgen_ase import DOSGenerator, TargetDOS
-from dosmatgen_ase.conditioning import DOSCondition
-from dosmatgen_ase.generator import MAX_ATTEMPTS
-from dosmatgen_ase.screening import Screening, screen
+from dosmatgen_ase.crystals.screening import Screening, screen
+from dosmatgen_ase.generate.generator import MAX_ATTEMPTS
+from dosmatgen_ase.model.conditioning import DOSCondition
 
 STEPS = 4  # of the sampler, everywhere in this file
 TARGET = TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1))
@@ -355,7 +355,7 @@ def test_fixed_species_and_composition(generator: DOSGenerator) -> None:
 
 
 def test_generate_iter_yields_before_the_end(generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dosmatgen_ase.generator.BATCH_PAIRS", 18)  # two structures of three atoms
+    monkeypatch.setattr("dosmatgen_ase.generate.generator.BATCH_PAIRS", 18)  # two structures of three atoms
     calls: list[int] = []
     whole = DOSGenerator._draw
 
@@ -380,11 +380,12 @@ def test_rejected_draws_are_drawn_again_within_a_bound(
         seen.append(1)
         return Screening(len(seen) != 1, None if len(seen) != 1 else "too dense", 1.0, 10.0)
 
-    monkeypatch.setattr("dosmatgen_ase.generator.screen", first_is_bad)
+    monkeypatch.setattr("dosmatgen_ase.generate.generator.screen", first_is_bad)
     made = make(generator, n=2)
     assert [record(a)["attempt"] for a in made] == [1, 0]
     assert_same(generator.regenerate(made[0], TARGET), made[0])
-    monkeypatch.setattr("dosmatgen_ase.generator.screen", lambda _, **__: Screening(False, "too dense", 1.0, 10.0))
+    too_dense = Screening(False, "too dense", 1.0, 10.0)
+    monkeypatch.setattr("dosmatgen_ase.generate.generator.screen", lambda _, **__: too_dense)
     with pytest.raises(RuntimeError, match=rf"rejected {MAX_ATTEMPTS} times, last because: too dense; loosen"):
         make(generator, n=1)
 
@@ -399,7 +400,7 @@ def test_a_structure_that_is_always_rejected_does_not_cost_the_others(
         bad = len(drawn) in (1, 4, 5, 6, 7)  # the attempts of the first of three
         return Screening(not bad, "too dense" if bad else None, 1.0, 10.0)
 
-    monkeypatch.setattr("dosmatgen_ase.generator.screen", not_the_first)
+    monkeypatch.setattr("dosmatgen_ase.generate.generator.screen", not_the_first)
     made: list[Atoms] = []
     with pytest.raises(RuntimeError, match=rf"structure 0 was rejected {MAX_ATTEMPTS} times"):
         made.extend(generator.generate_iter(TARGET, 3, num_atoms=3, num_steps=STEPS, seed=0))  # keeps what came before
@@ -665,7 +666,7 @@ def test_a_disk_that_fills_up_loses_nothing(
         written.append(atoms)
 
     with monkeypatch.context() as patched:
-        patched.setattr("dosmatgen_ase.generator.ase.io.write", fills_up)
+        patched.setattr("dosmatgen_ase.generate.generator.ase.io.write", fills_up)
         with pytest.raises(OSError, match=r"cannot go on writing .*No space left.*; make room"):
             make(generator, n=4, out=out)
     whole = make(generator, n=4, out=out)

@@ -15,8 +15,7 @@ from ase.units import Bohr
 from scipy.io import FortranFile
 from scipy.spatial.transform import Rotation
 
-from dosmatgen_ase.dos import Array
-from dosmatgen_ase.interpolation import (
+from dosmatgen_ase.dft.interpolation import (
     _WIDTH,
     IrreducibleMesh,
     Orbital,
@@ -27,6 +26,7 @@ from dosmatgen_ase.interpolation import (
     project_on_gaussians,
     real_harmonics,
 )
+from dosmatgen_ase.dos import Array
 
 HCP, ZINCBLENDE = bulk("Mg"), bulk("GaAs", "zincblende", 5.6)
 WURTZITE = bulk("ZnO", "wurtzite", a=3.2, c=5.2)

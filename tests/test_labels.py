@@ -19,11 +19,11 @@ from ase import Atoms
 from ase.build import bulk
 from typer.testing import CliRunner
 
-from dosmatgen_ase import electronic, labels
 from dosmatgen_ase.cli import app
 from dosmatgen_ase.data import load_site_dos, load_structures
-from dosmatgen_ase.dos import TargetDOS
-from dosmatgen_ase.electronic import (
+from dosmatgen_ase.dft import espresso as electronic
+from dosmatgen_ase.dft import labels
+from dosmatgen_ase.dft.espresso import (
     GRID,
     RECIPE,
     ElectronicStructure,
@@ -31,8 +31,9 @@ from dosmatgen_ase.electronic import (
     EspressoSettings,
     InterruptedCalculation,
 )
-from dosmatgen_ase.interpolation import symmetry_of
-from dosmatgen_ase.labels import LabelReport, label, unsound
+from dosmatgen_ase.dft.interpolation import symmetry_of
+from dosmatgen_ase.dft.labels import LabelReport, label, unsound
+from dosmatgen_ase.dos import TargetDOS
 
 ROOT = Path(__file__).parents[1]
 
@@ -199,7 +200,7 @@ DRIVER = """
 import sys
 sys.path[:0] = [{tests!r}, {source!r}]
 from pathlib import Path
-from dosmatgen_ase import labels
+from dosmatgen_ase.dft import labels
 from test_labels import crystals, label, stand_in_engine
 labels.SHARD_SIZE = 5
 stand_in_engine(Path({log!r}), 0.02)

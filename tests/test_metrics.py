@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dosmatgen_ase.dos import MODEL_GRID
-from dosmatgen_ase.metrics import bootstrap_interval, match_rms, median, nearest_sites, quantile, site_distances
+from dosmatgen_ase.judge.metrics import bootstrap_interval, match_rms, median, nearest_sites, quantile, site_distances
 
 G = MODEL_GRID.size
 ALL = np.ones(G, dtype=bool)

@@ -19,10 +19,10 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
-from dosmatgen_ase.conditioning import Guidance
-from dosmatgen_ase.crystal import MAX_ATOMIC_NUMBER
-from dosmatgen_ase.generator import Request
-from dosmatgen_ase.sampler import SamplerConfig
+from dosmatgen_ase.crystals.batch import MAX_ATOMIC_NUMBER
+from dosmatgen_ase.generate.generator import Request
+from dosmatgen_ase.generate.sampler import SamplerConfig
+from dosmatgen_ase.model.conditioning import Guidance
 
 ENERGIES = np.linspace(-8, 4, 61)
 CURVE = TargetDOS.from_arrays(ENERGIES, np.exp(-(ENERGIES**2)))

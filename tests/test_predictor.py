@@ -13,7 +13,7 @@ from ase.build import bulk
 
 from dosmatgen_ase.data import SiteDOSLabels, load_pseudo_labels, load_site_dos, load_structures
 from dosmatgen_ase.dos import MODEL_GRID
-from dosmatgen_ase.predictor import (
+from dosmatgen_ase.forward.predictor import (
     DOSCalculator,
     DOSPredictor,
     PredictorConfig,

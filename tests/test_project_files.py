@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from update_readme import with_includes
 
-from dosmatgen_ase.checkpoint import DEFAULT_WEIGHTS, load_model
-from dosmatgen_ase.predictor import DOSPredictor
+from dosmatgen_ase.forward.predictor import DOSPredictor
+from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS, load_model
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "dosmatgen_ase"

@@ -14,8 +14,8 @@ from ase.calculators.lj import LennardJones
 
 from dosmatgen_ase import DOSGenerator, TargetDOS, energy_above_hull, predict_dos
 from dosmatgen_ase.dos import MODEL_GRID, normalised_l1
-from dosmatgen_ase.predictor import SitePrediction
-from dosmatgen_ase.ranking import Ranking, best, predicted_distance, predicted_for_targets, score
+from dosmatgen_ase.forward.predictor import SitePrediction
+from dosmatgen_ase.judge.ranking import Ranking, best, predicted_distance, predicted_for_targets, score
 
 
 @pytest.fixture(scope="module", autouse=True)

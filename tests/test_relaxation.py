@@ -21,9 +21,9 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from typer.testing import CliRunner
 
-from dosmatgen_ase import relaxation
 from dosmatgen_ase.cli import app
-from dosmatgen_ase.relaxation import _mace_environment, relax, relax_into, symmetrized
+from dosmatgen_ase.judge import relaxation
+from dosmatgen_ase.judge.relaxation import _mace_environment, relax, relax_into, symmetrized
 
 torch.set_num_threads(1)
 

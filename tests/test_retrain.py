@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dosmatgen_ase.checkpoint import load_model
 from dosmatgen_ase.data import load_structures
+from dosmatgen_ase.model.checkpoint import load_model
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20

@@ -17,11 +17,11 @@ import torch
 from scipy.stats import chisquare, kstest, norm
 from torch import Tensor
 
-from dosmatgen_ase.constraints import Constraints
-from dosmatgen_ase.crystal import MAX_ATOMIC_NUMBER, minimum_image
-from dosmatgen_ase.diffusion.lattice import LatticeProcess
-from dosmatgen_ase.diffusion.process import NoisyCrystals, Prediction
-from dosmatgen_ase.sampler import Randomness, Sample, SamplerConfig, sample
+from dosmatgen_ase.crystals.batch import MAX_ATOMIC_NUMBER, minimum_image
+from dosmatgen_ase.generate.constraints import Constraints
+from dosmatgen_ase.generate.sampler import Randomness, Sample, SamplerConfig, sample
+from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
+from dosmatgen_ase.model.diffusion.process import NoisyCrystals, Prediction
 
 EULER = SamplerConfig(
     num_steps=30, coords_annealing=0.0, lattice_annealing=0.0, species_end=0.0, species_temperature=1.0

@@ -13,8 +13,8 @@ from ase.neighborlist import neighbor_list
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dosmatgen_ase.crystals.screening import KnownCrystals, charge_balanced, screen, screen_many
 from dosmatgen_ase.data import load_structures
-from dosmatgen_ase.screening import KnownCrystals, charge_balanced, screen, screen_many
 
 CUBE = 3.0 * np.eye(3)
 

@@ -13,9 +13,9 @@ from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dosmatgen_ase import stability
-from dosmatgen_ase.relaxation import relax
-from dosmatgen_ase.stability import DEFAULT_HULL, Hull, energy_above_hull, load_hull
+from dosmatgen_ase.judge import stability
+from dosmatgen_ase.judge.relaxation import relax
+from dosmatgen_ase.judge.stability import DEFAULT_HULL, Hull, energy_above_hull, load_hull
 
 torch.set_num_threads(1)
 

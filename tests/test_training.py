@@ -17,14 +17,14 @@ import pytest
 import torch
 from ase.build import bulk
 
-from dosmatgen_ase.checkpoint import load_model, load_tensors, save_tensors
-from dosmatgen_ase.crystal import MAX_ATOMS, CrystalBatch
+from dosmatgen_ase.crystals.batch import MAX_ATOMS, CrystalBatch
 from dosmatgen_ase.data import CrystalDataset, Structures
-from dosmatgen_ase.denoiser import DenoiserConfig
-from dosmatgen_ase.diffusion.lattice import LatticeProcess
-from dosmatgen_ase.diffusion.process import JointProcess, Prediction
 from dosmatgen_ase.dos import MODEL_GRID
-from dosmatgen_ase.training import (
+from dosmatgen_ase.model.checkpoint import load_model, load_tensors, save_tensors
+from dosmatgen_ase.model.denoiser import DenoiserConfig
+from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
+from dosmatgen_ase.model.diffusion.process import JointProcess, Prediction
+from dosmatgen_ase.train.trainer import (
     DenseData,
     Trainer,
     TrainingConfig,
@@ -129,7 +129,7 @@ def test_train_killed_and_started_again_loses_nothing(uninterrupted: Trainer, tm
     code = f"""
         import sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import dosmatgen_ase.training as training
+        import dosmatgen_ase.train.trainer as training
         from test_training import CONFIG, bulk_dataset
         whole = training.Trainer._train
         def slow(self, rows):

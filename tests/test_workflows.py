@@ -17,10 +17,10 @@ from ase import Atoms
 from ase.build import bulk
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase.crystals.screening import KnownCrystals
+from dosmatgen_ase.dft.espresso import ElectronicStructureError, EspressoSettings
 from dosmatgen_ase.dos import MODEL_GRID
-from dosmatgen_ase.electronic import ElectronicStructureError, EspressoSettings
-from dosmatgen_ase.predictor import SitePrediction
-from dosmatgen_ase.screening import KnownCrystals
+from dosmatgen_ase.forward.predictor import SitePrediction
 
 ROOT = Path(__file__).parents[1]
 

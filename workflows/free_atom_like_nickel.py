@@ -41,15 +41,15 @@ from ase.spacegroup import crystal
 from matplotlib.figure import Figure
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase.crystals.screening import KnownCrystals, screen_many
+from dosmatgen_ase.dft.espresso import ElectronicStructureError, EspressoSettings, compute_many
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, normalised_l1, normalised_l1_arrays
-from dosmatgen_ase.electronic import ElectronicStructureError, EspressoSettings, compute_many
 from dosmatgen_ase.files import extxyz, write_atomic, write_extxyz
+from dosmatgen_ase.forward.predictor import DOSPredictor, SitePrediction
+from dosmatgen_ase.generate.sampler import SamplerConfig
+from dosmatgen_ase.judge.ranking import best
+from dosmatgen_ase.judge.relaxation import relax, symmetrized
 from dosmatgen_ase.plotting import draw_crystal, plot_dos
-from dosmatgen_ase.predictor import DOSPredictor, SitePrediction
-from dosmatgen_ase.ranking import best
-from dosmatgen_ase.relaxation import relax, symmetrized
-from dosmatgen_ase.sampler import SamplerConfig
-from dosmatgen_ase.screening import KnownCrystals, screen_many
 
 ROOT = Path(__file__).parents[1]
 NICKEL_SITE = 3

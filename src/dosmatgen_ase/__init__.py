@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dosmatgen_ase.dft.espresso import compute_dos
     from dosmatgen_ase.dos import EnergyGrid, TargetDOS
-    from dosmatgen_ase.electronic import compute_dos
-    from dosmatgen_ase.generator import DOSGenerator
-    from dosmatgen_ase.predictor import predict_dos
-    from dosmatgen_ase.ranking import Ranking
-    from dosmatgen_ase.relaxation import relax
-    from dosmatgen_ase.stability import energy_above_hull
+    from dosmatgen_ase.forward.predictor import predict_dos
+    from dosmatgen_ase.generate.generator import DOSGenerator
+    from dosmatgen_ase.judge.ranking import Ranking
+    from dosmatgen_ase.judge.relaxation import relax
+    from dosmatgen_ase.judge.stability import energy_above_hull
 
 __version__ = "0.1.0"
 
@@ -32,14 +32,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "DOSGenerator": "generator",
+    "DOSGenerator": "generate.generator",
     "EnergyGrid": "dos",
-    "Ranking": "ranking",
+    "Ranking": "judge.ranking",
     "TargetDOS": "dos",
-    "compute_dos": "electronic",
-    "energy_above_hull": "stability",
-    "predict_dos": "predictor",
-    "relax": "relaxation",
+    "compute_dos": "dft.espresso",
+    "energy_above_hull": "judge.stability",
+    "predict_dos": "forward.predictor",
+    "relax": "judge.relaxation",
 }
 
 

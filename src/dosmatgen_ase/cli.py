@@ -24,14 +24,14 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from . import __version__
+from dosmatgen_ase import __version__
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from .dos import TargetDOS
-    from .predictor import DOSPredictor
-    from .ranking import Ranking
+    from dosmatgen_ase.dos import TargetDOS
+    from dosmatgen_ase.forward.predictor import DOSPredictor
+    from dosmatgen_ase.judge.ranking import Ranking
 
 USAGE, INTERRUPTED = 2, 130  # exit codes
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError)  # what the library raises
@@ -256,7 +256,7 @@ def generate(
         "seed": seed,
         **({} if num_steps is None else {"num_steps": num_steps}),
     }
-    from .dos import TargetDOS
+    from dosmatgen_ase.dos import TargetDOS
 
     target = TargetDOS.from_file(dos_file, site, reference=reference, sigma=sigma, kind=kind)
     if window is not None:
@@ -265,10 +265,10 @@ def generate(
     _writable(plot)
     settings["template"] = None if template is None else _read_structure(template)
 
-    from .generator import DOSGenerator, check_relaxable
-    from .predictor import DEFAULT_PREDICTOR, DOSPredictor
-    from .ranking import Ranking
-    from .relaxation import load_calculator
+    from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
+    from dosmatgen_ase.generate.generator import DOSGenerator, check_relaxable
+    from dosmatgen_ase.judge.ranking import Ranking
+    from dosmatgen_ase.judge.relaxation import load_calculator
 
     if relax is not None:
         check_relaxable(settings["template"], settings["fixed_sites"], fixed_cell)
@@ -315,9 +315,9 @@ def _report(
     """Relax, if asked, and rank the structures drawn into `out`; print the table, keep and draw the best."""
     import ase.io
 
-    from .files import write_extxyz
-    from .ranking import best, predicted_for_targets, score
-    from .relaxation import relax_into
+    from dosmatgen_ase.files import write_extxyz
+    from dosmatgen_ase.judge.ranking import best, predicted_for_targets, score
+    from dosmatgen_ase.judge.relaxation import relax_into
 
     drawn = ase.io.read(out, ":", format="extxyz")
     for frame, atoms in enumerate(drawn):
@@ -347,7 +347,7 @@ def _report(
     typer.echo("frame: place in the file, as in ase.io.read(file, frame)")
     typer.echo("predicted distance: normalised L1 of the DOS that a forward model predicts, to the target")
     if plot is not None:
-        from .plotting import plot_candidates
+        from dosmatgen_ase.plotting import plot_candidates
 
         target = total or next(iter(sites.values()))
         shown = []
@@ -390,7 +390,7 @@ def dos(
     """Show how a file is read: grid, zero of energy, broadening, known window, band centre, states."""
     import numpy as np
 
-    from .dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
+    from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 
     _writable(plot)
     target = TargetDOS.from_file(dos_file, site, reference=reference, sigma=sigma, kind=kind)
@@ -420,7 +420,7 @@ def dos(
         table.add_row(name, Text(fact, overflow="fold"))
     Console().print(table)
     if plot is not None:
-        from .plotting import plot_dos
+        from dosmatgen_ase.plotting import plot_dos
 
         plot_dos(target, path=plot)
         typer.echo(f"picture: {plot}")
@@ -452,7 +452,7 @@ def report(
     """Show an inverse-design run as one HTML file: target and computed DOS, crystals, a table sorted by match."""
     path = result.with_name("report.html") if out is None else out
     _writable(path, (".html", ".htm"))
-    from .report import read_result, write_report
+    from dosmatgen_ase.report import read_result, write_report
 
     typer.echo(f"report: {write_report(read_result(result), path)}")
 
@@ -484,14 +484,14 @@ def train(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; replaces the config's.")] = None,
 ) -> None:
     """Train a generator on the training split. A run that was killed goes on where its last state was saved."""
-    from .training import TrainingConfig
-    from .training import train as run
+    from dosmatgen_ase.train.trainer import TrainingConfig
+    from dosmatgen_ase.train.trainer import train as run
 
     settings = TrainingConfig.from_dict(_read_json(config))
     if threads is not None:
         settings = replace(settings, threads=threads)
-    from .data import CrystalDataset, load_pseudo_labels, load_site_dos, load_structures
-    from .generator import select_device
+    from dosmatgen_ase.data import CrystalDataset, load_pseudo_labels, load_site_dos, load_structures
+    from dosmatgen_ase.generate.generator import select_device
 
     chosen = str(select_device(device))
     structures = load_structures(data / "structures.parquet", split="train")
@@ -503,7 +503,7 @@ def train(
         if pseudo_labels == "auto":
             path = out / "pseudo_labels.npz"
             if not path.exists():
-                from .predictor import DEFAULT_PREDICTOR, DOSPredictor, write_pseudo_labels
+                from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor, write_pseudo_labels
 
                 forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
                 bare = structures.select(dataset.dos_index < 0)
@@ -549,7 +549,7 @@ def train_predictor(
 
     The first is for use. In benchmarks the ranker picks, and makes pseudo-labels; the judge only measures.
     """
-    from .predictor import ROLES, train_predictors
+    from dosmatgen_ase.forward.predictor import ROLES, train_predictors
 
     out.mkdir(parents=True, exist_ok=True)
     paths = {name: out / f"{name}.safetensors" for name in ROLES}
@@ -612,9 +612,9 @@ def relax(
     With CHGNet the table also has the energy above the hull, made by the same potential. A run that was killed goes on
     where it stopped: give the same command again.
     """
-    from .files import write_extxyz
-    from .relaxation import relax_into
-    from .stability import load_hull
+    from dosmatgen_ase.files import write_extxyz
+    from dosmatgen_ase.judge.relaxation import relax_into
+    from dosmatgen_ase.judge.stability import load_hull
 
     _writable(out, (".extxyz", ".xyz"))
     if out.resolve() in [file.resolve() for file in files]:  # it grows as structures are relaxed
@@ -659,7 +659,7 @@ def dft(
 
     A run that was stopped goes on where it was: give the same command again. Failures are recorded, not tried twice.
     """
-    from .electronic import ElectronicStructure, EspressoSettings, compute_many
+    from dosmatgen_ase.dft.espresso import ElectronicStructure, EspressoSettings, compute_many
 
     settings = EspressoSettings(ecutwfc=ecutwfc, pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher)
     named = read_structures(files)
@@ -689,9 +689,9 @@ def predict(
 
     *expected error* is the normalised L1 to a computed DOS that its ensemble lets expect.
     """
-    from .dos import TargetDOS
-    from .files import write_atomic
-    from .predictor import predict_dos
+    from dosmatgen_ase.dos import TargetDOS
+    from dosmatgen_ase.files import write_atomic
+    from dosmatgen_ase.forward.predictor import predict_dos
 
     _writable(plot)
     named = read_structures(files)
@@ -718,7 +718,7 @@ def predict(
     name, sites = first
     typer.echo(f"results: {out}/NAME.json, as in dosmatgen dos {out}/{name}.json --site 0")
     if plot is not None:
-        from .plotting import plot_dos
+        from dosmatgen_ase.plotting import plot_dos
 
         plot_dos(sites, [f"site {i}" for i in range(len(sites))], path=plot)
         typer.echo(f"picture: {plot}")
@@ -761,9 +761,9 @@ def label(
     """
     from collections import Counter
 
-    from .data import load_structures
-    from .electronic import EspressoSettings
-    from .labels import label as run
+    from dosmatgen_ase.data import load_structures
+    from dosmatgen_ase.dft.espresso import EspressoSettings
+    from dosmatgen_ase.dft.labels import label as run
 
     tables = [path for path in structures if path.suffix == ".parquet"]
     if tables and len(structures) > 1:
@@ -798,8 +798,8 @@ def show_data(
 ) -> None:
     """Show what the label set covers: splits, elements, sizes, symmetry, gaps, energies."""
     _writable(plot)
-    from .coverage import Coverage
-    from .data import load_site_dos, load_structures
+    from dosmatgen_ase.data import load_site_dos, load_structures
+    from dosmatgen_ase.data.coverage import Coverage
 
     structures = load_structures(data / "structures.parquet")
     coverage = Coverage.of(load_site_dos(data / "site_dos"), structures)
@@ -813,7 +813,7 @@ def show_data(
         facts.add_row(Text(heading, overflow="fold"), Text(text, overflow="fold"))
     Console().print(table, facts)
     if plot is not None:
-        from .plotting import plot_coverage
+        from dosmatgen_ase.plotting import plot_coverage
 
         plot_coverage(coverage, plot)
         typer.echo(f"picture: {plot}")

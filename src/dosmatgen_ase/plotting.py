@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from dosmatgen_ase.coverage import Coverage
+    from dosmatgen_ase.data.coverage import Coverage
 
 TARGET_COLOUR = "#3b75af"
 OTHER_COLOUR = "#ef8636"

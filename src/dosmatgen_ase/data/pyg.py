@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from torch_geometric.data import Data, Dataset
 from torch_geometric.loader import DataLoader
 
-from . import CrystalDataset, size_bucket_batches
+from dosmatgen_ase.data.dataset import CrystalDataset, size_bucket_batches
 
 
 class PyGCrystalDataset(Dataset):

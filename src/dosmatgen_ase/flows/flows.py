@@ -117,7 +117,7 @@ def evaluate_candidates(
 @job(output_schema=DOSDoc, data=LARGE)
 def read_abinit_dos(directory: str | None, structure: Structure | None) -> DOSDoc:
     """Read what the uniform step of atomate2's abinit ``BandStructureMaker`` wrote."""
-    from dosmatgen_ase.electronic import ElectronicStructureError, read_abinit
+    from dosmatgen_ase.dft.espresso import ElectronicStructureError, read_abinit
 
     done = DOSDoc(engine="abinit", directory=directory)
     if directory is None or structure is None:
@@ -194,7 +194,7 @@ class LabelMaker(Maker):
         ValueError
             If there is no structure, one is disordered, or a split contradicts that of another of the formula.
         """
-        from dosmatgen_ase.labels import formula_splits
+        from dosmatgen_ase.dft.labels import formula_splits
 
         if not structures:
             raise ValueError("no structures to label: give at least one")

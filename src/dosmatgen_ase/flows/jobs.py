@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from jobflow import Maker, job
 from pymatgen.core import Structure
 
+from dosmatgen_ase.crystals.screening import MAX_GIVEN_VOLUME_PER_ATOM, is_disordered
 from dosmatgen_ase.dos import NEAR_GAP, TargetDOS, mae, mean_distance
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, GenerationDoc, RelaxDoc, ScreeningDoc, TrainDoc
-from dosmatgen_ase.screening import MAX_GIVEN_VOLUME_PER_ATOM, is_disordered
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -104,7 +104,7 @@ class GenerateMaker(Maker):
         template : Structure, optional
             Start from this crystal.
         """
-        from dosmatgen_ase.generator import DOSGenerator
+        from dosmatgen_ase.generate.generator import DOSGenerator
 
         own = ("name", "n", "weights", "device")
         settings = {key: value for key, value in asdict(self).items() if key not in own and value is not None}
@@ -154,7 +154,7 @@ class ScreenMaker(Maker):
     @job(output_schema=ScreeningDoc, data=LARGE)
     def make(self, generation: GenerationDoc) -> ScreeningDoc:
         """Screen every structure of a generation."""
-        from dosmatgen_ase.screening import KnownCrystals, screen
+        from dosmatgen_ase.crystals.screening import KnownCrystals, screen
 
         generation = GenerationDoc.model_validate(generation)
         limits = {key: getattr(self, key) for key in ("min_distance", "min_volume_per_atom", "max_volume_per_atom")}
@@ -181,7 +181,7 @@ class ScreenMaker(Maker):
 
 def _keep_best(screening: ScreeningDoc, keep: int) -> None:
     """Give a reason to all but the `keep` survivors whose predicted DOS is nearest to the targets."""
-    from dosmatgen_ase.ranking import score
+    from dosmatgen_ase.judge.ranking import score
 
     survivors = screening.survivors
     crystals = [to_atoms(candidate.generated) for candidate in survivors]
@@ -214,8 +214,8 @@ class RelaxMaker(Maker):
     @job(output_schema=RelaxDoc)
     def make(self, structure: Structure) -> RelaxDoc:
         """Relax one structure."""
-        from dosmatgen_ase.relaxation import relax
-        from dosmatgen_ase.stability import load_hull
+        from dosmatgen_ase.judge.relaxation import relax
+        from dosmatgen_ase.judge.stability import load_hull
 
         relaxed: Any = relax(
             to_atoms(structure), self.calculator, fmax=self.fmax, max_steps=self.max_steps, time_limit=self.time_limit
@@ -246,8 +246,8 @@ class DOSMaker(Maker):
     @job(output_schema=DOSDoc, data=LARGE)
     def make(self, structure: Structure | None) -> DOSDoc:
         """Compute one structure, in a folder of its own below the current one, which is kept."""
-        from dosmatgen_ase import electronic
-        from dosmatgen_ase.relaxation import symmetrized
+        from dosmatgen_ase.dft import espresso as electronic
+        from dosmatgen_ase.judge.relaxation import symmetrized
 
         done = DOSDoc(engine="Quantum ESPRESSO", settings=self.settings)
         if structure is None:
@@ -292,7 +292,7 @@ class PredictDOSMaker(Maker):
         engine = "forward model"
         if structure is None:
             return DOSDoc(engine=engine, reason="there is no structure: its relaxation failed")
-        from dosmatgen_ase.predictor import predict_dos
+        from dosmatgen_ase.forward.predictor import predict_dos
 
         try:
             sites = predict_dos(to_atoms(structure))
@@ -411,8 +411,8 @@ def label_batch(
         The fields of `labels.LabelReport`.
     """
     from dosmatgen_ase.data import load_structures
-    from dosmatgen_ase.electronic import EspressoSettings
-    from dosmatgen_ase.labels import label
+    from dosmatgen_ase.dft.espresso import EspressoSettings
+    from dosmatgen_ase.dft.labels import label
 
     beside = Path(shards).parent / "structures.parquet"
     # A folder of its own, as other batches write to the same shards; it stays if it holds failures that no shard tells.
@@ -467,9 +467,9 @@ class TrainMaker(Maker):
     @job(output_schema=TrainDoc)
     def make(self, pseudo_labels: str | None = None) -> TrainDoc:
         """Train on the training split, with a file of predicted DOS for structures that have no label, if given."""
-        from dosmatgen_ase.checkpoint import load_model
         from dosmatgen_ase.data import CrystalDataset, load_pseudo_labels, load_site_dos, load_structures
-        from dosmatgen_ase.training import TrainingConfig, train
+        from dosmatgen_ase.model.checkpoint import load_model
+        from dosmatgen_ase.train.trainer import TrainingConfig, train
 
         structures = load_structures(Path(self.data) / "structures.parquet", split="train")
         extra = [] if pseudo_labels is None else [load_pseudo_labels(pseudo_labels)]

@@ -1,0 +1,421 @@
+"""Structures and site DOS labels as dense, padded numpy arrays, and the batches drawn from them.
+
+Reading order: `Structures` (the parquet file), `SiteDOSLabels` (the shards of computed DOS, brought to the model's
+grid), `CrystalDataset` (both joined by `material_id`), then how a training run walks through them
+(`size_bucket_batches`) and how labels are halved (`formula_fold`). Cells hold at most 20 atoms, so everything is padded
+to 20 sites and kept in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from ase import Atoms
+from ase.formula import Formula
+
+from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, resample, scale_sites_to_total
+
+MAX_ATOMS = 20
+LABEL_SIGMA = 0.1  # eV, broadening of the stored labels
+SHARD_UNIT = 1e-3  # states/eV: shards store integers
+ROUNDING_FLOOR = 10 * SHARD_UNIT  # states/eV per cell: below, the rounding of the shards decides the ratio of two DOS
+SHARD_KEYS = (
+    "material_id",
+    "split",
+    "atom_offset",
+    "atomic_numbers",
+    "frac_coords",
+    "cell",
+    "energies",
+    "site_dos",
+    "total_dos",
+    "e_max",
+    "band_gap",
+)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Crystals:
+    """What `Structures` and `SiteDOSLabels` share: the crystals themselves."""
+
+    material_id: np.ndarray
+    split: np.ndarray
+    num_atoms: np.ndarray
+    cell: np.ndarray
+    frac_coords: np.ndarray
+    atomic_numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.material_id)
+
+    def atoms(self, i: int) -> Atoms:
+        """Return crystal `i` as `ase.Atoms`, with its `material_id` in `info`."""
+        n = int(self.num_atoms[i])
+        return Atoms(
+            numbers=self.atomic_numbers[i, :n],
+            scaled_positions=self.frac_coords[i, :n],
+            cell=self.cell[i],
+            pbc=True,
+            info={"material_id": str(self.material_id[i])},
+        )
+
+    def select(self, rows: np.ndarray) -> Self:
+        """Return the rows picked by a boolean mask or an index array, in that order."""
+        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Structures(_Crystals):
+    """Periodic crystals of 1 to 20 atoms, padded to 20 sites.
+
+    Attributes
+    ----------
+    material_id, split, reduced_formula : (n,) str arrays
+    spacegroup, num_atoms : (n,) int arrays
+    cell : (n, 3, 3) float64
+        Rows are lattice vectors, Angstrom, right-handed.
+    frac_coords : (n, 20, 3) float64
+        In [0, 1); zero on padding.
+    atomic_numbers : (n, 20) int64
+        Zero on padding.
+    """
+
+    reduced_formula: np.ndarray
+    spacegroup: np.ndarray
+
+
+def right_handed(cell: np.ndarray, frac_coords: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn left-handed cells over by (a, b, c) -> (-a, -b, -c), which leaves every Cartesian position where it is.
+
+    Parameters
+    ----------
+    cell : (n, 3, 3), Angstrom
+    frac_coords : (n, sites, 3)
+
+    Returns
+    -------
+    cell, frac_coords : arrays of the same shapes, right-handed and wrapped into [0, 1)
+    """
+    sign = np.where(np.linalg.det(cell) < 0, -1.0, 1.0)[:, None, None]
+    frac = (sign * frac_coords) % 1.0
+    return sign * cell, np.where(frac >= 1.0, 0.0, frac)  # (-1e-17) % 1.0 is 1.0
+
+
+def _pad(flat: np.ndarray, counts: np.ndarray, dtype: type) -> np.ndarray:
+    """Spread rows of `flat` (sum(counts), ...) over a zero array (n, 20, ...)."""
+    padded = np.zeros((len(counts), MAX_ATOMS, *flat.shape[1:]), dtype=dtype)
+    padded[np.arange(MAX_ATOMS) < counts[:, None]] = flat
+    return padded
+
+
+def load_structures(path: str | Path, split: str | None = None, max_atoms: int = MAX_ATOMS) -> Structures:
+    """Read crystals from a parquet file laid out as `data/structures.parquet`.
+
+    Parameters
+    ----------
+    path : file with the attributes of `Structures` as columns (cell as 9 floats, frac_coords as 3 n)
+    split : keep only "train", "val" or "test"; all by default
+    max_atoms : keep only cells of at most this many atoms (20 is the most the arrays hold)
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ImportError
+        If pyarrow is not installed.
+    ValueError
+        If `split` or `max_atoms` is none of the above, or nothing is left.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no structures at {path}: pass data/structures.parquet of a clone of the repository")
+    if split not in (None, "train", "val", "test"):
+        raise ValueError(f"split={split!r} must be 'train', 'val', 'test' or None for all")
+    if not 1 <= max_atoms <= MAX_ATOMS:
+        raise ValueError(f"max_atoms={max_atoms} must lie between 1 and {MAX_ATOMS}")
+    try:
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError('reading structures needs pyarrow: pip install "dosmatgen-ase[train]"') from error
+    names = [f.name for f in fields(Structures)]
+    table = pq.read_table(path, columns=names)
+    table = table.filter(pc.less_equal(table["num_atoms"], max_atoms))
+    if split is not None:
+        table = table.filter(pc.equal(table["split"], split))
+    if table.num_rows == 0:
+        raise ValueError(f"{path} holds no structure with split={split!r} and max_atoms={max_atoms}")
+    table = table.combine_chunks()
+    text = {name: table[name].to_numpy().astype(str) for name in ("material_id", "split", "reduced_formula")}
+
+    def flat(name: str) -> np.ndarray:
+        return pc.list_flatten(table[name]).to_numpy().astype(np.float64)
+
+    counts = table["num_atoms"].to_numpy().astype(np.int64)
+    frac = _pad(flat("frac_coords").reshape(-1, 3), counts, np.float64)
+    cell, frac = right_handed(flat("cell").reshape(-1, 3, 3), frac)
+    return Structures(
+        **text,
+        spacegroup=table["spacegroup"].to_numpy().astype(np.int64),
+        num_atoms=counts,
+        cell=cell,
+        frac_coords=frac,
+        atomic_numbers=_pad(flat("atomic_numbers"), counts, np.int64),
+    )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SiteDOSLabels(_Crystals):
+    """Computed site DOS on the model's grid.
+
+    Attributes
+    ----------
+    material_id, split : (n,) str arrays
+    num_atoms : (n,) int array
+    cell, frac_coords, atomic_numbers : as in `Structures`
+    values : (n, 20, 151) float32
+        states/eV per site, sites scaled to the total, sigma 0.2 eV, on `dos.MODEL_GRID`; zero where padded or unknown.
+    known : (n, 151) bool
+        Bins that were computed.
+    band_gap : (n,) float, eV
+        Zero energy is the valence-band maximum where positive, else the Fermi level.
+    recipe : (n,) int
+        Number of the recipe that they were computed by (`electronic.RECIPE`).
+    """
+
+    values: np.ndarray
+    known: np.ndarray
+    band_gap: np.ndarray
+    recipe: np.ndarray
+
+    def targets(self, i: int) -> list[TargetDOS]:
+        """Return the DOS of each site of crystal `i`, at sigma 0.2 eV on `dos.MODEL_GRID`."""
+        reference = "vbm" if self.band_gap[i] > 0 else "fermi"
+        return [
+            TargetDOS(MODEL_GRID.energies, values, self.known[i], reference, MODEL_SIGMA)
+            for values in self.values[i, : self.num_atoms[i]].astype(float)
+        ]
+
+
+def load_site_dos(directory: str | Path, recipe: int | None = None) -> SiteDOSLabels:
+    """Read every label shard `*.npz` of a directory, or those of one recipe.
+
+    Where a `material_id` comes twice the later recipe wins, and of one recipe the later name, which begins with the
+    time.
+
+    The layout of a shard is told in `data/README.md`. Sites are summed over l, scaled so that they add up to the total
+    DOS, masked to what was computed (below `e_max`, projections covering at least 70 % of the total) and smeared to
+    sigma 0.2 eV.
+
+    Parameters
+    ----------
+    directory : path
+    recipe : int, optional
+        By default all recipes together.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the directory holds no shard.
+    ValueError
+        If a shard lacks an array, or none is of the recipe.
+    """
+    paths = sorted(Path(directory).glob("*.npz"))
+    if not paths:
+        raise FileNotFoundError(f"no label shards (*.npz) in {directory}: pass data/site_dos of a repository clone")
+    shards = sorted(map(_read_shard, paths), key=lambda data: int(data["recipe"]))
+    if recipe is not None:
+        shards = [data for data in shards if data["recipe"] == recipe]
+        if not shards:
+            raise ValueError(f"no label shard in {directory} is of recipe {recipe}")
+    last = {name: (k, i) for k, data in enumerate(shards) for i, name in enumerate(data["material_id"].tolist())}
+    rows: list[tuple] = []
+    for k, data in enumerate(shards):
+        energies = data["energies"].astype(np.float64)
+        new = [i for i, name in enumerate(data["material_id"].tolist()) if last[name] == (k, i)]
+        parts = [slice(*data["atom_offset"][i : i + 2]) for i in new]
+        scaled, known = [], []
+        for i, sites in zip(new, parts, strict=True):
+            raw = data["site_dos"][sites].sum(axis=1, dtype=np.int64) * SHARD_UNIT
+            total = data["total_dos"][i] * SHARD_UNIT
+            dos, covered = scale_sites_to_total(raw, total, energies=energies, e_max=float(data["e_max"][i]))
+            covered |= (energies <= data["e_max"][i]) & (total < ROUNDING_FLOOR)
+            scaled.append(dos)
+            known.append(np.broadcast_to(covered, dos.shape))
+        if not new:
+            continue
+        values, known_values = resample(energies, np.concatenate(scaled), np.concatenate(known), LABEL_SIGMA)
+        starts = np.cumsum([0, *map(len, scaled)])
+        rows += [
+            (
+                data["material_id"][i],
+                data["split"][i],
+                data["cell"][i].reshape(3, 3),
+                data["frac_coords"][sites],
+                data["atomic_numbers"][sites],
+                values[start:end],
+                known_values[start],  # the same for all sites
+                data["band_gap"][i],
+                data["recipe"],
+            )
+            for i, sites, start, end in zip(new, parts, starts, starts[1:], strict=False)
+        ]
+    ids, splits, cells, fracs, numbers, all_values, all_known, band_gaps, recipes = zip(*rows, strict=True)
+    counts = np.array([len(z) for z in numbers])
+    padded_frac = _pad(np.concatenate(fracs).astype(np.float64), counts, np.float64)
+    cell, frac_coords = right_handed(np.stack(cells).astype(np.float64), padded_frac)
+    return SiteDOSLabels(
+        material_id=np.array(ids),
+        split=np.array(splits),
+        num_atoms=counts,
+        cell=cell,
+        frac_coords=frac_coords,
+        atomic_numbers=_pad(np.concatenate(numbers), counts, np.int64),
+        values=_pad(np.concatenate(all_values), counts, np.float32),
+        known=np.stack(all_known),
+        band_gap=np.array(band_gaps, dtype=np.float64),
+        recipe=np.array(recipes, dtype=np.int64),
+    )
+
+
+def _read_shard(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as shard:
+        missing = [key for key in SHARD_KEYS if key not in shard.files]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}: not a label shard as described in data/README.md")
+        return {"recipe": np.array(1), **{key: shard[key] for key in (*SHARD_KEYS, "recipe") if key in shard.files}}
+
+
+def load_pseudo_labels(path: str | Path) -> dict[str, np.ndarray]:
+    """Read pseudo-labels written by `predictor.write_pseudo_labels`.
+
+    Returns
+    -------
+    dict
+        `material_id` (m,), `values` (m, 20, 151) float16 in states/eV, `known` (m, 20, 151) bool.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        missing = [k for k in ("material_id", "values", "known") if k not in file.files]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}: make it with predictor.write_pseudo_labels")
+        return {k: file[k] for k in ("material_id", "values", "known")}
+
+
+@dataclass(frozen=True, eq=False)
+class CrystalDataset:
+    """Structures, each with at most one site DOS: computed (`pseudo` false) or predicted (`pseudo` true).
+
+    Attributes
+    ----------
+    structures : Structures
+    dos : (m, 20, 151) float16, states/eV at sigma 0.2 eV
+    known : (m, 20, 151) bool
+    dos_index : (n,) int64
+        Row of `dos` that belongs to each structure, -1 where it has none.
+    pseudo : (m,) bool
+        Rows of `dos` that were predicted.
+    """
+
+    structures: Structures
+    dos: np.ndarray
+    known: np.ndarray
+    dos_index: np.ndarray
+    pseudo: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """Indices of the structures with a computed site DOS."""
+        has_dos = np.flatnonzero(self.dos_index >= 0)
+        return has_dos[~self.pseudo[self.dos_index[has_dos]]]
+
+    @classmethod
+    def join(
+        cls, structures: Structures, labels: SiteDOSLabels, pseudo_labels: dict[str, np.ndarray] | None = None
+    ) -> CrystalDataset:
+        """Join by `material_id`. A computed DOS displaces a predicted one; a DOS without its structure is left out.
+
+        Raises
+        ------
+        ValueError
+            If a label's sites are not those of the structure of the same `material_id`, in the same order.
+        """
+        row_of = {material_id: i for i, material_id in enumerate(structures.material_id.tolist())}
+        real = [(row_of[m], j) for j, m in enumerate(labels.material_id.tolist()) if m in row_of]
+        taken = {i for i, _ in real}
+        guess: list[tuple[int, int]] = []
+        if pseudo_labels is not None:
+            pairs = ((row_of.get(m, -1), j) for j, m in enumerate(pseudo_labels["material_id"].tolist()))
+            guess = [(i, j) for i, j in pairs if i >= 0 and i not in taken]
+        for i, j in real:
+            if not np.array_equal(structures.atomic_numbers[i], labels.atomic_numbers[j]):
+                raise ValueError(f"label and structure of {labels.material_id[j]} list different sites: rebuild it")
+        rows = np.array([j for _, j in real], dtype=np.int64)
+        site = labels.atomic_numbers[rows] > 0
+        dos = [labels.values[rows].astype(np.float16)]
+        known = [labels.known[rows][:, None, :] & site[:, :, None]]
+        if pseudo_labels is not None:
+            rows = np.array([j for _, j in guess], dtype=np.int64)
+            dos.append(pseudo_labels["values"][rows].astype(np.float16))
+            known.append(pseudo_labels["known"][rows])
+        dos_index = np.full(len(structures), -1, dtype=np.int64)
+        owners = np.array([i for i, _ in real + guess], dtype=np.int64)
+        dos_index[owners] = np.arange(len(owners))
+        return cls(
+            structures=structures,
+            dos=np.concatenate(dos),
+            known=np.concatenate(known),
+            dos_index=dos_index,
+            pseudo=np.arange(len(owners)) >= len(real),
+        )
+
+
+def size_bucket_batches(num_atoms: np.ndarray, max_pairs: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield one epoch of batches of structures of similar size, each structure once, in random order.
+
+    The dense network costs as much as its pairs of sites after padding, so a batch of b structures padded to N sites is
+    kept at b N^2 <= `max_pairs` (a single structure is always allowed). Ties in size are shuffled before cutting, and
+    so are the batches. To resume at batch p of epoch e, seed the generator with (seed, e) and skip p batches: nothing
+    else is drawn.
+
+    Parameters
+    ----------
+    num_atoms : (n,) int
+    max_pairs : int, at least 1
+    generator : numpy Generator, drawn from before the first batch is yielded
+
+    Yields
+    ------
+    (b,) int64 arrays of indices into `num_atoms`
+    """
+    if max_pairs < 1:
+        raise ValueError(f"max_pairs={max_pairs} must be at least 1")
+    order = generator.permutation(len(num_atoms))
+    order = order[np.argsort(-np.asarray(num_atoms)[order], kind="stable")]  # the first of a batch sets its padding
+    batches = []
+    start = 0
+    while start < len(order):
+        size = max(1, int(max_pairs // int(num_atoms[order[start]]) ** 2))
+        batches.append(order[start : start + size])
+        start += size
+    for b in generator.permutation(len(batches)):
+        yield batches[b]
+
+
+def formula_fold(reduced_formula: str, k: int = 2) -> int:
+    """Return a fold in [0, k) that depends on the composition alone: SHA-256 of the reduced Hill formula, modulo `k`.
+
+    "OLi2", "Li2O" and "Li4O2" fall together. With k = 2 the labels of fold 0 train the predictor that ranks and
+    pseudo-labels, those of fold 1 the independent judge.
+    """
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1")
+    hill = Formula(reduced_formula).reduce()[0].format("hill")
+    return int.from_bytes(hashlib.sha256(hill.encode()).digest()[:8], "big") % k

@@ -1,0 +1,1 @@
+"""Real DFT: runs of Quantum ESPRESSO, interpolation of bands, a reader of abinit, and the label set made with them."""

@@ -1,0 +1,448 @@
+"""Site DOS labels for training: which structures are computed, in which order, and the shards they are packed into.
+
+`label` computes structures with `electronic` and packs the results into ``SHARDS/<UTC time>-<digest>.npz``, of the
+layout that `data.load_site_dos` reads (``data/README.md``). Every result and every failure is a file of its own in
+``SHARDS/unpacked`` first, written in one piece: a run that is killed loses the structures it was computing, no more.
+
+Labels of an earlier recipe (`electronic.RECIPE`) are computed anew like structures without one, and stay in use until
+then. Shards are only ever added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import time
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import spglib
+from ase import Atoms
+from ase.data import atomic_numbers, chemical_symbols
+from ase.utils import atoms_to_spglib_cell
+from numpy.typing import ArrayLike
+
+from dosmatgen_ase.data import MAX_ATOMS, SHARD_UNIT, Structures
+from dosmatgen_ase.data.coverage import ENOUGH, MAX_VOLUME_PER_ATOM, UNLABELLED
+from dosmatgen_ase.dft.espresso import (
+    MAGNETIC,
+    RECIPE,
+    ElectronicStructure,
+    EspressoSettings,
+    InterruptedCalculation,
+    compute_each,
+    has_recipe_pseudopotentials,
+    read_record,
+    without_pseudopotential,
+)
+from dosmatgen_ase.files import write_npz
+
+SHARD_SIZE = 100  # labels that are packed at a time
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """What a run of `label` did.
+
+    Attributes
+    ----------
+    shards : files written
+    labels : number of labels in them
+    failed : why structures could not be computed, by id
+    skipped : why structures were not tried, by id
+    done_before : number of structures that had a label of this recipe, or had failed, when the run began
+    """
+
+    shards: list[Path]
+    labels: int
+    failed: dict[str, str]
+    skipped: dict[str, str]
+    done_before: int
+
+
+def label(
+    structures: Structures | Mapping[str, Atoms],
+    shards: str | Path,
+    settings: EspressoSettings | None = None,
+    *,
+    workers: int = 1,
+    limit: int | None = None,
+    order: Sequence[str] | str = "cost",
+    split: Mapping[str, str] | None = None,
+    table: Structures | None = None,
+    unpacked: str | Path | None = None,
+    progress: bool = False,
+) -> LabelReport:
+    """Compute the site DOS of structures that have none by this recipe yet, and pack them into shards.
+
+    What is in a shard, as a label or as a failure, or failed here before, is not computed again; but a label of an
+    earlier recipe is. Labels by other `settings` or pseudopotentials than the recipe's replace none and are replaced by
+    it. A run that was stopped or killed goes on where it was.
+
+    Parameters
+    ----------
+    structures : Structures, or mapping of id to Atoms
+    shards : path
+        Folder of the label set, made if need be.
+    settings : EspressoSettings, optional
+        By default those of the label set, at the lowest priority and with 600 s of CPU time for each program.
+    workers : int
+        Structures computed at a time.
+    limit : int, optional
+        Compute no more than this many.
+    order : str or sequence of ids
+        "cost": a fixed random order in which cheap structures come first more often. "coverage": as that, after those
+        that hold an element with fewer than 15 labels. Or the ids that come first.
+    split : mapping of id to "train", "val" or "test", optional
+        `Structures` bring their own. By default that of others of the same formula: in this mapping, among the labels,
+        in `table`, or else "train".
+    table : Structures, optional
+        Crystals, such as those of data/structures.parquet, whose formulas keep their split.
+    unpacked : path, optional
+        Folder of results that are in no shard yet, SHARDS/unpacked by default; for one run at a time.
+    progress : bool
+        Show a bar with rate and time left.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the programs or the pseudopotentials' folder are not there.
+    ValueError
+        If another run works in this folder, a split contradicts that of another structure of the formula, an id is
+        that of another crystal's label, or an argument is none of the above.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1")
+    settings = settings or EspressoSettings(time_limit=600.0, nice=19)
+    folder, work = Path(shards), Path(shards) / "unpacked" if unpacked is None else Path(unpacked)
+    work.mkdir(parents=True, exist_ok=True)
+    with _alone_in(work):
+        own = settings.is_default and has_recipe_pseudopotentials(_elements(structures), settings)
+        recipe = RECIPE if own else 0
+        set_ = _LabelSet.read(folder, recipe)
+        _tidy(work, set_.done)
+        candidates = {c.name: c for c in _candidates(structures, split, {**_splits(table), **set_.split})}
+        made: set[str] = set()  # by a run that was killed
+        stale: list[Path] = []  # by an earlier recipe
+        failed: dict[str, str] = {}
+        for path in work.glob("*.json"):
+            record = read_record(path) if path.stem in candidates else None
+            if record is not None and "result" in record and record["settings"].get("recipe", 1) != RECIPE:
+                stale.append(path)
+            elif record is not None:
+                told = record["structure"]
+                set_.crystal[path.stem] = _Crystal.of(told["numbers"], told["cell"])
+                made.add(path.stem)
+                if "failed" in record:
+                    failed[path.stem] = _without_log(record["failed"])
+        for name in set_.crystal.keys() & candidates.keys():
+            atoms = candidates[name].atoms
+            given, there = _Crystal.of(atoms.numbers, atoms.cell), set_.crystal[name]
+            if not given.is_like(there):
+                raise ValueError(f"{name} ({given}) has the id of another crystal in {folder}, {there}: rename it")
+        done = set_.done.union(failed)
+        skipped = _skipped(candidates, settings)
+        waiting = {n: c for n, c in candidates.items() if n not in done and n not in skipped}
+        queue = _in_order(waiting, order, set_.elements, known=candidates)
+        queue = [*(n for n in queue if n in made), *[n for n in queue if n not in made][:limit]]
+        for path in stale:
+            if path.stem in queue:
+                path.unlink()
+
+        written: list[Path] = []
+        labels: dict[str, ElectronicStructure] = {}
+        count = 0
+
+        def pack() -> None:
+            nonlocal count
+            if labels:
+                crystals = [candidates[name] for name in labels]
+                written.append(_pack(folder, work, crystals, list(labels.values()), failed, recipe))
+                count += len(labels)
+                labels.clear()
+
+        todo = {name: waiting[name].atoms for name in queue}
+        try:
+            with contextlib.closing(compute_each(todo, work, settings, workers=workers, progress=progress)) as results:
+                for name, result in results:
+                    if isinstance(result, InterruptedCalculation):
+                        continue  # to be tried again
+                    reason = None
+                    if not isinstance(result, ElectronicStructure):
+                        reason = _without_log(str(result))
+                    elif (reason := unsound(result)) is None:
+                        labels[name] = result
+                    if reason is not None:
+                        failed[name] = reason
+                        shutil.rmtree(work / name, ignore_errors=True)
+                    if len(labels) == SHARD_SIZE:
+                        pack()
+        finally:
+            pack()
+    return LabelReport(written, count, failed, skipped, len(done.intersection(candidates)))
+
+
+# -- which, and in which order -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    name: str
+    atoms: Atoms
+    split: str
+    spacegroup: int
+
+    def rank(self) -> float:
+        """Sort by this: a random number that belongs to the name, times a power of the rough cost."""
+        volume, number = self.atoms.get_volume(), self.spacegroup
+        symmetry = 1.0 if number >= 195 else 1.4 if number >= 75 else 2.5 if number >= 16 else 5.0
+        magnetic = 1.4 if set(self.atoms.symbols) & set(MAGNETIC) else 1.0
+        cost = (len(self.atoms) / 4) ** 1.2 * (volume / 70) ** 0.9 * symmetry * magnetic
+        return float(np.random.default_rng(zlib.crc32(self.name.encode())).random() * cost**1.25)
+
+
+def _candidates(
+    structures: Structures | Mapping[str, Atoms], split: Mapping[str, str] | None, split_of_formula: Mapping[str, str]
+) -> Iterator[_Candidate]:
+    if isinstance(structures, Structures):
+        for i, name in enumerate(structures.material_id.tolist()):
+            yield _Candidate(name, structures.atoms(i), str(structures.split[i]), int(structures.spacegroup[i]))
+        return
+    formulas = {name: _formula(atoms.numbers) for name, atoms in structures.items()}
+    known = formula_splits(formulas, split, split_of_formula)
+    for name, atoms in structures.items():
+        yield _Candidate(name, atoms, known.get(formulas[name], "train"), _spacegroup(atoms))
+
+
+def _spacegroup(atoms: Atoms) -> int:
+    """Number of the space group, 1 where spglib finds none."""
+    with contextlib.suppress(spglib.SpglibError):  # or it returns None: a setting of the process
+        if (found := spglib.get_symmetry_dataset(atoms_to_spglib_cell(atoms), symprec=1e-3)) is not None:
+            return int(found.number)
+    return 1
+
+
+def _elements(structures: Structures | Mapping[str, Atoms]) -> set[str]:
+    """Elements that a label may hold."""
+    if isinstance(structures, Structures):
+        numbers = set(np.unique(structures.atomic_numbers).tolist()) - {0}
+    else:
+        numbers = {int(z) for atoms in structures.values() for z in atoms.numbers}
+    return {chemical_symbols[z] for z in numbers - UNLABELLED.keys()}
+
+
+def formula_splits(
+    formulas: Mapping[str, str], split: Mapping[str, str] | None, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Split of every formula for which one is given, by its name in ``formulas``, or known before.
+
+    Raises
+    ------
+    ValueError
+        If a split is none, or not that of the others of the formula.
+    """
+    found = dict(known or {})
+    for name, wanted in (split or {}).items():
+        if name not in formulas:
+            continue
+        if wanted not in ("train", "val", "test"):
+            raise ValueError(f"{name} cannot be in the split {wanted!r}: choose among train, val and test")
+        if found.setdefault(formulas[name], wanted) != wanted:
+            among = f"the others of its formula, which are in {found[formulas[name]]}"
+            raise ValueError(f"{name} cannot be in the split {wanted!r}: it must be among {among}")
+    return found
+
+
+def _splits(table: Structures | None) -> dict[str, str]:
+    """Split of each formula."""
+    if table is None:
+        return {}
+    rows = np.unique(table.reduced_formula, return_index=True)[1].tolist()
+    return {_formula(table.atomic_numbers[i, : table.num_atoms[i]]): str(table.split[i]) for i in rows}
+
+
+def _formula(numbers: ArrayLike) -> str:
+    return str(Atoms(numbers).symbols.formula.reduce()[0].format("hill"))
+
+
+def _skipped(candidates: Mapping[str, _Candidate], settings: EspressoSettings) -> dict[str, str]:
+    """Why structures are not tried."""
+    elements = {symbol for candidate in candidates.values() for symbol in candidate.atoms.symbols}
+    no_label = without_pseudopotential(elements, settings)
+    no_label |= {s: f"{s} is {UNLABELLED[z]}" for s in elements if (z := atomic_numbers[s]) in UNLABELLED}
+    skipped = {}
+    for name, candidate in candidates.items():
+        if candidate.atoms.cell.rank < 3 or not candidate.atoms.pbc.all():
+            skipped[name] = "not periodic in all three directions"
+            continue
+        reasons = [no_label[symbol] for symbol in sorted(set(candidate.atoms.symbols)) if symbol in no_label]
+        if len(candidate.atoms) > MAX_ATOMS:
+            reasons.append(f"more than {MAX_ATOMS} atoms")
+        if candidate.atoms.get_volume() > MAX_VOLUME_PER_ATOM * len(candidate.atoms):
+            reasons.append(f"more than {MAX_VOLUME_PER_ATOM:g} A^3 per atom")
+        if reasons:
+            skipped[name] = reasons[0]
+    return skipped
+
+
+def _in_order(
+    waiting: Mapping[str, _Candidate], order: Sequence[str] | str, elements: Mapping[str, int], known: Collection[str]
+) -> list[str]:
+    names = sorted(waiting, key=lambda name: waiting[name].rank())
+    first: list[str] = []
+    if order == "coverage":
+        counts = Counter(elements)
+        for name in names:
+            held = set(waiting[name].atoms.symbols)
+            if min(counts[symbol] for symbol in held) < ENOUGH:
+                first.append(name)
+                counts.update(held)
+    elif isinstance(order, str):
+        if order != "cost":
+            raise ValueError(f"order={order!r} must be 'cost', 'coverage' or a list of ids")
+    else:
+        unknown = [name for name in order if name not in known]
+        if unknown:
+            raise ValueError(f"order names {len(unknown)} ids that are not among the structures, such as {unknown[0]}")
+        first = [name for name in dict.fromkeys(order) if name in waiting]
+    ahead = set(first)
+    return [*first, *(name for name in names if name not in ahead)]
+
+
+def _without_log(reason: str) -> str:
+    """A reason without its log, which is of this machine and not kept."""
+    return reason.split(" (see ")[0]
+
+
+def unsound(result: ElectronicStructure) -> str | None:
+    """What is wrong with a result that a program took for a success; None if nothing is."""
+    below = result.total.values[result.energies <= 0].sum() * (result.energies[1] - result.energies[0])
+    if not (np.isfinite(result.total.values).all() and np.isfinite(result.orbital_dos).all()):
+        return "the DOS holds numbers that are not finite"
+    if result.e_max <= 1.5:
+        return f"too few bands: the DOS ends at {result.e_max:.2f} eV"
+    if not 0.3 < below <= 1.1 * result.num_electrons + 0.5:
+        return f"{below:.2f} states below zero, where {result.num_electrons:g} electrons are"
+    if result.orbital_dos.max() > np.iinfo(np.uint16).max * SHARD_UNIT:
+        return "a peak is too high for the numbers of a shard"
+    return None
+
+
+# -- the label set on disk ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Crystal:
+    """Enough of a crystal to tell it from another that was given its id."""
+
+    formula: str
+    num_atoms: int
+    volume: float
+
+    @classmethod
+    def of(cls, numbers: ArrayLike, cell: ArrayLike) -> _Crystal:
+        volume = abs(float(np.linalg.det(np.reshape(np.asarray(cell, dtype=float), (3, 3)))))
+        return cls(_formula(numbers), len(np.asarray(numbers)), volume)
+
+    def is_like(self, other: _Crystal) -> bool:
+        same = (self.formula, self.num_atoms) == (other.formula, other.num_atoms)
+        return same and abs(self.volume - other.volume) <= 1e-3 * other.volume  # shards hold cells in single precision
+
+    def __str__(self) -> str:
+        return f"{self.formula}, {self.num_atoms} atoms, {self.volume:.2f} A^3"
+
+
+@dataclass(frozen=True)
+class _LabelSet:
+    """What is in the shards of a folder.
+
+    Ids with a label of a recipe (or a later one) or a failure; number of labels by element, split by formula, crystal
+    by the id of a label.
+    """
+
+    done: set[str]
+    elements: Counter[str]
+    split: dict[str, str]
+    crystal: dict[str, _Crystal]
+
+    @classmethod
+    def read(cls, folder: Path, recipe: int) -> _LabelSet:
+        known = cls(set(), Counter(), {}, {})
+        for path in sorted(folder.glob("*.npz")):
+            with np.load(path, allow_pickle=False) as shard:
+                ids, failed = shard["material_id"].tolist(), shard["failed_id"].tolist() if "failed_id" in shard else []
+                sites = np.split(shard["atomic_numbers"], shard["atom_offset"][1:-1])
+                for name, split, numbers, cell in zip(ids, shard["split"].tolist(), sites, shard["cell"], strict=True):
+                    if name not in known.crystal:
+                        known.elements.update(set(Atoms(numbers).symbols))
+                        known.crystal[name] = _Crystal.of(numbers, cell)
+                        known.split[known.crystal[name].formula] = split
+                known.done.update(ids if int(shard.get("recipe", 1)) >= recipe else [], failed)
+        return known
+
+
+@contextlib.contextmanager
+def _alone_in(work: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process however that ends. No structure can have its name."""
+    with (work / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run works in {work}: wait for its end, or give another folder") from None
+        yield
+
+
+def _tidy(work: Path, done: Collection[str]) -> None:
+    """Remove what a killed run left: half results, and whole ones that it had packed but not removed."""
+    for path in work.iterdir():
+        if path.is_dir():
+            # Renamed first: a program of that run may still write there, and must not meet the next try.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}")) if path.name[0] != "." else path, True)
+        elif path.suffix == ".part" or (path.suffix == ".json" and path.stem in done):
+            path.unlink()
+
+
+def _pack(
+    folder: Path,
+    work: Path,
+    candidates: Sequence[_Candidate],
+    results: Sequence[ElectronicStructure],
+    failed: Mapping[str, str],
+    recipe: int,
+) -> Path:
+    """Write one shard and then remove what it holds from `work`. The only place that knows how a shard is written."""
+
+    def integers(values: Any, kind: type) -> np.ndarray:
+        return np.round(np.asarray(values) / SHARD_UNIT).clip(0, np.iinfo(kind).max).astype(kind)
+
+    new = {name: reason for name, reason in failed.items() if (work / f"{name}.json").exists()}
+    crystals = [candidate.atoms for candidate in candidates]
+    arrays: dict[str, Any] = {
+        "material_id": [c.name for c in candidates], "split": [c.split for c in candidates],
+        "atom_offset": np.cumsum([0, *map(len, crystals)], dtype=np.int32),
+        "cell": np.array([a.cell.array.ravel() for a in crystals], np.float32),
+        "atomic_numbers": np.concatenate([a.numbers for a in crystals]).astype(np.int16),
+        "frac_coords": np.concatenate([a.get_scaled_positions() for a in crystals]).astype(np.float32),
+        "energies": results[0].energies.astype(np.float32),
+        "site_dos": integers(np.concatenate([r.orbital_dos for r in results]), np.uint16),
+        "total_dos": integers([r.total.values for r in results], np.uint32),
+        "spin_polarised": [r.spin_polarised for r in results],
+        "num_kpoints_ibz": np.array([r.num_kpoints for r in results], np.int16),
+        "recipe": np.int16(recipe),
+        "failed_id": np.array(list(new), np.str_),
+        "failed_reason": np.array(list(new.values()), np.str_),
+    }  # fmt: skip
+    for name in ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment", "fermi_level"):
+        arrays[name.replace("fermi_level", "efermi")] = np.array([getattr(r, name) for r in results], np.float32)
+    digest = zlib.crc32("".join(arrays["material_id"]).encode())  # two runs may pack in one second
+    path = folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{digest:08x}.npz"
+    write_npz(path, **arrays)
+    for name in [*arrays["material_id"], *new]:
+        (work / f"{name}.json").unlink()
+    return path

@@ -1,0 +1,93 @@
+"""ASE's ``DOSData``, ``DOSCollection`` and ``ase.dft.dos.DOS``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from dosmatgen_ase.dos.broadening import scale_sites_to_total
+from dosmatgen_ase.dos.grid import MODEL_SIGMA, Array, Mask
+from dosmatgen_ase.dos.readers.common import clip_negative_lobes
+from dosmatgen_ase.dos.target import TargetDOS
+
+
+def read_ase(dos: Any, site: int | None, *, sigma: float | None, efermi: float, reference: str) -> TargetDOS:
+    """What `TargetDOS.from_ase` does."""
+    from ase.dft.dos import DOS
+    from ase.spectrum.doscollection import DOSCollection
+    from ase.spectrum.dosdata import DOSData
+
+    if isinstance(dos, DOS):
+        if site is not None or sigma is not None:
+            raise ValueError("ase.dft.dos.DOS is a total DOS and knows its width: leave out site and sigma")
+        # Above the lowest maximum of the top band, bands are missing.
+        e_max = dos.e_skn.max(axis=-1).min()
+        energies = np.asarray(dos.get_energies())
+        values, note = clip_negative_lobes(np.asarray(dos.get_dos()))
+        record = {"source": "ase.dft.dos.DOS", "steps": note}
+        width = dos.width / math.sqrt(2)
+        return TargetDOS(energies - efermi, values, energies <= e_max, reference, width, "total", record)
+    if isinstance(dos, DOSData):
+        if site is not None:
+            raise ValueError("a single DOSData holds one DOS: leave out site")
+        rows = [dos]
+    elif isinstance(dos, DOSCollection):
+        rows = list(dos)
+    else:
+        raise TypeError(f"from_ase reads ASE DOSData, DOSCollection or DOS objects, not {type(dos).__name__}")
+    energies, table, sigma = _ase_table(rows, sigma)
+    known, kind, steps = np.ones(energies.shape, dtype=bool), "site", list[str]()
+    if isinstance(dos, DOSData):
+        values = table[0]
+    else:
+        values, known, kind, steps = _ase_select(rows, table, energies, site)
+    values, note = clip_negative_lobes(values)
+    record = {"source": f"ASE {type(dos).__name__}", "steps": steps + note}
+    return TargetDOS(energies - efermi, values, known, reference, sigma, kind, record)
+
+
+def _ase_table(rows: list[Any], sigma: float | None) -> tuple[Array, Array, float | None]:
+    """Energies (G,), values (rows, G) and broadening of ASE's rows; raw rows are broadened onto a common grid."""
+    from ase.spectrum.dosdata import GridDOSData
+
+    if not rows:
+        raise ValueError("this DOSCollection is empty: give one with at least one row")
+    gridded = [isinstance(row, GridDOSData) for row in rows]
+    if all(gridded):
+        energies = rows[0].get_energies()
+        if any(not np.array_equal(row.get_energies(), energies) for row in rows):
+            raise ValueError("the rows of this DOSCollection have different energies: sample them on one grid")
+        return energies, np.array([row.get_weights() for row in rows]), sigma
+    if any(gridded):
+        raise ValueError("this DOSCollection mixes raw and grid data: sample the raw ones first (sample_grid)")
+    sigma = MODEL_SIGMA if sigma is None else sigma
+    states = np.concatenate([row.get_energies() for row in rows])
+    if not states.size or sigma <= 0:
+        raise ValueError("raw DOS data need at least one state and sigma > 0 (eV)")
+    # Known up to the highest state: bands above it may be missing. Below the lowest there is nothing to miss.
+    lo, hi = states.min() - 5 * sigma, states.max()
+    size = math.ceil((hi - lo) / (sigma / 4)) + 1
+    table = [row.sample_grid(size, xmin=lo, xmax=hi, width=sigma).get_weights() for row in rows]
+    return np.linspace(lo, hi, size), np.array(table), sigma
+
+
+def _ase_select(rows: list[Any], table: Array, energies: Array, site: int | None) -> tuple[Array, Mask, str, list[str]]:
+    """Values, known mask, kind and provenance of one site (or of the total) of a collection."""
+    is_total = np.array([row.info.get("label", "").lower() == "total" for row in rows])
+    known = np.ones(energies.shape, dtype=bool)
+    if site is None:
+        return table[is_total if is_total.any() else slice(None)].sum(axis=0), known, "total", []
+    parts = [i for i in range(len(rows)) if not is_total[i]]
+    indexed = all("index" in rows[i].info for i in parts)
+    names = [str(rows[i].info["index"]) if indexed else str(number) for number, i in enumerate(parts)]
+    if str(site) not in names:
+        raise ValueError(f"site {site} does not exist: this DOSCollection has {', '.join(dict.fromkeys(names))}")
+    order = list(dict.fromkeys(names))
+    sites = np.array([sum(table[i] for i, n in zip(parts, names, strict=True) if n == name) for name in order])
+    chosen = order.index(str(site))
+    if not is_total.any():
+        return sites[chosen], known, "site", [f"site {site}: raw projection, no total DOS to scale by"]
+    scaled, known = scale_sites_to_total(sites, table[is_total].sum(axis=0), energies=energies, min_coverage=0.0)
+    return scaled[chosen], known, "site", [f"site {site}, sites scaled to add up to the total"]

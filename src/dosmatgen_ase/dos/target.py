@@ -1,0 +1,475 @@
+"""`TargetDOS`: a density of states with a known mask, its zero of energy, its broadening and where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dosmatgen_ase.dos.broadening import resample
+from dosmatgen_ase.dos.grid import (
+    MODEL_GRID,
+    MODEL_SIGMA,
+    Array,
+    EnergyGrid,
+    Mask,
+    cell_widths,
+    frozen,
+    inside_window,
+    real_vector,
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TargetDOS:
+    """A density of states, wholly or partly known.
+
+    Arrays are copied and made read-only; values at unknown energies are stored as 0. Two targets are equal if they say
+    the same (`digest`); where they came from (`provenance`) does not count.
+
+    Parameters
+    ----------
+    energies : array, shape (G,)
+        eV, strictly increasing.
+    values : array, shape (G,)
+        states/eV, finite and non-negative where known.
+    known : array of bool, shape (G,)
+        Which energies are known.
+    reference : {"fermi", "vbm"}
+        Zero of the energies.
+    sigma : float or None
+        Standard deviation (eV) of the Gaussian that the values are broadened with; None if that is not known.
+    kind : {"site", "total"}
+        DOS of one site, or of the cell.
+    provenance : dict or str
+        JSON-able record: ``{"source": ..., "steps": [...]}``. A string becomes the source.
+
+    Raises
+    ------
+    TypeError
+        If an array is not made of real numbers.
+    ValueError
+        If anything contradicts the above, or nothing is known.
+    """
+
+    energies: Array
+    values: Array
+    known: Mask
+    reference: str = "fermi"
+    sigma: float | None = None
+    kind: str = "site"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        energies, values = real_vector(self.energies, "energies"), real_vector(self.values, "values")
+        known = np.asarray(self.known)
+        if known.dtype != np.bool_:
+            raise TypeError("known must be an array of bool (True where the DOS is known)")
+        if not energies.shape == values.shape == known.shape:
+            raise ValueError(
+                "energies, values and known must have one common length, not "
+                f"{energies.shape}, {values.shape} and {known.shape}"
+            )
+        if energies.size < 2:
+            raise ValueError(f"a DOS needs at least 2 energies, not {energies.size}")
+        if not np.isfinite(energies).all() or (np.diff(energies) <= 0).any():
+            raise ValueError("energies must be finite and strictly increasing: sort them and drop repeated ones")
+        if not known.any():
+            raise ValueError("nothing is known in this DOS: at least one energy must be known")
+        if not np.isfinite(values[known]).all():
+            raise ValueError("values are NaN or infinite: pass known=False for the energies where the DOS is unknown")
+        if (values[known] < 0).any():
+            raise ValueError(
+                f"values must not be negative (lowest {values[known].min():g} states/eV): "
+                "a spin-down channel drawn downwards must be added as positive"
+            )
+        if self.reference not in ("fermi", "vbm"):
+            raise ValueError(f'reference must be "fermi" or "vbm", not {self.reference!r}')
+        if self.kind not in ("site", "total"):
+            raise ValueError(f'kind must be "site" or "total", not {self.kind!r}')
+        sigma = None if self.sigma is None else float(self.sigma)
+        if sigma is not None and not (math.isfinite(sigma) and sigma >= 0):
+            raise ValueError(f"sigma must be a finite standard deviation >= 0 in eV, or None if unknown, not {sigma}")
+        given: Any = self.provenance
+        record = {"source": given} if isinstance(given, str) else dict(given)
+        try:
+            record = json.loads(json.dumps(record, allow_nan=False))
+        except (TypeError, ValueError):
+            raise ValueError("provenance must be JSON-able: strings, finite numbers, lists and dicts") from None
+        set_field = object.__setattr__
+        set_field(self, "energies", frozen(energies))
+        # + 0.0 turns -0.0 into 0.0, so that equal targets have equal bytes.
+        set_field(self, "values", frozen(np.where(known, values, 0.0) + 0.0))
+        set_field(self, "known", frozen(known))
+        set_field(self, "sigma", sigma)
+        set_field(self, "provenance", record)
+
+    # -- identity ------------------------------------------------------------------------------------------------------
+
+    def digest(self) -> str:
+        """sha256 (hex) of everything but the provenance; the same on every machine."""
+        head = json.dumps([self.reference, self.sigma, self.kind, self.energies.size])
+        hasher = hashlib.sha256(head.encode())
+        for array, dtype in ((self.energies, "<f8"), (self.values, "<f8"), (self.known, "u1")):
+            hasher.update(array.astype(dtype).tobytes())
+        return hasher.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest() == other.digest() if isinstance(other, TargetDOS) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def __repr__(self) -> str:
+        inside = self.energies[self.known]
+        sigma = "unknown" if self.sigma is None else f"{self.sigma:g} eV"
+        return (
+            f"TargetDOS({self.kind}, {self.energies.size} energies, {self.known.sum()} known in "
+            f"[{inside[0]:.2f}, {inside[-1]:.2f}] eV, reference={self.reference}, sigma={sigma})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able dict; `from_dict` is its inverse."""
+        return {
+            "format": "dosmatgen_ase.TargetDOS",
+            "energies": self.energies.tolist(),
+            "values": self.values.tolist(),
+            "known": self.known.tolist(),
+            "reference": self.reference,
+            "sigma": self.sigma,
+            "kind": self.kind,
+            "provenance": self.provenance,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """`to_dict` in the form by which monty finds the class again: so jobflow carries a target between machines."""
+        return {"@module": type(self).__module__, "@class": type(self).__name__, **self.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TargetDOS:
+        """Inverse of `to_dict`. ``energies`` and ``values`` must be there, the other fields have their defaults.
+
+        Raises
+        ------
+        ValueError
+            If a field is missing or wrong.
+        """
+        if not (isinstance(data, Mapping) and {"energies", "values"} <= set(data)):
+            raise ValueError('this is not the dict of a TargetDOS: it needs "energies" and "values"')
+        optional = {k: data[k] for k in ("reference", "sigma", "kind") if k in data}
+        target = cls.from_arrays(data["energies"], data["values"], known=data.get("known"), **optional)
+        return replace(target, provenance=data.get("provenance", {}))
+
+    # -- changes -------------------------------------------------------------------------------------------------------
+
+    def on_grid(self, grid: EnergyGrid = MODEL_GRID, sigma: float = MODEL_SIGMA) -> TargetDOS:
+        """The same DOS on a uniform grid, at (at least) the broadening asked for.
+
+        Broadening only widens: the variance grows from ``self.sigma**2`` to ``sigma**2``. A DOS of unknown broadening
+        is taken as unbroadened, and one that is wider than asked for is left as wide as it is; `provenance` says so.
+        Fine input is averaged by the kernel, so that no state is lost between grid points; coarse input is interpolated
+        linearly first. Near unknown energies the kernel is normalised by its known part, so that an edge does not
+        bend the values down; a bin is known where at least `KNOWN_WEIGHT` of the kernel lies on known input.
+
+        Parameters
+        ----------
+        grid : EnergyGrid
+        sigma : float
+            Standard deviation, eV; at least the grid's step, as a narrower DOS does not fit the grid.
+
+        Raises
+        ------
+        ValueError
+            If sigma is below the grid's step, or what is known lies outside of the grid or is narrower than the kernel.
+        """
+        if sigma < grid.step:
+            raise ValueError(f"sigma {sigma:g} eV does not fit a grid of step {grid.step:g} eV: take a smaller step")
+        if self.sigma is not None and self.sigma >= sigma and np.array_equal(self.energies, grid.energies):
+            return self
+        if self.sigma is None:
+            step = f"broadening unknown, taken as none; widened to sigma {sigma:g} eV"
+        elif self.sigma >= sigma:
+            step = f"already at sigma {self.sigma:g} eV, {sigma:g} eV asked for: interpolated only"
+        else:
+            step = f"widened from sigma {self.sigma:g} to {sigma:g} eV"
+        values, known = resample(self.energies, self.values, self.known, self.sigma or 0.0, grid, sigma)
+        if not known.any():
+            if inside_window(self.energies[self.known], (grid.minimum, grid.maximum)).any():
+                raise ValueError(
+                    f"what is known of {self!r} is too narrow for sigma {sigma:g} eV on a grid of step {grid.step:g} "
+                    "eV: widen the window, or state sigma if the DOS is already that broad"
+                )
+            raise ValueError(
+                f"no known energy of {self!r} falls on the grid [{grid.minimum:g}, {grid.maximum:g}] eV: "
+                "shift the energies or choose another grid"
+            )
+        wider = max(sigma, self.sigma or 0.0)
+        return replace(
+            self, energies=grid.energies, values=values, known=known, sigma=wider, provenance=self._with_step(step)
+        )
+
+    def window(self, lo: float, hi: float) -> TargetDOS:
+        """The same DOS, known on [lo, hi] (eV) only.
+
+        Raises
+        ------
+        ValueError
+            If lo >= hi or nothing in the window is known.
+        """
+        if not lo < hi:
+            raise ValueError(f"a window needs lo < hi (eV), not {lo:g} and {hi:g}")
+        known = self.known & inside_window(self.energies, (lo, hi))
+        if not known.any():
+            raise ValueError(f"the window [{lo:g}, {hi:g}] eV holds no known energy of {self!r}")
+        return replace(self, known=known, provenance=self._with_step(f"known on [{lo:g}, {hi:g}] eV only"))
+
+    @classmethod
+    def sum_of(cls, sites: Sequence[TargetDOS]) -> TargetDOS:
+        """Total DOS of a cell from the DOS of its sites on one grid, known where all of them are.
+
+        Raises
+        ------
+        ValueError
+            If there is none, or they differ in energies, reference or broadening.
+        """
+        if not sites:
+            raise ValueError("a sum needs the DOS of at least one site")
+        first = sites[0]
+        same = [np.array_equal(dos.energies, first.energies) for dos in sites]
+        if not all(same) or len({(dos.reference, dos.sigma) for dos in sites}) > 1:
+            raise ValueError("a sum needs the DOS of all sites on the same energies, with one reference and broadening")
+        provenance = {"source": "sum over sites", "steps": []}
+        values, known = np.sum([dos.values for dos in sites], axis=0), np.all([dos.known for dos in sites], axis=0)
+        return replace(first, values=values, known=known, kind="total", provenance=provenance)
+
+    def shift(self, energy: float) -> TargetDOS:
+        """The same DOS with `energy` (eV) added to every energy."""
+        return replace(self, energies=self.energies + energy, provenance=self._with_step(f"shifted by {energy:g} eV"))
+
+    def _with_step(self, step: str) -> dict[str, Any]:
+        return {**self.provenance, "steps": [*self.provenance.get("steps", []), step]}
+
+    # -- figures -------------------------------------------------------------------------------------------------------
+
+    def total_states(self, lo: float = -math.inf, hi: float = math.inf) -> float:
+        """Number of states between lo and hi (eV): the integral over the known energies (trapezoidal)."""
+        return float((cell_widths(self.energies, lo, hi) * self.values).sum())
+
+    def band_centre(self, lo: float = -10.0, hi: float = 0.0) -> float:
+        """First moment (eV) of the known DOS between lo and hi; NaN where it holds no states.
+
+        On the d-projected DOS this is the d-band centre of Hammer and Noerskov (Surf. Sci. 343, 211, 1995).
+        """
+        weights = cell_widths(self.energies, lo, hi) * self.values
+        return float(np.average(self.energies, weights=weights)) if weights.sum() > 0 else math.nan
+
+    # -- readers -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_arrays(
+        cls,
+        energies: ArrayLike,
+        values: ArrayLike,
+        *,
+        known: ArrayLike | None = None,
+        reference: str = "fermi",
+        sigma: float | None = None,
+        kind: str = "site",
+    ) -> TargetDOS:
+        """A target from plain arrays.
+
+        Parameters
+        ----------
+        energies, values : array_like, shape (G,)
+            eV, strictly increasing; states/eV.
+        known : array_like of bool, shape (G,), optional
+            Everything by default. Where False, values may be NaN.
+        reference, sigma, kind
+            As in the class.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in the class.
+        """
+        energies = real_vector(energies, "energies")
+        mask = np.ones(energies.shape, dtype=bool) if known is None else np.asarray(known)
+        return cls(energies, real_vector(values, "values"), mask, reference, sigma, kind, {"source": "arrays"})
+
+    @classmethod
+    def from_peaks(
+        cls,
+        peaks: Sequence[tuple[float, float, float]],
+        *,
+        window: tuple[float, float] | None = None,
+        reference: str = "fermi",
+        kind: str = "site",
+    ) -> TargetDOS:
+        """A sketch: a sum of Gaussian peaks.
+
+        Parameters
+        ----------
+        peaks : sequence of (energy, height, width)
+            Centre (eV), value at the centre (states/eV) and standard deviation (eV). A peak holds
+            ``height * width * sqrt(2 pi)`` states. The widths are those that the DOS shall have at the model's
+            broadening: a peak narrower than `MODEL_SIGMA` is drawn at that width with as many states.
+        window : (lo, hi), optional
+            Energies (eV) outside are unknown; by default the sketch is known wherever the model looks.
+        reference, kind
+            As in the class.
+
+        Raises
+        ------
+        ValueError
+            If a peak is not three finite numbers with height and width above 0, or lies outside the window.
+        """
+        from dosmatgen_ase.dos.readers.sketch import read_peaks
+
+        return read_peaks(peaks, window, reference, kind)
+
+    @classmethod
+    def from_pymatgen(cls, dos: Any, site: int | None = None) -> TargetDOS:
+        """Read a pymatgen ``Dos`` or ``CompleteDos``, or the dict of one.
+
+        Spins are summed. The zero of energy becomes the Fermi level, or the valence-band maximum where the DOS has a
+        gap of at least `MIN_GAP`. Energies above the last state are unknown: bands are missing there. So is the first
+        energy unless it is empty, as VASP piles the states below its window there.
+
+        Parameters
+        ----------
+        dos : pymatgen.electronic_structure.dos.Dos or dict
+        site : int, optional
+            Site index in the structure: its projections, scaled at every energy so that all sites add up to the
+            total (`scale_sites_to_total`). By default the total DOS of the cell.
+
+        Raises
+        ------
+        TypeError
+            If `dos` is something else.
+        ValueError
+            If the site does not exist or there are no projections.
+        """
+        from dosmatgen_ase.dos.readers.pymatgen import read_pymatgen
+
+        return read_pymatgen(dos, site)
+
+    @classmethod
+    def from_vasprun(cls, path: str | PathLike[str], site: int | None = None) -> TargetDOS:
+        """Read a ``vasprun.xml`` (also gzipped); projections need LORBIT = 11.
+
+        As `from_pymatgen`, but gap and valence-band maximum come from the eigenvalues, energies above the lowest
+        maximum of the top band are unknown, and the broadening is taken from ISMEAR and SIGMA: Gaussian smearing
+        (ISMEAR = 0) has the standard deviation SIGMA / sqrt(2), the tetrahedron method has none.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If the file cannot be read, holds no DOS, or the site does not exist.
+        """
+        from dosmatgen_ase.dos.readers.vasp import read_vasprun
+
+        return read_vasprun(path, site)
+
+    @classmethod
+    def from_ase(
+        cls,
+        dos: Any,
+        site: int | None = None,
+        *,
+        sigma: float | None = None,
+        efermi: float = 0.0,
+        reference: str = "fermi",
+    ) -> TargetDOS:
+        """Read ASE's ``GridDOSData``, ``RawDOSData``, a collection of them, or ``ase.dft.dos.DOS``.
+
+        Parameters
+        ----------
+        dos : ase.spectrum.dosdata.DOSData, ase.spectrum.doscollection.DOSCollection or ase.dft.dos.DOS
+        site : int, optional
+            For a collection: the rows whose ``info["index"]`` is this number, summed; in a collection without indices,
+            the row of this number. If there is a row labelled "Total", sites are scaled so that they add up to it,
+            otherwise the projection is taken as it is. By default the total: that row, or the sum of all rows.
+        sigma : float, optional
+            Standard deviation (eV), which is what ``ase.spectrum`` calls width. For grid data: the broadening that they
+            have (default unknown). For raw data: the broadening to give them (default `MODEL_SIGMA`). Not for
+            ``ase.dft.dos.DOS``, which knows its own: its ``width`` is ``sqrt(2) * sigma``.
+        efermi : float
+            Zero of energy (eV) on the scale of `dos`; ``ase.dft.dos.DOS`` has it at 0 already.
+        reference : {"fermi", "vbm"}
+            What that zero is.
+
+        Raises
+        ------
+        TypeError
+            If `dos` is something else.
+        ValueError
+            If the site does not exist or the rows do not fit together.
+        """
+        from dosmatgen_ase.dos.readers.ase import read_ase
+
+        return read_ase(dos, site, sigma=sigma, efermi=efermi, reference=reference)
+
+    @classmethod
+    def from_text(
+        cls, path: str | PathLike[str], *, columns: tuple[int, int] | None = None, kind: str = "site"
+    ) -> TargetDOS:
+        """Read energies (eV) and values (states/eV) from text or CSV.
+
+        Columns are separated by blanks, commas or semicolons. Lines that start with ``#``, ``!``, ``%`` or ``@`` and
+        header lines before the first numbers are skipped. A value written as ``nan`` is unknown.
+
+        Parameters
+        ----------
+        path : path
+        columns : (int, int), optional
+            Which columns (from 0) hold energy and DOS; needed where a file has more than two.
+        kind : {"site", "total"}
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If the file cannot be read as such; the message names the line.
+        """
+        from dosmatgen_ase.dos.readers.text import read_text
+
+        return read_text(path, columns, kind)
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | PathLike[str],
+        site: int | None = None,
+        *,
+        reference: str | None = None,
+        sigma: float | None = None,
+        kind: str | None = None,
+    ) -> TargetDOS:
+        """Read a file of any known form, told by its content: vasprun.xml, JSON, .npz or two-column text.
+
+        JSON is `to_dict`, a pymatgen ``Dos`` dict or what ``dosmatgen dft`` wrote; .npz holds ``energies``, ``total``,
+        ``pdos`` (sites, l, G), ``emax`` and ``gap`` of one structure with Loewdin projections. XML, JSON and text may
+        be gzipped.
+
+        Parameters
+        ----------
+        path : path
+        site : int, optional
+            Site index, where the file holds site projections; by default the total DOS.
+        reference, sigma, kind : optional
+            State what the file does not say; they replace what was read (nothing is shifted or broadened).
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If the file cannot be read or the site does not exist.
+        """
+        from dosmatgen_ase.dos.readers.file import read_file
+
+        return read_file(path, site, reference=reference, sigma=sigma, kind=kind)

@@ -1,0 +1,1 @@
+"""The forward model: structure -> site DOS."""

@@ -1,0 +1,1 @@
+"""What is said of a finished crystal: relaxation, hull, ranking, metrics."""

@@ -1,0 +1,164 @@
+"""Order candidates by what makes them good: the DOS predicted for them, how sure that is, their energy.
+
+`Ranking` holds the weight of each criterion, `score` measures candidates, `best` picks distinct ones. Scores stand in
+``atoms.info["scores"]``. What ranks must not judge: figures about the picks come from another model, or from DFT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dosmatgen_ase.crystals.screening import KnownCrystals, screen_given
+from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, mean_distance
+from dosmatgen_ase.forward.predictor import DOSPredictor, SitePrediction, default_predictor
+from dosmatgen_ase.judge.relaxation import relax as relax_atoms
+from dosmatgen_ase.judge.stability import chgnet_energies, load_hull
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Weights of the criteria; their sum is the score, and low is good.
+
+    Attributes
+    ----------
+    distance : float
+        Of the predicted distance to the target: normalised L1, mean over the conditioned sites.
+    uncertainty : float
+        Of the error to be expected of that prediction, in the same unit.
+    energy : float
+        Of the energy above the hull, per eV/atom (`stability`); 0 spares computing it.
+    """
+
+    distance: float = 1.0
+    uncertainty: float = 0.0
+    energy: float = 0.0
+
+    def __post_init__(self) -> None:
+        weights = (self.distance, self.uncertainty, self.energy)
+        if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+            raise ValueError(f"{self}: weights must be finite, not negative, and one of them above 0")
+
+
+def predicted_for_targets(
+    prediction: SitePrediction, sites: Mapping[int, TargetDOS], total: TargetDOS | None = None
+) -> list[tuple[TargetDOS, TargetDOS]]:
+    """Pairs of predicted and wanted DOS, for each conditioned site and the cell; those that can be predicted at all."""
+    rows = [(prediction.mean[i], prediction.known[i], target) for i, target in sites.items()]
+    if total is not None:
+        rows.append((prediction.mean.sum(axis=0), prediction.known.all(axis=0), total))
+    return [
+        (TargetDOS(MODEL_GRID.energies, values, known, target.reference, MODEL_SIGMA, target.kind), target)
+        for values, known, target in rows
+        if known.any()
+    ]
+
+
+def predicted_distance(
+    prediction: SitePrediction, sites: Mapping[int, TargetDOS], total: TargetDOS | None = None
+) -> float | None:
+    """`dos.mean_distance` to the targets; None unless every one of them can be compared."""
+    pairs = predicted_for_targets(prediction, sites, total)
+    if len(pairs) < len(sites) + (total is not None):
+        return None
+    try:
+        return mean_distance(pairs)
+    except ValueError:  # no bin is known in both
+        return None
+
+
+def score(
+    candidates: Sequence[Atoms],
+    sites: Mapping[int, TargetDOS],
+    total: TargetDOS | None = None,
+    *,
+    ranking: Ranking | None = None,
+    relax: Any = None,
+    predictor: DOSPredictor | None = None,
+    progress: bool = False,
+) -> list[Atoms]:
+    """Measure candidates and return them, best first.
+
+    Parameters
+    ----------
+    candidates : sequence of Atoms
+        Left as they are.
+    sites : mapping {site: TargetDOS}
+    total : TargetDOS, optional
+        Wanted of the whole cell.
+    ranking : Ranking, optional
+        Weights; by default the predicted distance alone.
+    relax : ASE calculator, "chgnet", or the path or name of a MACE model, optional
+        Relax first (`relaxation.relax`); what breaks down comes last. None leaves structures as they are.
+    predictor : DOSPredictor, optional
+        By default the one that ships.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    list of Atoms
+        With ``info["scores"]``: ``score``, ``distance``, ``expected_error`` and, where it counts, ``energy_above_hull``
+        (eV/atom); None for what could not be measured, which comes last.
+
+    Raises
+    ------
+    ValueError
+        If distances count and there is no target; as `relaxation.relax`.
+    IndexError
+        If a candidate lacks a site that has a target.
+    """
+    ranking = ranking or Ranking()
+    if ranking.distance and not sites and total is None:
+        raise ValueError("there is no DOS to rank by: give one, or Ranking(distance=0, energy=1)")
+    found = [atoms.copy() for atoms in candidates]
+    if relax is not None:
+        found = relax_atoms(found, relax, progress=progress)
+        for atoms, before in zip(found, candidates, strict=True):
+            atoms.info = {**before.info, **atoms.info}
+    predictions = (predictor or default_predictor()).predict_arrays(found, progress=progress)
+    above: list[float | None] = [None] * len(found)
+    if ranking.energy:
+        hull, energies = load_hull(), chgnet_energies(found, progress=progress)
+        above = [hull.above(atoms.numbers, float(e)) for atoms, e in zip(found, energies, strict=True)]
+    conditioned = list(sites) if sites and total is None else slice(None)
+    for atoms, prediction, energy in zip(found, predictions, above, strict=True):
+        costs = {
+            "distance": predicted_distance(prediction, sites, total),
+            "expected_error": _mean(prediction.error[conditioned]),
+            **({"energy_above_hull": energy} if ranking.energy else {}),
+        }
+        weights = (ranking.distance, ranking.uncertainty, ranking.energy)
+        parts = [(weight, cost) for weight, cost in zip(weights, costs.values(), strict=False) if weight]
+        broken = atoms.info.get("relaxation", {}).get("energy", 0.0) is None  # it kept its starting geometry
+        known = not broken and screen_given(atoms).accepted and not any(cost is None for _, cost in parts)
+        atoms.info["scores"] = {"score": sum(w * cost for w, cost in parts if cost) if known else None, **costs}
+    return sorted(found, key=lambda atoms: ((value := atoms.info["scores"]["score"]) is None, value or 0.0))
+
+
+def best(ranked: Sequence[Atoms], n: int) -> list[Atoms]:
+    """Return ``n`` of them, best first; a crystal that came before is taken only where too few others are left."""
+    seen = KnownCrystals()
+    kept: list[int] = []
+    twins: list[int] = []
+    for i, atoms in enumerate(ranked):
+        if screen_given(atoms).accepted:
+            if seen.find(atoms) is not None:
+                twins.append(i)
+                continue
+            seen.add(atoms, str(i))
+        kept.append(i)
+        if len(kept) == n:
+            break
+    return [ranked[i] for i in sorted([*kept, *twins][:n])]
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float | None:
+    return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None

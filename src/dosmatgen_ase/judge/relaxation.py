@@ -1,0 +1,356 @@
+"""Relax generated structures, cell and positions, with any ASE calculator; the default (CHGNet) works offline.
+
+Structures come from a sampler, so every failure is expected: it is told in ``atoms.info["relaxation"]``, never raised,
+and one bad structure does not cost the others. Only a calculator that cannot be loaded at all is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms, FixCartesian
+from ase.filters import FrechetCellFilter
+from ase.neighborlist import neighbor_list
+from ase.optimize import BFGS
+from ase.spacegroup.symmetrize import refine_symmetry
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from dosmatgen_ase.crystals.screening import digest, right_handed, screen_given
+from dosmatgen_ase.files import write_extxyz
+
+_SAVE_EVERY = 5.0  # seconds
+
+
+def relax(
+    atoms: Atoms | Sequence[Atoms],
+    calculator: Any = "chgnet",
+    *,
+    fmax: float = 0.05,
+    max_steps: int = 200,
+    time_limit: float = 120.0,
+    processes: int = 1,
+    progress: bool = False,
+) -> Atoms | list[Atoms]:
+    """Relax cell and positions; where a constraint holds Cartesian positions (FixAtoms, FixCartesian), the cell stays.
+
+    BFGS on ASE's ``FrechetCellFilter``; no symmetry is imposed. Structures are screened first (`screening.screen`), as
+    machine-learned potentials hang or return low energies on collapsed cells, and after every step.
+
+    Parameters
+    ----------
+    atoms : Atoms or sequence of Atoms
+        Left as they are; copies are returned.
+    calculator : ASE calculator, "chgnet", or the path or name of a MACE model
+        One for all structures. A local MACE model file works offline; a MACE-MP name such as "medium-mpa-0" is
+        downloaded at first use.
+    fmax : float
+        Largest force on an atom, eV/A. ASE's measure for the cell is the same number for the virial over the number of
+        atoms.
+    max_steps : int
+    time_limit : float
+        Seconds per structure, looked at between steps.
+    processes : int
+        Structures relaxed at a time, each in a process of its own with one thread. More than one needs a calculator
+        given by name, and a script that calls this under ``if __name__ == "__main__":``.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Atoms or list of Atoms, as given
+        With energy, forces and stress attached, and ``info["relaxation"]``: ``converged`` (bool), ``steps`` (int),
+        ``energy`` and ``energy_start`` (eV/atom, None if not reached), ``rmsd`` (how far the atoms moved within the
+        cell, Angstrom; homogeneous strain and a common shift do not count), ``reason`` (None if converged). A
+        structure whose relaxation broke down keeps its starting geometry; one that ran out of steps or time keeps the
+        last.
+
+    Raises
+    ------
+    TypeError
+        If something is not an Atoms.
+    ValueError, OSError
+        If a setting is senseless or the calculator cannot be loaded.
+    """
+    single = isinstance(atoms, Atoms)
+    structures = [atoms] if single else list(atoms)
+    for item in structures:
+        if not isinstance(item, Atoms):
+            raise TypeError(f"relax takes ase.Atoms or a list of them, not {type(item).__name__}")
+    finished = relax_each(structures, calculator, fmax, max_steps, time_limit, processes)
+    relaxed = list(tqdm(finished, total=len(structures), disable=not progress, unit="structure", desc="relax"))
+    return relaxed[0] if single else relaxed
+
+
+def relax_into(
+    path: Path,
+    structures: Sequence[Atoms],
+    calculator: str | Path = "chgnet",
+    *,
+    fmax: float = 0.05,
+    max_steps: int = 200,
+    time_limit: float = 120.0,
+    processes: int = 1,
+    progress: bool = False,
+) -> list[Atoms]:
+    """Do what :func:`relax` does and keep it in an extxyz file as it comes: the same call goes on from there.
+
+    The file is replaced every few seconds and at the end, however that comes. What it holds is taken for done as far as
+    it was made of the same structures, in the same order, with the same calculator and limits; the rest is replaced.
+    Errors as in :func:`relax`, and ``OSError`` if the file cannot be written.
+    """
+    limits = (fmax, max_steps, time_limit)
+    origins = [_origin(atoms, (str(calculator), *limits)) for atoms in structures]
+    done: list[Atoms] = []
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not there, or not ours
+        for atoms, origin in zip(ase.io.read(path, ":", format="extxyz"), origins, strict=False):
+            if atoms.info["relaxation"]["of"] != origin:
+                break
+            done.append(atoms)
+    start, saved = len(done), time.monotonic()
+    bar = tqdm(total=len(structures), initial=start, disable=not progress, unit="structure", desc="relax")
+    try:
+        finished = relax_each(structures[start:], calculator, *limits, processes)
+        for atoms, origin in zip(finished, origins[start:], strict=True):
+            atoms.info["relaxation"]["of"] = origin
+            done.append(atoms)
+            bar.update()
+            if time.monotonic() - saved > _SAVE_EVERY:
+                write_extxyz(path, done)
+                saved = time.monotonic()
+    finally:
+        bar.close()
+        if len(done) > start:
+            write_extxyz(path, done)
+    return done
+
+
+def _origin(atoms: Atoms, settings: tuple[Any, ...]) -> str:
+    """Digest of what a relaxation depends on."""
+    told = f"{settings} {atoms.constraints} {digest(atoms)}".encode()
+    return hashlib.sha256(told).hexdigest()[:16]
+
+
+def symmetrized(atoms: Atoms, tolerance: float = 0.1) -> Atoms:
+    """Return a copy in which the symmetry found within a tolerance is exact; the order of the sites stays.
+
+    A relaxation leaves displacements of a few hundredths of an Angstrom, and DFT of a crystal without symmetry costs
+    ten times the k-points.
+
+    Parameters
+    ----------
+    atoms : Atoms
+    tolerance : float
+        Angstrom, as spglib's ``symprec``.
+
+    Raises
+    ------
+    ValueError
+        If atoms are closer to each other than that.
+    """
+    if len(neighbor_list("i", atoms, tolerance)):
+        raise ValueError(f"no symmetry to be found within {tolerance:g} A: atoms are closer to each other")
+    copy = atoms.copy()
+    refine_symmetry(copy, tolerance)
+    return copy
+
+
+def relax_each(
+    structures: Sequence[Atoms],
+    calculator: Any = "chgnet",
+    fmax: float = 0.05,
+    max_steps: int = 200,
+    time_limit: float = 120.0,
+    processes: int = 1,
+) -> Iterator[Atoms]:
+    """Yield what :func:`relax` returns, in order and as it comes, so that a long run can keep what it has."""
+    if not (fmax > 0 and max_steps >= 0 and time_limit > 0 and processes > 0):
+        given = f"fmax={fmax}, time_limit={time_limit}, processes={processes}"
+        raise ValueError(f"{given} must be above 0, max_steps={max_steps} not below it")
+    work = partial(_relax_one, fmax=fmax, max_steps=max_steps, time_limit=time_limit)
+    if min(processes, len(structures)) <= 1:
+        engine = load_calculator(calculator)
+        yield from (work(item, engine) for item in structures)
+        return
+    if not isinstance(calculator, str | Path):
+        raise TypeError("several processes need a calculator given by name: each loads its own")
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's locks
+    with ProcessPoolExecutor(processes, spawn, _use_one_thread) as pool:
+        yield from pool.map(partial(_relax_by_name, calculator, work), structures)
+
+
+def _use_one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _relax_by_name(calculator: str | Path, work: Callable[[Atoms, Any], Atoms], start: Atoms) -> Atoms:
+    return work(start, _kept_calculator(calculator))
+
+
+@lru_cache(maxsize=1)
+def _kept_calculator(calculator: str | Path) -> Any:
+    return load_calculator(calculator)
+
+
+@contextlib.contextmanager
+def quick_blas() -> Iterator[None]:
+    """One BLAS thread and no denormal numbers, which makes CHGNet on small cells quicker.
+
+    With more threads, the 3x3 matrix functions of the cell filter take most of the time on a busy machine; the tails of
+    CHGNet's radial functions are denormal, on which a CPU is slow: a gradient takes 1.5 times as long.
+    """
+    import torch
+
+    was = bool(torch.tensor(1e-40).mul(1.0) == 0)
+    torch.set_flush_denormal(True)
+    try:
+        with threadpool_limits(limits=1, user_api="blas"):
+            yield
+    finally:
+        torch.set_flush_denormal(was)
+
+
+def _relax_one(start: Atoms, calculator: Any, fmax: float, max_steps: int, time_limit: float) -> Atoms:
+    atoms = right_handed(start)
+    report: dict[str, Any] = {
+        "converged": False, "steps": 0, "energy": None, "energy_start": None, "rmsd": 0.0, "reason": None,
+    }  # fmt: skip
+    atoms.info["relaxation"] = report
+    screening = screen_given(atoms)
+    if not screening.accepted:
+        report["reason"] = f"rejected before relaxation: {screening.reason}"
+        return atoms
+    atoms.calc = calculator
+    try:
+        with quick_blas():
+            report["reason"] = _optimise(atoms, report, fmax, max_steps, time.perf_counter() + time_limit)
+    except _BrokenDown as error:
+        broken = start.copy()
+        broken.info["relaxation"] = {**report, "energy": None, "reason": str(error)}
+        return broken
+    report["converged"] = report["reason"] is None
+    results = {name: np.array(value) for name, value in calculator.results.items() if name in ("forces", "stress")}
+    atoms.calc = SinglePointCalculator(atoms, energy=report["energy"] * len(atoms), **results)
+    moved = atoms.get_scaled_positions(wrap=False) - start.get_scaled_positions(wrap=False)
+    report["rmsd"] = float(np.sqrt((((moved - moved.mean(0)) @ atoms.cell) ** 2).sum(1).mean()))
+    return atoms
+
+
+class _BrokenDown(Exception):
+    """The calculator failed, or the structure left what it can describe."""
+
+
+def _optimise(atoms: Atoms, report: dict[str, Any], fmax: float, max_steps: int, deadline: float) -> str | None:
+    """Relax in place, keep the report's steps and energies, and return why it stopped early, if it did."""
+    held = any(isinstance(constraint, FixAtoms | FixCartesian) for constraint in atoms.constraints)
+    optimiser = BFGS(atoms if held else FrechetCellFilter(atoms), logfile=None)
+    # A calculator is foreign code, and whatever it raises is the failure of this structure only.
+    try:
+        for converged in optimiser.irun(fmax=fmax, steps=max_steps):
+            energy = float(atoms.get_potential_energy()) / len(atoms)
+            if not (math.isfinite(energy) and np.isfinite(atoms.get_forces()).all()):
+                raise _BrokenDown("energy or forces are not finite")
+            screening = screen_given(atoms)
+            if not screening.accepted:
+                raise _BrokenDown(f"broke down in step {optimiser.nsteps}: {screening.reason}")
+            report["energy"], report["steps"] = energy, int(optimiser.nsteps)
+            if report["energy_start"] is None:
+                report["energy_start"] = energy
+            if converged:
+                return None
+            if time.perf_counter() > deadline:
+                return "time limit reached"
+    except _BrokenDown:
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split())[:200]
+        raise _BrokenDown(f"the calculator failed: {type(error).__name__}: {told}") from error
+    return f"not converged in {max_steps} steps"
+
+
+# -- calculators -------------------------------------------------------------------------------------------------------
+
+
+def load_calculator(calculator: Any) -> Any:
+    """An ASE calculator as it is; "chgnet", or the path or name of a MACE model, loaded on the CPU or CUDA.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is neither, or the file is not a MACE model.
+    OSError
+        If the named model is not on this machine and cannot be downloaded.
+    """
+    if not isinstance(calculator, str | Path):
+        if not hasattr(calculator, "get_property"):
+            raise TypeError(f'calculator must be an ASE calculator, "chgnet" or a MACE model, not {calculator!r}')
+        return calculator
+    if calculator == "chgnet":
+        from dosmatgen_ase.forward.predictor import load_chgnet
+
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            from chgnet.model.dynamics import CHGNetCalculator
+
+            return CHGNetCalculator(load_chgnet(), use_device="cpu", on_isolated_atoms="error")
+    return _mace(calculator)
+
+
+def _mace(model: str | Path) -> Any:
+    name, local = str(model), Path(model).is_file()
+    with _mace_environment():
+        try:
+            import torch
+            from mace.calculators import MACECalculator
+            from mace.calculators.foundations_models import download_mace_mp_checkpoint, mace_mp_names
+        except ImportError as error:
+            raise ValueError(f"calculator {name!r} needs mace-torch: pip install dosmatgen-ase[workflows]") from error
+        if not local and name not in mace_mp_names:
+            names = ", ".join(n for n in mace_mp_names if n)
+            raise ValueError(f'calculator {name!r} is neither "chgnet", a file, nor one of the MACE models {names}')
+        try:
+            path = name if local else download_mace_mp_checkpoint(name)
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"cannot download MACE model {name!r} ({error}): give the path of a local model file instead"
+            ) from error
+        try:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            return MACECalculator(model_paths=path, device=device, default_dtype="float64")
+        except Exception as error:  # unpickling fails in every possible way
+            raise ValueError(f"{path} is not a MACE model that this version of mace-torch reads: {error}") from error
+
+
+@contextlib.contextmanager
+def _mace_environment() -> Iterator[None]:
+    """Load MACE quietly, and take back the environment variable by which it lifts torch's ban on pickles everywhere."""
+    variable = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if before is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = before
