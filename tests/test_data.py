@@ -12,7 +12,7 @@ from ase.geometry import get_distances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dosmatgen_ase.data import (
+from dosmatgen_ase.data.dataset import (
     MAX_ATOMS,
     CrystalDataset,
     SiteDOSLabels,
