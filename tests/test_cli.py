@@ -25,7 +25,8 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from dosmatgen_ase import cli
-from dosmatgen_ase.cli import _whole_numbers, app
+from dosmatgen_ase.cli import app
+from dosmatgen_ase.cli.options import whole_numbers
 from dosmatgen_ase.data import SHARD_KEYS
 from dosmatgen_ase.dos import TargetDOS, normalised_l1
 from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig, predict_dos
@@ -299,9 +300,9 @@ def test_debug_lets_the_traceback_through() -> None:
 
 
 def test_ranges() -> None:
-    assert _whole_numbers("4-7", "x") == [4, 5, 6, 7]
-    assert _whole_numbers("4, 6", "x") == [4, 6]
-    assert _whole_numbers("2,4-5", "x") == [2, 4, 5]
+    assert whole_numbers("4-7", "x") == [4, 5, 6, 7]
+    assert whole_numbers("4, 6", "x") == [4, 6]
+    assert whole_numbers("2,4-5", "x") == [2, 4, 5]
 
 
 # -- the other commands ------------------------------------------------------------------------------------------------

@@ -1,0 +1,69 @@
+"""The application that the commands hang on, and the one place where an error becomes one line."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from dosmatgen_ase import __version__
+
+USAGE, INTERRUPTED = 2, 130  # exit codes
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError)  # what the library raises
+
+
+class OneLineErrors(TyperGroup):
+    """Turns whatever a command raises into one line on stderr and an exit code; ``--debug`` lets it through."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt as stop:  # of Ctrl-C, or of a command that says what is kept
+            _say(f"interrupted{stop}", "yellow")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if ctx.params.get("debug"):
+                raise
+            if hasattr(error, "format_message"):  # a wrong command line, told by typer
+                _say(f"error: {error.format_message()} (see --help)", "red")
+                raise typer.Exit(USAGE) from None
+            unexpected = f"unexpected {type(error).__name__}, run dosmatgen --debug to see where: "
+            _say(f"error: {'' if isinstance(error, EXPECTED) else unexpected}{error}", "red")
+            raise typer.Exit(1) from None
+
+
+def _say(line: str, style: str) -> None:
+    """One line on stderr, however wide the terminal is."""
+    Console(stderr=True).print(Text(" ".join(line.split()), style=style), soft_wrap=True)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Crystal structures from an electronic density of states (DOS).",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dosmatgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options before the command; `OneLineErrors` reads ``debug``."""

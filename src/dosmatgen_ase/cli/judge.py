@@ -1,0 +1,112 @@
+"""``dosmatgen relax`` and ``predict``: what a structure is worth, without DFT."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dosmatgen_ase.cli.application import app
+from dosmatgen_ase.cli.options import Structures, figure, read_structures, writable
+
+if TYPE_CHECKING:
+    from dosmatgen_ase.dos import TargetDOS
+
+
+@app.command()
+def relax(
+    files: Structures,
+    out: Annotated[Path, typer.Option("-o", "--out", help="extxyz file of the relaxed structures.")] = Path(
+        "relaxed.extxyz"
+    ),
+    calculator: Annotated[
+        str, typer.Option(help="chgnet, or a MACE model: the path of a file, or a name such as medium-mpa-0.")
+    ] = "chgnet",
+    fmax: Annotated[float, typer.Option(help="Largest force left, eV/A.")] = 0.05,
+    max_steps: Annotated[int, typer.Option(min=0, help="Most steps for one structure.")] = 200,
+    time_limit: Annotated[float, typer.Option(help="Most seconds for one structure.")] = 120.0,
+    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Structures relaxed at a time.")] = 1,
+) -> None:
+    """Relax cell and positions with a machine-learned potential. Failures are told in the table and in the file.
+
+    With CHGNet the table also has the energy above the hull, made by the same potential. A run that was killed goes on
+    where it stopped: give the same command again.
+    """
+    from dosmatgen_ase.files import write_extxyz
+    from dosmatgen_ase.judge.relaxation import relax_into
+    from dosmatgen_ase.judge.stability import load_hull
+
+    writable(out, (".extxyz", ".xyz"))
+    if out.resolve() in [file.resolve() for file in files]:  # it grows as structures are relaxed
+        raise ValueError(f"--out {out} is one of the files to relax: choose another name")
+    named = read_structures(files)
+    limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "processes": jobs}
+    warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
+    try:
+        relaxed = relax_into(out, list(named.values()), calculator, **limits, progress=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f": what is relaxed is kept in {out}; the same command goes on from there") from None
+    hull = load_hull() if calculator == "chgnet" else None
+    table = Table("structure", "formula", "steps", "eV/atom", "above hull", "moved, A", "outcome")
+    for name, atoms in zip(named, relaxed, strict=True):
+        told = atoms.info["relaxation"]
+        energy = "" if told["energy"] is None else f"{told['energy']:.3f}"
+        above = hull.above(atoms.numbers, told["energy"]) if hull else None
+        if above is not None:
+            atoms.info["energy_above_hull"] = above
+        figures = str(told["steps"]), energy, "" if above is None else f"{above:.3f}", f"{told['rmsd']:.2f}"
+        table.add_row(name, atoms.get_chemical_formula(), *figures, told["reason"] or "converged")
+    write_extxyz(out, relaxed)
+    Console().print(table)
+
+
+@app.command()
+def predict(
+    files: Structures,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder of the results, NAME.json, which every DOS_FILE may be.")
+    ] = Path("predicted"),
+    plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf, .svg) of the sites of the first one.")] = None,
+) -> None:
+    """Predict the site DOS of structures in milliseconds, by the forward model that ships.
+
+    *expected error* is the normalised L1 to a computed DOS that its ensemble lets expect.
+    """
+    from dosmatgen_ase.dos import TargetDOS
+    from dosmatgen_ase.files import write_atomic
+    from dosmatgen_ase.forward.predictor import predict_dos
+
+    writable(plot)
+    named = read_structures(files)
+    out.mkdir(parents=True, exist_ok=True)
+    table = Table("structure", "site", "element", "states below 0 eV", "band centre, eV", "expected error")
+    first: tuple[str, list[TargetDOS]] | None = None
+    for name, atoms in named.items():
+        try:
+            sites = predict_dos(atoms)
+        except ValueError as error:
+            table.add_row(name, "", atoms.get_chemical_formula(), "", "", str(error))
+            continue
+        total = TargetDOS.sum_of(sites)
+        record = {"sites": [dos.to_dict() for dos in sites], "total": total.to_dict()}
+        write_atomic(out / f"{name}.json", json.dumps(record).encode())
+        first = first or (name, sites)
+        for i, dos in enumerate(sites):
+            states, centre = f"{dos.total_states(hi=0.0):.2f}", f"{dos.band_centre():.2f}"
+            error_expected = figure(dos.provenance["expected_distance"])
+            table.add_row(name if i == 0 else "", str(i), atoms.symbols[i], states, centre, error_expected)
+    Console().print(table)
+    if first is None:
+        raise RuntimeError("no structure could be predicted: the reasons stand in the table")
+    name, sites = first
+    typer.echo(f"results: {out}/NAME.json, as in dosmatgen dos {out}/{name}.json --site 0")
+    if plot is not None:
+        from dosmatgen_ase.plotting import plot_dos
+
+        plot_dos(sites, [f"site {i}" for i in range(len(sites))], path=plot)
+        typer.echo(f"picture: {plot}")

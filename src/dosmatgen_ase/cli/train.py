@@ -1,0 +1,119 @@
+"""``dosmatgen train`` and ``train-predictor``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dosmatgen_ase.cli.application import app
+from dosmatgen_ase.cli.options import Data, Device, Predictor, figure
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path, typer.Option(help="JSON with fields of TrainingConfig, such as configs/default.json.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run: state, log.jsonl, weights.safetensors; continued if it exists.")
+    ] = Path("runs/default"),
+    data: Data = Path("data"),
+    pseudo_labels: Annotated[
+        str | None,
+        typer.Option(
+            help="File of predicted DOS for structures without a label, or 'auto' to make it once in OUT. For the "
+            "judge of the benchmarks to stay independent, --predictor must be benchmarks/ranker.safetensors."
+        ),
+    ] = None,
+    predictor: Predictor = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Weights to start from (fine-tuning); same 'network' in the config.")
+    ] = None,
+    device: Device = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; replaces the config's.")] = None,
+) -> None:
+    """Train a generator on the training split. A run that was killed goes on where its last state was saved."""
+    from dosmatgen_ase.train.trainer import TrainingConfig
+    from dosmatgen_ase.train.trainer import train as run
+
+    settings = TrainingConfig.from_dict(_read_json(config))
+    if threads is not None:
+        settings = replace(settings, threads=threads)
+    from dosmatgen_ase.data import CrystalDataset, load_pseudo_labels, load_site_dos, load_structures
+    from dosmatgen_ase.generate.generator import select_device
+
+    chosen = str(select_device(device))
+    structures = load_structures(data / "structures.parquet", split="train")
+    labels = load_site_dos(data / "site_dos")
+    out.mkdir(parents=True, exist_ok=True)
+    dataset = CrystalDataset.join(structures, labels)
+    if pseudo_labels is not None:
+        path = Path(pseudo_labels)
+        if pseudo_labels == "auto":
+            path = out / "pseudo_labels.npz"
+            if not path.exists():
+                from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor, write_pseudo_labels
+
+                forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
+                bare = structures.select(dataset.dos_index < 0)
+                typer.echo(f"predicting the DOS of {len(bare)} structures (once; kept in {path})", err=True)
+                write_pseudo_labels(path, bare, forward, cache=out / "chgnet_features")
+        if not path.is_file():
+            raise FileNotFoundError(f"no pseudo-labels at {path}: give a file, or 'auto' to make it")
+        dataset = CrystalDataset.join(structures, labels, load_pseudo_labels(path))
+    real, predicted = len(dataset.labelled), int(dataset.pseudo.sum())
+    counts = {"structures": len(dataset), "labelled": real, "predicted": predicted}
+    told = f"{len(dataset)} structures, {real} with a computed and {predicted} with a predicted DOS, on {chosen}"
+    typer.echo(told, err=True)
+    try:
+        weights = run(settings, dataset, out, init=init, device=chosen, metadata={"data": counts})
+    except KeyboardInterrupt:
+        kept = (out / "state.safetensors").exists()
+        what = f"the last state is kept in {out}; the same command goes on" if kept else "no state was saved yet"
+        raise KeyboardInterrupt(f": {what}") from None
+    typer.echo(f"weights: {weights}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no config {path}: start from configs/default.json")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object with the fields of TrainingConfig")
+    return values
+
+
+@app.command("train-predictor")
+def train_predictor(
+    data: Data = Path("data"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for predictor.safetensors (generate --predictor), ranker and judge.")
+    ] = Path("runs/predictor"),
+    seed: Annotated[int, typer.Option(min=0, help="Of initial weights, dropout and order.")] = 0,
+) -> None:
+    """Train the forward models (structure to site DOS): one on all labels, two on the halves of the formulas.
+
+    The first is for use. In benchmarks the ranker picks, and makes pseudo-labels; the judge only measures.
+    """
+    from dosmatgen_ase.forward.predictor import ROLES, train_predictors
+
+    out.mkdir(parents=True, exist_ok=True)
+    paths = {name: out / f"{name}.safetensors" for name in ROLES}
+    figures = train_predictors(data / "site_dos", paths, seed=seed, progress=True)
+    table = Table(title="error on the test split (val if there is none): normalised L1, mean over sites")
+    for column in ("predictor", "error", "per-element mean", "structures", "weights"):
+        table.add_column(column, overflow="fold")
+    for name, path in paths.items():
+        test = figures[name].get("test", figures[name]["val"])
+        error, element = figure(test["mean"]), figure(test["element_mean"])
+        table.add_row(name, error, element, f"{test['structures']:.0f}", str(path))
+    Console().print(table)
