@@ -16,12 +16,13 @@ import spglib
 import torch
 from ase import Atoms
 from ase.build import bulk
-from ase.calculators.calculator import Calculator
+from ase.calculators.calculator import Calculator, all_properties
 from ase.calculators.emt import EMT
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, FixBondLength, FixCartesian, FixedPlane, FixScaled, FixSymmetry
 from typer.testing import CliRunner
 
 from dosmatgen_ase.cli import app
+from dosmatgen_ase.files import write_extxyz
 from dosmatgen_ase.judge import relaxation
 from dosmatgen_ase.judge.relaxation import _mace_environment, relax, relax_into, symmetrized
 
@@ -87,13 +88,26 @@ def test_copper_goes_to_its_lattice_constant() -> None:
     assert "relaxation" not in start.info
 
 
-def test_a_left_handed_cell_relaxes_as_its_mirror_of_axes() -> None:
-    start = bulk("Cu", a=3.7)
+def test_a_left_handed_cell_relaxes_as_the_same_crystal_right_handed() -> None:
+    start = strained_copper()
+    start.symbols[1] = "Au"  # so that no two vectors are alike
+    start.set_cell(start.cell * [[1.0], [1.02], [1.05]], scale_atoms=True)
     turned = start.copy()
     turned.set_cell(start.cell[[1, 0, 2]])
     one, other = relax([start, turned], EMT())
-    assert other.info["relaxation"]["energy"] == pytest.approx(one.info["relaxation"]["energy"], abs=1e-5)
+    told, same = report(one), report(other)
+    assert told["rmsd"] > 0.05, "there is something to be found"
+    assert same["rmsd"] == pytest.approx(told["rmsd"], abs=1e-4)
+    assert same["energy"] == pytest.approx(told["energy"], abs=1e-5)
     assert np.linalg.det(other.cell) == pytest.approx(np.linalg.det(one.cell), abs=1e-3)
+    assert other.get_all_distances(mic=True) == pytest.approx(one.get_all_distances(mic=True), abs=1e-3)
+
+
+def test_where_no_site_is_free_a_left_handed_cell_moves_none() -> None:
+    crystal = bulk("MgO", "rocksalt", a=4.25)
+    crystal.set_cell(crystal.cell[[1, 0, 2]])
+    assert np.linalg.det(crystal.cell) < 0
+    assert report(relax(crystal, Raises()))["rmsd"] < 1e-6
 
 
 def test_rmsd_counts_neither_strain_nor_shift() -> None:
@@ -166,6 +180,87 @@ def test_fixed_atoms_stay_where_they_are_and_so_does_the_cell() -> None:
     assert len(relaxed.constraints) == 1
 
 
+def test_a_fixed_cell_stays_to_the_last_digit_while_the_atoms_move() -> None:
+    start = strained_copper()
+    relaxed = relax(start, EMT(), fixed_cell=True)
+    assert report(relaxed)["converged"]
+    assert report(relaxed)["rmsd"] > 0.05
+    assert np.array_equal(relaxed.cell, start.cell)
+    assert not relaxed.constraints
+    assert np.abs(relaxed.get_forces()).max() <= 0.05
+    assert np.abs(relaxed.get_stress()).max() > 0.01, "the cell alone is strained"
+
+
+@pytest.mark.parametrize("sites", [[0, 2], np.array([2, 0]), range(0, 3, 2)])
+def test_fixed_sites_stay_to_the_last_digit_and_the_cell_with_them(sites: Any) -> None:
+    start = strained_copper()
+    held = start.copy()
+    held.set_constraint(FixAtoms([0, 2]))
+    by_argument, by_constraint = relax(start, EMT(), fixed_sites=sites), relax(held, EMT())
+    assert np.array_equal(by_argument.positions, by_constraint.positions)
+    assert np.array_equal(by_argument.positions[[0, 2]], start.positions[[0, 2]])
+    assert np.array_equal(by_argument.cell, start.cell)
+    assert not start.constraints
+
+
+def test_a_held_site_is_what_the_movement_of_the_others_is_measured_from() -> None:
+    start = bulk("Cu", a=COPPER, cubic=True)
+    start.positions[1, 0] += 0.2
+    told = report(relax(start, EMT(), fixed_sites=[0, 2, 3], fmax=0.001))
+    assert told["rmsd"] == pytest.approx(0.2 / math.sqrt(4), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "cell_moves"),
+    [
+        (FixScaled(0), True),
+        (FixSymmetry(bulk("Cu", a=3.9, cubic=True)), True),
+        (FixedPlane(0, (0, 0, 1)), False),
+        (FixCartesian(0, (True, False, False)), False),
+        (FixBondLength(0, 1), False),
+    ],
+)
+def test_the_cell_moves_only_under_constraints_that_can_follow_it(constraint: Any, cell_moves: bool) -> None:
+    start = bulk("Cu", a=3.9, cubic=True)
+    start.set_constraint(constraint)
+    relaxed = relax(start, EMT())
+    assert report(relaxed)["converged"]
+    assert np.array_equal(relaxed.cell, start.cell) != cell_moves
+
+
+def with_results(place: str) -> Atoms:
+    atoms = bulk("Cu", a=3.7)
+    stress = [0.1, 0.2, 0.3, 0.0, 0.0, 0.0]
+    if place == "info":
+        atoms.info |= {"energy": -10.25, "free_energy": -10.3, "stress": stress, "note": "kept"}
+    else:
+        atoms.arrays |= {"forces": np.full((1, 3), 0.5), "energies": np.array([-10.25]), "magmoms": np.array([2.0])}
+    return atoms
+
+
+@pytest.mark.parametrize("place", ["info", "arrays"])
+@pytest.mark.parametrize("calculator", [EMT(), NotANumber()])
+def test_results_of_another_program_are_neither_lost_nor_taken_for_the_relaxed_ones(
+    place: str, calculator: Any, tmp_path: Path
+) -> None:
+    start = with_results(place)
+    given = dict(getattr(start, place))
+    relaxed = relax(start, calculator)
+    write_extxyz(tmp_path / "out.extxyz", [relaxed])
+    back = ase.io.read(tmp_path / "out.extxyz")
+    kept = getattr(back, place)
+    for name in given.keys() & set(all_properties):
+        assert name not in getattr(relaxed, place)
+        assert np.allclose(kept[f"given_{name}"], given[name])
+    energy = report(relaxed)["energy"]
+    if energy is None:
+        assert back.calc is None
+    else:
+        assert back.get_potential_energy() == pytest.approx(energy, abs=1e-6)
+        assert np.allclose(back.get_forces(), relaxed.get_forces(), atol=1e-6)
+    assert getattr(start, place).keys() == given.keys()
+
+
 @pytest.mark.parametrize(
     ("arguments", "settings", "error", "fragment"),
     [
@@ -175,6 +270,9 @@ def test_fixed_atoms_stay_where_they_are_and_so_does_the_cell() -> None:
         ((bulk("Cu"), EMT()), {"fmax": 0.0}, ValueError, "fmax"),
         ((bulk("Cu"), EMT()), {"time_limit": math.nan}, ValueError, "time_limit"),
         ((bulk("Cu"), EMT()), {"processes": 0}, ValueError, "processes"),
+        ((bulk("Cu"), EMT()), {"fixed_sites": [1]}, ValueError, r"fixed_sites=\[1\]: Cu has the sites 0 to 0"),
+        ((bulk("Cu"), EMT()), {"fixed_sites": [-1]}, ValueError, r"fixed_sites=\[-1\]"),
+        ((bulk("Cu"), EMT()), {"fixed_sites": ["Cu"]}, TypeError, "whole numbers"),
         (([bulk("Cu"), bulk("Cu")], EMT()), {"processes": 2}, TypeError, "a calculator given by name"),
     ],
 )
@@ -274,6 +372,40 @@ def test_the_command_relaxes_files_and_tells_failures(tmp_path: Path) -> None:
     assert onto_itself.exit_code == 1
     assert "is one of the files to relax" in onto_itself.output
     assert (tmp_path / "two.extxyz").read_bytes() == before
+
+
+AIRSS = """TITL mgo-1 0.0 18.5 -10.25 0 0 2 (Fm-3m) n - 1
+CELL 1.0 3.01 3.01 3.01 60 60 60
+LATT -1
+SFAC Mg O
+Mg 1 0.0 0.0 0.0 1.0
+O  2 0.5 0.5 0.5 1.0
+END
+"""
+
+
+def test_the_command_holds_cell_and_sites_and_reads_files_that_carry_energies(tmp_path: Path) -> None:
+    (tmp_path / "mgo.res").write_text(AIRSS)
+    copper = with_results("arrays")
+    copper.set_constraint(FixAtoms([0]))
+    ase.io.write(tmp_path / "cu.traj", copper)
+    files, out = [str(tmp_path / "mgo.res"), str(tmp_path / "cu.traj")], tmp_path / "relaxed.extxyz"
+    result = CliRunner().invoke(app, ["relax", *files, "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    oxide, metal = ase.io.read(out, ":")
+    assert oxide.info["given_energy"] == -10.25
+    assert oxide.get_potential_energy() == pytest.approx(2 * oxide.info["relaxation"]["energy"])
+    assert np.allclose(metal.cell, copper.cell, atol=1e-8), "one atom is fixed, so the cell stays"
+    oxide.rattle(0.05, seed=1)
+    ase.io.write(tmp_path / "start.extxyz", oxide)
+    start = ase.io.read(tmp_path / "start.extxyz")
+    for option in (["--fixed-cell"], ["--fixed-sites", "1"]):
+        result = CliRunner().invoke(app, ["relax", str(tmp_path / "start.extxyz"), "-o", str(out), *option])
+        assert result.exit_code == 0, result.output
+        held = ase.io.read(out)
+        assert np.allclose(held.cell, start.cell, atol=1e-8)
+        assert not np.allclose(held.positions[0], start.positions[0], atol=1e-3)
+        assert np.allclose(held.positions[1], start.positions[1], atol=1e-8) == ("--fixed-sites" in option)
 
 
 def test_a_run_that_was_stopped_goes_on_with_what_is_in_the_file(

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +37,34 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that exists and has space") from error
 
 
+def set_aside(atoms: Atoms, names: Iterable[str]) -> None:
+    """Rename entries of ``info`` and ``arrays`` in place: "energy" becomes "given_energy".
+
+    Files of other programs bring the energy, forces or stress of the geometry they hold. ASE writes such an entry and
+    the result of a calculator under one name, so that only one of the two can keep it.
+    """
+    for place in (atoms.info, atoms.arrays):
+        for name in place.keys() & set(names):
+            place[f"given_{name}"] = place.pop(name)
+
+
 def extxyz(structures: Sequence[Atoms]) -> bytes:
-    """Content of an extended XYZ file of structures; none for none, which ASE refuses."""
+    """Content of an extended XYZ file of structures; none for none, which ASE refuses.
+
+    Where ``info`` or ``arrays`` hold an entry of the same name as a result of the calculator, the result is written and
+    the entry keeps its value as "given_NAME" (`set_aside`).
+    """
     import ase.io
 
+    frames = [atoms.copy() for atoms in structures]
+    for frame, atoms in zip(frames, structures, strict=True):
+        frame.calc = atoms.calc
+        set_aside(frame, () if atoms.calc is None else getattr(atoms.calc, "results", ()))
+        if "stress" in frame.info:  # ASE looks at its shape
+            frame.info["stress"] = np.asarray(frame.info["stress"])
     text = io.StringIO()
-    if structures:
-        ase.io.write(text, structures, format="extxyz")
+    if frames:
+        ase.io.write(text, frames, format="extxyz")
     return text.getvalue().encode()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dosmatgen_ase.dos import TargetDOS
-from dosmatgen_ase.files import write_atomic
+from dosmatgen_ase.files import write_atomic, write_extxyz
 from dosmatgen_ase.flows.jobs import to_atoms
 from dosmatgen_ase.flows.schemas import CandidateDoc, InverseDesignDoc
 from dosmatgen_ase.plotting import draw_crystal, plot_dos
@@ -87,8 +87,6 @@ def write_result(result: InverseDesignDoc, folder: str | os.PathLike[str]) -> Pa
     OSError
         If a file cannot be written.
     """
-    import ase.io
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "result.json", result.model_dump_json().encode())
@@ -98,9 +96,7 @@ def write_result(result: InverseDesignDoc, folder: str | os.PathLike[str]) -> Pa
         kept = candidate.model_dump(include={"index", "distance", "energy_per_atom", "band_gap", "reason"})
         atoms.info = {"dosmatgen": candidate.record, **{key: value for key, value in kept.items() if value is not None}}
         frames.append(atoms)
-    text = io.StringIO()
-    ase.io.write(text, frames, format="extxyz")
-    write_atomic(folder / "candidates.extxyz", text.getvalue().encode())
+    write_extxyz(folder / "candidates.extxyz", frames)
     return write_report(result, folder / "report.html")
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dosmatgen_ase.cli.application import app
-from dosmatgen_ase.cli.options import Structures, figure, read_structures, writable
+from dosmatgen_ase.cli.options import Structures, figure, read_structures, whole_numbers, writable
 
 if TYPE_CHECKING:
     from dosmatgen_ase.dos import TargetDOS
@@ -31,11 +31,15 @@ def relax(
     max_steps: Annotated[int, typer.Option(min=0, help="Most steps for one structure.")] = 200,
     time_limit: Annotated[float, typer.Option(help="Most seconds for one structure.")] = 120.0,
     jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Structures relaxed at a time.")] = 1,
+    fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="The cell stays as it is; only atoms move.")] = False,
+    fixed_sites: Annotated[
+        str | None, typer.Option(help="Sites that stay where they are, and the cell with them: 0-3 or 0,2.")
+    ] = None,
 ) -> None:
     """Relax cell and positions with a machine-learned potential. Failures are told in the table and in the file.
 
     With CHGNet the table also has the energy above the hull, made by the same potential. A run that was killed goes on
-    where it stopped: give the same command again.
+    where it stopped: give the same command again. Atoms that a file marks as fixed stay, and the cell with them.
     """
     from dosmatgen_ase.files import write_extxyz
     from dosmatgen_ase.judge.relaxation import relax_into
@@ -46,9 +50,13 @@ def relax(
         raise ValueError(f"--out {out} is one of the files to relax: choose another name")
     named = read_structures(files)
     limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "processes": jobs}
+    held: dict[str, Any] = {
+        "fixed_cell": fixed_cell,
+        "fixed_sites": [] if fixed_sites is None else whole_numbers(fixed_sites, "--fixed-sites"),
+    }
     warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
     try:
-        relaxed = relax_into(out, list(named.values()), calculator, **limits, progress=True)
+        relaxed = relax_into(out, list(named.values()), calculator, **limits, **held, progress=True)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f": what is relaxed is kept in {out}; the same command goes on from there") from None
     hull = load_hull() if calculator == "chgnet" else None

@@ -60,7 +60,7 @@ def right_handed(atoms: Atoms) -> Atoms:
     """Return a copy whose cell is right-handed: (a, b, c) -> (-a, -b, -c) is the same lattice and moves no atom."""
     copy = atoms.copy()
     if np.linalg.det(np.asarray(atoms.cell)) < 0:
-        copy.set_cell(-np.asarray(atoms.cell))
+        copy.set_cell(-np.asarray(atoms.cell), apply_constraint=False)
     return copy
 
 

@@ -81,6 +81,8 @@ def score(
     *,
     ranking: Ranking | None = None,
     relax: Any = None,
+    fixed_cell: bool = False,
+    fixed_sites: Sequence[int] = (),
     predictor: DOSPredictor | None = None,
     progress: bool = False,
 ) -> list[Atoms]:
@@ -97,6 +99,8 @@ def score(
         Weights; by default the predicted distance alone.
     relax : ASE calculator, "chgnet", or the path or name of a MACE model, optional
         Relax first (`relaxation.relax`); what breaks down comes last. None leaves structures as they are.
+    fixed_cell, fixed_sites : bool, sequence of int
+        What stays in that relaxation.
     predictor : DOSPredictor, optional
         By default the one that ships.
     progress : bool
@@ -120,9 +124,9 @@ def score(
         raise ValueError("there is no DOS to rank by: give one, or Ranking(distance=0, energy=1)")
     found = [atoms.copy() for atoms in candidates]
     if relax is not None:
-        found = relax_atoms(found, relax, progress=progress)
-        for atoms, before in zip(found, candidates, strict=True):
-            atoms.info = {**before.info, **atoms.info}
+        found = relax_atoms(
+            found, relax, fixed_cell=fixed_cell, fixed_sites=fixed_sites, progress=progress
+        )
     predictions = (predictor or default_predictor()).predict_arrays(found, progress=progress)
     above: list[float | None] = [None] * len(found)
     if ranking.energy:

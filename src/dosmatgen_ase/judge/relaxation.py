@@ -23,8 +23,9 @@ from typing import Any
 import ase.io
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixAtoms, FixCartesian
+from ase.constraints import FixAtoms, FixScaled, FixSymmetry
 from ase.filters import FrechetCellFilter
 from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
@@ -33,25 +34,29 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import digest, right_handed, screen_given
-from dosmatgen_ase.files import write_extxyz
+from dosmatgen_ase.files import set_aside, write_extxyz
 
 _SAVE_EVERY = 5.0  # seconds
+_MOVE_WITH_CELL = (FixScaled, FixSymmetry)  # every other constraint of ASE holds something Cartesian
 
 
 def relax(
     atoms: Atoms | Sequence[Atoms],
     calculator: Any = "chgnet",
     *,
+    fixed_cell: bool = False,
+    fixed_sites: Sequence[int] = (),
     fmax: float = 0.05,
     max_steps: int = 200,
     time_limit: float = 120.0,
     processes: int = 1,
     progress: bool = False,
 ) -> Atoms | list[Atoms]:
-    """Relax cell and positions; where a constraint holds Cartesian positions (FixAtoms, FixCartesian), the cell stays.
+    """Relax cell and positions, or the positions alone in a cell that stays.
 
-    BFGS on ASE's ``FrechetCellFilter``; no symmetry is imposed. Structures are screened first (`screening.screen`), as
-    machine-learned potentials hang or return low energies on collapsed cells, and after every step.
+    BFGS on ASE's ``FrechetCellFilter``, or on the atoms themselves where the cell stays; no symmetry is imposed.
+    Structures are screened first (`screening.screen`), as machine-learned potentials hang or return low energies on
+    collapsed cells, and after every step.
 
     Parameters
     ----------
@@ -60,6 +65,11 @@ def relax(
     calculator : ASE calculator, "chgnet", or the path or name of a MACE model
         One for all structures. A local MACE model file works offline; a MACE-MP name such as "medium-mpa-0" is
         downloaded at first use.
+    fixed_cell : bool
+        The cell stays exactly as it is. It also stays where the atoms carry a constraint that holds Cartesian
+        positions, as ``FixAtoms`` does, which is any but ``FixScaled`` and ``FixSymmetry``.
+    fixed_sites : sequence of int
+        Sites that stay exactly where they are in every structure, counted from 0, and the cell with them.
     fmax : float
         Largest force on an atom, eV/A. ASE's measure for the cell is the same number for the virial over the number of
         atoms.
@@ -77,23 +87,26 @@ def relax(
     Atoms or list of Atoms, as given
         With energy, forces and stress attached, and ``info["relaxation"]``: ``converged`` (bool), ``steps`` (int),
         ``energy`` and ``energy_start`` (eV/atom, None if not reached), ``rmsd`` (how far the atoms moved within the
-        cell, Angstrom; homogeneous strain and a common shift do not count), ``reason`` (None if converged). A
-        structure whose relaxation broke down keeps its starting geometry; one that ran out of steps or time keeps the
-        last.
+        cell, Angstrom; homogeneous strain does not count, nor does a common shift where no site is held), ``reason``
+        (None if converged). A structure whose relaxation broke down keeps its starting geometry; one that ran out of
+        steps or time keeps the last. Energies, forces and other results that came in ``info`` or ``arrays`` belong to
+        the geometry given: they are renamed "given_energy" and so on. A left-handed cell comes back as
+        (-a, -b, -c), which is the same crystal.
 
     Raises
     ------
     TypeError
-        If something is not an Atoms.
+        If something is not an Atoms, or `fixed_sites` are not whole numbers.
     ValueError, OSError
-        If a setting is senseless or the calculator cannot be loaded.
+        If a setting is senseless, a structure lacks a site that is to be fixed, or the calculator cannot be loaded.
     """
     single = isinstance(atoms, Atoms)
     structures = [atoms] if single else list(atoms)
     for item in structures:
         if not isinstance(item, Atoms):
             raise TypeError(f"relax takes ase.Atoms or a list of them, not {type(item).__name__}")
-    finished = relax_each(structures, calculator, fmax, max_steps, time_limit, processes)
+    structures = hold(structures, fixed_sites)
+    finished = relax_each(structures, calculator, fmax, max_steps, time_limit, processes, fixed_cell)
     relaxed = list(tqdm(finished, total=len(structures), disable=not progress, unit="structure", desc="relax"))
     return relaxed[0] if single else relaxed
 
@@ -103,6 +116,8 @@ def relax_into(
     structures: Sequence[Atoms],
     calculator: str | Path = "chgnet",
     *,
+    fixed_cell: bool = False,
+    fixed_sites: Sequence[int] = (),
     fmax: float = 0.05,
     max_steps: int = 200,
     time_limit: float = 120.0,
@@ -116,7 +131,9 @@ def relax_into(
     Errors as in :func:`relax`, and ``OSError`` if the file cannot be written.
     """
     limits = (fmax, max_steps, time_limit)
-    origins = [_origin(atoms, (str(calculator), *limits)) for atoms in structures]
+    structures = hold(structures, fixed_sites)
+    settings = (str(calculator), *limits, *(["fixed cell"] if fixed_cell else []))
+    origins = [_origin(atoms, settings) for atoms in structures]
     done: list[Atoms] = []
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not there, or not ours
         for atoms, origin in zip(ase.io.read(path, ":", format="extxyz"), origins, strict=False):
@@ -126,7 +143,7 @@ def relax_into(
     start, saved = len(done), time.monotonic()
     bar = tqdm(total=len(structures), initial=start, disable=not progress, unit="structure", desc="relax")
     try:
-        finished = relax_each(structures[start:], calculator, *limits, processes)
+        finished = relax_each(structures[start:], calculator, *limits, processes, fixed_cell)
         for atoms, origin in zip(finished, origins[start:], strict=True):
             atoms.info["relaxation"]["of"] = origin
             done.append(atoms)
@@ -145,6 +162,30 @@ def _origin(atoms: Atoms, settings: tuple[Any, ...]) -> str:
     """Digest of what a relaxation depends on."""
     told = f"{settings} {atoms.constraints} {digest(atoms)}".encode()
     return hashlib.sha256(told).hexdigest()[:16]
+
+
+def hold(structures: Sequence[Atoms], sites: Sequence[int]) -> list[Atoms]:
+    """Return copies with ``FixAtoms`` on these sites, beside the constraints that they have.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`relax`.
+    """
+    wanted = list(sites)
+    if not wanted:
+        return list(structures)
+    if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in wanted):
+        raise TypeError(f"fixed_sites must name sites by whole numbers, counted from 0, not {wanted!r}")
+    held = []
+    for atoms in structures:
+        if missing := [int(i) for i in wanted if not 0 <= i < len(atoms)]:
+            named = f"{atoms.get_chemical_formula()} has the sites 0 to {len(atoms) - 1}"
+            raise ValueError(f"fixed_sites={missing}: {named}; leave the others out")
+        copy = atoms.copy()
+        copy.set_constraint([*copy.constraints, FixAtoms(sorted({int(i) for i in wanted}))])
+        held.append(copy)
+    return held
 
 
 def symmetrized(atoms: Atoms, tolerance: float = 0.1) -> Atoms:
@@ -178,12 +219,13 @@ def relax_each(
     max_steps: int = 200,
     time_limit: float = 120.0,
     processes: int = 1,
+    fixed_cell: bool = False,
 ) -> Iterator[Atoms]:
     """Yield what :func:`relax` returns, in order and as it comes, so that a long run can keep what it has."""
     if not (fmax > 0 and max_steps >= 0 and time_limit > 0 and processes > 0):
         given = f"fmax={fmax}, time_limit={time_limit}, processes={processes}"
         raise ValueError(f"{given} must be above 0, max_steps={max_steps} not below it")
-    work = partial(_relax_one, fmax=fmax, max_steps=max_steps, time_limit=time_limit)
+    work = partial(_relax_one, fmax=fmax, max_steps=max_steps, time_limit=time_limit, fixed_cell=fixed_cell)
     if min(processes, len(structures)) <= 1:
         engine = load_calculator(calculator)
         yield from (work(item, engine) for item in structures)
@@ -228,29 +270,36 @@ def quick_blas() -> Iterator[None]:
         torch.set_flush_denormal(was)
 
 
-def _relax_one(start: Atoms, calculator: Any, fmax: float, max_steps: int, time_limit: float) -> Atoms:
-    atoms = right_handed(start)
+def _relax_one(
+    given: Atoms, calculator: Any, fmax: float, max_steps: int, time_limit: float, fixed_cell: bool
+) -> Atoms:
+    start = right_handed(given)
+    set_aside(start, all_properties)
     report: dict[str, Any] = {
         "converged": False, "steps": 0, "energy": None, "energy_start": None, "rmsd": 0.0, "reason": None,
     }  # fmt: skip
-    atoms.info["relaxation"] = report
-    screening = screen_given(atoms)
+    start.info["relaxation"] = report
+    screening = screen_given(start)
     if not screening.accepted:
         report["reason"] = f"rejected before relaxation: {screening.reason}"
-        return atoms
+        return start
+    atoms = start.copy()
+    atoms.info["relaxation"] = report
     atoms.calc = calculator
+    held = any(not isinstance(constraint, _MOVE_WITH_CELL) for constraint in atoms.constraints)
+    optimiser = BFGS(atoms if held or fixed_cell else FrechetCellFilter(atoms), logfile=None)
     try:
         with quick_blas():
-            report["reason"] = _optimise(atoms, report, fmax, max_steps, time.perf_counter() + time_limit)
+            report["reason"] = _optimise(optimiser, atoms, report, fmax, max_steps, time.perf_counter() + time_limit)
     except _BrokenDown as error:
-        broken = start.copy()
-        broken.info["relaxation"] = {**report, "energy": None, "reason": str(error)}
-        return broken
+        report.update(energy=None, reason=str(error))
+        return start
     report["converged"] = report["reason"] is None
     results = {name: np.array(value) for name, value in calculator.results.items() if name in ("forces", "stress")}
     atoms.calc = SinglePointCalculator(atoms, energy=report["energy"] * len(atoms), **results)
     moved = atoms.get_scaled_positions(wrap=False) - start.get_scaled_positions(wrap=False)
-    report["rmsd"] = float(np.sqrt((((moved - moved.mean(0)) @ atoms.cell) ** 2).sum(1).mean()))
+    shift = 0.0 if held else moved.mean(0)
+    report["rmsd"] = float(np.sqrt((((moved - shift) @ atoms.cell) ** 2).sum(1).mean()))
     return atoms
 
 
@@ -258,10 +307,10 @@ class _BrokenDown(Exception):
     """The calculator failed, or the structure left what it can describe."""
 
 
-def _optimise(atoms: Atoms, report: dict[str, Any], fmax: float, max_steps: int, deadline: float) -> str | None:
+def _optimise(
+    optimiser: BFGS, atoms: Atoms, report: dict[str, Any], fmax: float, max_steps: int, deadline: float
+) -> str | None:
     """Relax in place, keep the report's steps and energies, and return why it stopped early, if it did."""
-    held = any(isinstance(constraint, FixAtoms | FixCartesian) for constraint in atoms.constraints)
-    optimiser = BFGS(atoms if held else FrechetCellFilter(atoms), logfile=None)
     # A calculator is foreign code, and whatever it raises is the failure of this structure only.
     try:
         for converged in optimiser.irun(fmax=fmax, steps=max_steps):
