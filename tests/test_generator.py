@@ -22,7 +22,7 @@ from ase.constraints import FixAtoms, FixBondLength
 import dosmatgen_ase
 from dosmatgen_ase import DOSGenerator, TargetDOS
 from dosmatgen_ase.crystals.screening import Screening, screen
-from dosmatgen_ase.generate.generator import MAX_ATTEMPTS
+from dosmatgen_ase.generate.generator import MAX_ATTEMPTS, RejectedError, batches
 from dosmatgen_ase.model.conditioning import DOSCondition
 
 STEPS = 4  # of the sampler, everywhere in this file
@@ -131,6 +131,35 @@ def test_the_first_structures_do_not_depend_on_how_many_follow(generator: DOSGen
     few, many = make(generator, n=2, num_atoms=[3, 4]), make(generator, n=64, num_atoms=[3, 4])
     for a, b in zip(few, many, strict=False):
         assert_same(a, b)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_network_runs_on_its_own_number_of_threads(
+    threads: int, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = DOSGenerator(tiny_weights, device="cpu", threads=threads)
+    whole, seen = own.model.denoiser.forward, []
+
+    def forward(*arguments: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return whole(*arguments)
+
+    monkeypatch.setattr(own.model.denoiser, "forward", forward)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for _ in own.generate_iter(TARGET, 2, num_atoms=3, num_steps=STEPS, seed=0):
+            assert torch.get_num_threads() == 3  # the caller's code between two structures runs as it did
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {threads}
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+def test_threads_are_counted(threads: Any, tiny_weights: Path) -> None:
+    with pytest.raises(ValueError, match=r"threads=.* must be a whole number of at least 1"):
+        DOSGenerator(tiny_weights, threads=threads)
 
 
 def test_no_global_random_state_is_used(generator: DOSGenerator) -> None:
@@ -405,6 +434,106 @@ def test_a_structure_that_is_always_rejected_does_not_cost_the_others(
     with pytest.raises(RuntimeError, match=rf"structure 0 was rejected {MAX_ATTEMPTS} times"):
         made.extend(generator.generate_iter(TARGET, 3, num_atoms=3, num_steps=STEPS, seed=0))  # keeps what came before
     assert [record(a)["index"] for a in made] == [1, 2]
+
+
+def rejects_some(atoms: Atoms, **_: float) -> Screening:
+    """A screen that depends on the structure alone, and turns down a third of them."""
+    bad = int(1000 * atoms.cell.volume) % 3 == 0
+    return Screening(not bad, "unlucky" if bad else None, 1.0, 10.0)
+
+
+def test_structures_come_by_index_with_many_sizes_and_rejections(
+    generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("dosmatgen_ase.generate.generator.BATCH_PAIRS", 27)  # 3 of three atoms, 6 of two
+    monkeypatch.setattr("dosmatgen_ase.generate.generator.screen", rejects_some)
+    out = tmp_path / "made.extxyz"
+    made = list(generator.generate_iter(TARGET, 20, num_atoms=[3, 2, 2], num_steps=STEPS, seed=0, out=out))
+    assert [record(a)["index"] for a in made] == list(range(20))
+    assert [record(a)["index"] for a in ase.io.read(out, ":")] == list(range(20))
+    assert len({record(a)["attempt"] for a in made}) > 2  # some were drawn again
+
+
+def test_a_run_that_is_continued_writes_the_same_bytes(
+    generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Cut after any byte: here after each frame, and within each."""
+    monkeypatch.setattr("dosmatgen_ase.generate.generator.BATCH_PAIRS", 36)  # 4 of three atoms, 9 of two
+    monkeypatch.setattr("dosmatgen_ase.generate.generator.screen", rejects_some)
+    out = tmp_path / "made.extxyz"
+
+    def run() -> bytes:
+        make(generator, n=12, num_atoms=[2, 3], num_steps=2, out=out)
+        return out.read_bytes()
+
+    whole = run()
+    ends = [whole.index(frame) for frame in whole.split(b"\n") if frame.startswith(b"Lattice")]
+    assert len(ends) == 12
+    for end in ends:
+        for cut in (end - 2, end + 40):  # before the number of atoms, and within the comment
+            out.write_bytes(whole[:cut])
+            assert run() == whole
+
+
+def test_what_is_given_up_does_not_change_a_continued_file(
+    generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "made.extxyz"
+    monkeypatch.setattr("dosmatgen_ase.generate.generator.screen", rejects_some)
+    monkeypatch.setattr("dosmatgen_ase.generate.generator.MAX_ATTEMPTS", 2)
+
+    def run() -> bytes:
+        with pytest.raises(RejectedError, match="rejected 2 times, last because: unlucky"):
+            make(generator, n=16, out=out)
+        return out.read_bytes()
+
+    whole = run()
+    assert 0 < len(ase.io.read(out, ":")) < 16
+    out.write_bytes(whole[: len(whole) // 2])
+    assert run() == whole
+    assert run() == whole
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 7, 32])
+def test_batches_are_of_one_size_and_miss_nothing(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dosmatgen_ase.generate.generator.BATCH_PAIRS", 9 * batch)
+    sizes = [int(s) for s in np.random.default_rng(batch).integers(1, 5, 50)]
+    planned = batches(sizes)
+    assert sorted(i for b in planned for i in b) == list(range(50))
+    for b in planned:
+        assert len({sizes[i] for i in b}) == 1
+        assert b == sorted(b)
+        assert len(b) == 1 or len(b) * sizes[b[0]] ** 2 <= 9 * batch
+    assert [b[0] for b in planned] == sorted(b[0] for b in planned)
+    assert batches([3] * (batch + 1)) == [list(range(batch)), [batch]]
+
+
+def reject(indices: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the screen reject every attempt at these structures of a run with one size."""
+    calls: list[int] = []
+    whole = DOSGenerator._complete
+
+    def complete(self: DOSGenerator, request: Any, batch: list[int], *rest: Any) -> Any:
+        made, reasons = whole(self, request, batch, *rest)
+        calls.append(1)
+        lost = {i: "too dense" for i in batch if i in indices}
+        return {i: atoms for i, atoms in made.items() if i not in lost}, reasons | lost
+
+    monkeypatch.setattr(DOSGenerator, "_complete", complete)
+
+
+def test_the_error_has_the_structures_that_were_made(generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    reject({3}, monkeypatch)
+    with pytest.raises(RejectedError, match="structure 3 was rejected 5 times, last because: too dense") as caught:
+        make(generator, n=4)
+    assert [record(a)["index"] for a in caught.value.structures] == [0, 1, 2]
+
+
+def test_a_hopeless_wish_ends_early(generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dosmatgen_ase.generate.generator.BATCH_PAIRS", 18)
+    reject(set(range(100)), monkeypatch)
+    with pytest.raises(RejectedError, match="3 of 100 structures were rejected"):
+        make(generator, n=100, num_atoms=[3, 4])  # two of three atoms and one of four
 
 
 def cut_inside_the_last_frame(text: str) -> str:

@@ -15,6 +15,7 @@ from ase.calculators.lj import LennardJones
 from dosmatgen_ase import DOSGenerator, TargetDOS, energy_above_hull, predict_dos
 from dosmatgen_ase.dos import MODEL_GRID, normalised_l1
 from dosmatgen_ase.forward.predictor import SitePrediction
+from dosmatgen_ase.generate.generator import RejectedError
 from dosmatgen_ase.judge.ranking import Ranking, best, predicted_distance, predicted_for_targets, score
 
 
@@ -137,6 +138,27 @@ def test_generate_oversamples_and_ranks(generator: DOSGenerator, copper: TargetD
     assert one.info["scores"]["score"] == pytest.approx(scores[0])
     again = generator.regenerate(one, copper)
     np.testing.assert_allclose(again.positions, one.positions, atol=1e-5)
+
+
+def test_what_is_rejected_does_not_cost_the_candidates(
+    generator: DOSGenerator, copper: TargetDOS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of eight fails: the other seven are ranked, and told. Too few are an error that has them."""
+    whole = DOSGenerator._complete
+
+    def complete(self: DOSGenerator, request: Any, batch: list[int], *rest: Any) -> Any:
+        made, reasons = whole(self, request, batch, *rest)
+        del made[7]
+        return made, {**reasons, 7: "too dense"}
+
+    monkeypatch.setattr(DOSGenerator, "_complete", complete)
+    with pytest.warns(UserWarning, match=r"structure 7 was rejected 5 times.*The 7 others are ranked"):
+        picked = generator.generate(copper, 2, num_atoms=2, seed=3, oversample=4)
+    assert [a.info["scores"]["score"] for a in picked] == sorted(a.info["scores"]["score"] for a in picked)
+    assert 7 not in {a.info["dosmatgen"]["index"] for a in picked}
+    with pytest.raises(RejectedError, match="structure 7 was rejected") as caught:
+        generator.generate(copper, 8, num_atoms=2, seed=3, ranking=Ranking())
+    assert [a.info["dosmatgen"]["index"] for a in caught.value.structures] == list(range(7))
 
 
 @pytest.mark.parametrize(

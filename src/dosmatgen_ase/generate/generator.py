@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -36,6 +37,7 @@ from dosmatgen_ase.generate.sampler import Randomness, SamplerConfig, sample
 from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS, load_model
 from dosmatgen_ase.model.conditioning import DOSCondition, Guidance
 from dosmatgen_ase.model.diffusion.lattice import symmetric_exp, symmetric_log
+from dosmatgen_ase.threads import cpu_threads
 
 if TYPE_CHECKING:
     from dosmatgen_ase.judge.ranking import Ranking
@@ -250,11 +252,15 @@ class DOSGenerator:
         "default" for the weights shipped with the package, or a ``.safetensors`` file made by ``dosmatgen train``.
     device : str, optional
         "cpu", "cuda", ...; CUDA where there is one by default.
+    threads : int
+        CPU threads while the network runs, whatever ``OMP_NUM_THREADS`` says; afterwards the caller's number is back.
+        One is best for cells of a few atoms: more threads wait for each other. On idle cores more of them (such as
+        ``threads=4``) can shorten large batches, at a higher cost in CPU time.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        If the weights are absent or damaged, or the device does not exist.
+        If the weights are absent or damaged, the device does not exist, or ``threads`` is below 1.
 
     Examples
     --------
@@ -265,8 +271,10 @@ class DOSGenerator:
     4
     """
 
-    def __init__(self, weights: str | Path = "default", *, device: str | None = None) -> None:
-        self.device = select_device(device)
+    def __init__(self, weights: str | Path = "default", *, device: str | None = None, threads: int = 1) -> None:
+        if isinstance(threads, bool) or not isinstance(threads, int | np.integer) or threads < 1:
+            raise ValueError(f"threads={threads!r} must be a whole number of at least 1")
+        self.device, self.threads = select_device(device), int(threads)
         model, self.header = load_model(DEFAULT_WEIGHTS if weights == "default" else weights)
         self.model = model.to(self.device)
 
@@ -334,12 +342,14 @@ class DOSGenerator:
         num_steps : int
             Sampler steps from pure noise.
         seed : int, optional
-            The same seed and settings give the same structures, whatever ``n``.
+            The same seed and settings give the same structures, whatever ``n``: to the last bit for the same ``n``, to
+            about 1e-4 Angstrom for another, because rounding depends on what is computed together.
         progress : bool
             Show a bar.
         out : path, optional
-            Append each structure to this extxyz file as it is made, before any ranking; a file of the same request is
-            continued, with the seed of that file if none is given.
+            Append each structure to this extxyz file as it is made, by index, before any ranking; a file of the same
+            request is continued, with the seed of that file if none is given. After an interruption the same call
+            completes it, on a CPU to the last byte as if there had been none.
         oversample : int
             Draw so many times ``n`` and return the best, by the DOS predicted for them (`ranking`).
         relax : ASE calculator, "chgnet", or the path or name of a MACE model, optional
@@ -359,8 +369,10 @@ class DOSGenerator:
         ------
         TypeError, ValueError
             For arguments that are wrong or contradict each other.
-        RuntimeError
-            If a structure is rejected by the screen five times in a row. The others are made first, and are in ``out``.
+        RejectedError
+            A RuntimeError: if a structure is rejected by the screen five times in a row. The others are made first;
+            they are in ``error.structures`` and in ``out``. Where more are drawn than wanted (``oversample``) and
+            enough are left, a warning tells it instead.
         """
         if isinstance(oversample, bool) or not isinstance(oversample, int | np.integer) or oversample < 1:
             raise ValueError(f"oversample={oversample!r} must be a whole number of at least 1")
@@ -378,9 +390,17 @@ class DOSGenerator:
             composition=composition, elements=elements, exclude_elements=exclude_elements,
             guidance_scale=guidance_scale, num_steps=num_steps, seed=seed, progress=progress, out=out,
         )  # fmt: skip
-        ordered = sorted(made, key=lambda atoms: atoms.info["dosmatgen"]["index"])
+        ordered: list[Atoms] = []
+        try:
+            ordered.extend(made)  # keeps what came before an error
+        except RejectedError as error:
+            error.structures = ordered
+            if not ranked or len(ordered) < wanted:
+                raise
+            warnings.warn(f"{error}. The {len(ordered)} others are ranked.", stacklevel=2)
         if ranked:
-            ordered = best(score(ordered, targets, total, ranking=ranking, relax=relax, progress=progress), wanted)
+            with cpu_threads(self.threads):
+                ordered = best(score(ordered, targets, total, ranking=ranking, relax=relax, progress=progress), wanted)
         return ordered[0] if n is None else ordered
 
     def generate_iter(
@@ -404,7 +424,7 @@ class DOSGenerator:
         progress: bool = False,
         out: str | Path | None = None,
     ) -> Iterator[Atoms]:
-        """Yield structures as they are made, batch by batch; parameters and errors are those of :meth:`generate`."""
+        """Yield structures by index as they are made, batch by batch; parameters and errors as :meth:`generate`."""
         request = Request.parse(
             dos, num_atoms, sites, template, strength, fixed_species, fixed_sites, fixed_cell, composition, elements,
             exclude_elements,
@@ -475,39 +495,61 @@ class DOSGenerator:
         seed = record["seed"]
         guidance = Guidance(record["guidance_scale"], tuple(record["guidance_interval"]))
         ready = {} if out is None else {a.info["dosmatgen"]["index"]: a for a in out.resume(record)}
-        yield from (a for i, a in ready.items() if i < n)
         sizes = self._sizes(request, n, seed, guidance)
-        waiting = [(i, 0) for i in range(n) if i not in ready]  # (index, attempt)
-        lost: list[tuple[int, str | None]] = []  # index, and why its last attempt was rejected
+        done: dict[int, Atoms | None] = {i: a for i, a in ready.items() if i < n}  # None: given up
+        reasons: dict[int, str | None] = {}  # of what was given up
+        tried: set[int] = set()
         accepted = bool(ready)
-        with tqdm(total=n, initial=n - len(waiting), disable=not progress, unit="crystal") as bar:
-            while waiting:
-                size = sizes[waiting[0][0]]
-                room = max(1, BATCH_PAIRS // size**2)
-                batch = [w for w in waiting if sizes[w[0]] == size][:room]
-                waiting = [w for w in waiting if w not in batch]
-                rngs = [np.random.default_rng((seed, i, attempt)) for i, attempt in batch]
-                made, calls = self._draw(request, [size] * len(batch), rngs, config, guidance)
-                for (i, attempt), atoms in zip(batch, made, strict=True):
-                    result = screen(atoms, max_volume_per_atom=request.max_volume_per_atom)
-                    if not result.accepted:
-                        if attempt + 1 < MAX_ATTEMPTS:
-                            waiting.append((i, attempt + 1))
-                        else:
-                            lost.append((i, result.reason))
-                        continue
-                    accepted = True
+        turn = 0
+        with tqdm(total=n, initial=len(done), disable=not progress, unit="crystal") as bar:
+            for batch in batches(sizes):
+                if any(i not in done for i in batch):
+                    # The whole batch, even if some of it is there: the others then come out to the last bit as before.
+                    made, failed = self._complete(request, batch, sizes[batch[0]], record, config, guidance)
+                    reasons |= failed
+                    accepted |= bool(made)
+                    new: dict[int, Atoms | None] = {i: made.get(i) for i in batch if i not in done}
+                    bar.update(sum(atoms is not None for atoms in new.values()))
+                    done |= new
+                while turn in done:
+                    if (atoms := done.pop(turn)) is not None:
+                        if out is not None and turn not in ready:
+                            out.append(atoms)
+                        yield atoms
+                    turn += 1
+                tried.add(sizes[batch[0]])
+                if reasons and not accepted and tried == set(sizes):
+                    break  # a hopeless wish ends early
+        if reasons:
+            which = f"structure {min(reasons)} was" if len(reasons) == 1 else f"{len(reasons)} of {n} structures were"
+            told = f"{which} rejected {MAX_ATTEMPTS} times, last because: {reasons[max(reasons)]}"
+            raise RejectedError(f"{told}; loosen the constraints or change the seed")
+
+    def _complete(
+        self,
+        request: Request,
+        batch: list[int],
+        size: int,
+        record: dict[str, Any],
+        config: SamplerConfig,
+        guidance: Guidance,
+    ) -> tuple[dict[int, Atoms], dict[int, str | None]]:
+        """Draw a batch until the screen accepts each or gives it up; structures, and why others failed, by index."""
+        made: dict[int, Atoms] = {}
+        reasons: dict[int, str | None] = {}
+        for attempt in range(MAX_ATTEMPTS):
+            waiting = [i for i in batch if i not in made]
+            if not waiting:
+                break
+            rngs = [np.random.default_rng((record["seed"], i, attempt)) for i in waiting]
+            drawn, calls = self._draw(request, [size] * len(waiting), rngs, config, guidance)
+            for i, atoms in zip(waiting, drawn, strict=True):
+                result = screen(atoms, max_volume_per_atom=request.max_volume_per_atom)
+                reasons[i] = result.reason
+                if result.accepted:
                     atoms.info["dosmatgen"] = {**record, "index": i, "attempt": attempt, "network_calls": calls}
-                    if out is not None:
-                        out.append(atoms)
-                    bar.update()
-                    yield atoms
-                if lost and not accepted:
-                    break  # a hopeless wish ends at once
-        if lost:
-            which = f"structure {lost[0][0]} was" if len(lost) == 1 else f"{len(lost)} of {n} structures were"
-            told = f"{which} rejected {MAX_ATTEMPTS} times, last because: {lost[-1][1]}"
-            raise RuntimeError(f"{told}; loosen the constraints or change the seed")
+                    made[i] = atoms
+        return made, {i: reason for i, reason in reasons.items() if i not in made}
 
     def _draw(
         self,
@@ -523,7 +565,10 @@ class DOSGenerator:
         condition = request.condition(sizes)
         denoise = guidance.wrap(self.model, condition if condition is None else condition.to(self.device))
         lattice = self.model.denoiser.lattice
-        result = sample(denoise, lattice, constraints.to(self.device), randomness, config, strength=request.strength)
+        with cpu_threads(self.threads):
+            result = sample(
+                denoise, lattice, constraints.to(self.device), randomness, config, strength=request.strength
+            )
         structures = result.crystals.to_atoms()
         for atoms in structures:
             _orient(atoms, request)
@@ -537,11 +582,39 @@ class DOSGenerator:
         condition = request.condition([smallest])
         if condition is None or guidance.scale == 0:  # scale 0 ignores the target in everything
             condition = DOSCondition.none(1, 1, MODEL_GRID.size)
-        with torch.no_grad():
+        with torch.no_grad(), cpu_threads(self.threads):
             logits = self.model.encoder.size_logits(condition.to(self.device))[0].double().cpu()
         logits[:smallest] = -torch.inf
         probability = torch.softmax(logits, 0).numpy()
         return [int(np.random.default_rng((seed, i, 0, 1)).choice(len(probability), p=probability)) for i in range(n)]
+
+
+def batches(sizes: Sequence[int]) -> list[list[int]]:
+    """Which structures are drawn together: indices of one number of atoms, in the order of their first.
+
+    It depends on the sizes alone, not on what is there already: the last digits of a structure depend on its batch, so
+    a run that is continued makes the same batches.
+    """
+    planned: list[list[int]] = []
+    latest: dict[int, list[int]] = {}
+    for i, size in enumerate(sizes):
+        if size not in latest or len(latest[size]) >= max(1, BATCH_PAIRS // size**2):
+            latest[size] = []
+            planned.append(latest[size])
+        latest[size].append(i)
+    return planned
+
+
+class RejectedError(RuntimeError):
+    """The screen rejected some structures in every attempt.
+
+    Attributes
+    ----------
+    structures : list of Atoms
+        The others, by index, where :meth:`DOSGenerator.generate` raised this.
+    """
+
+    structures: Sequence[Atoms] = ()
 
 
 class _Stream:
