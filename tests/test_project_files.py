@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -25,6 +26,7 @@ SOURCE = ROOT / "src" / "dosmatgen_ase"
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 GROUPS = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+SUPPORTED = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
 DECLARED = [Requirement(line) for group in GROUPS for line in group]
 
 
@@ -67,15 +69,86 @@ def test_continuous_integration_runs_what_the_readme_says() -> None:
     assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_constraints_pin_every_requirement_within_its_range() -> None:
+def pins_on(python: str) -> dict[str, str]:
+    """Pinned version of each package on a Python version."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    here = [p for p in pinned if p.marker is None or p.marker.evaluate({"python_version": python})]
+    assert len({p.name for p in here}) == len(here), "a package is pinned twice"
+    return {p.name: str(p.specifier).removeprefix("==") for p in here}
+
+
+def test_constraints_differ_by_python_only_where_a_package_does() -> None:
+    old, middle, new = map(pins_on, SUPPORTED)
+    assert middle == new
+    assert {name for name in old | new if old.get(name) != new.get(name)} == {"atomate2"}
+
+
+@pytest.mark.parametrize("python", SUPPORTED)
+def test_constraints_pin_every_requirement_within_its_range(python: str) -> None:
+    pins = pins_on(python)
     assert pins["torch"] == "2.13.0"
     for requirement in DECLARED:
         name = canonicalize_name(requirement.name)
         if name != PROJECT["name"]:
             assert name in pins, f"{name} is not pinned"
             assert requirement.specifier.contains(pins[name]), f"{name}=={pins[name]} is outside {requirement}"
+
+
+def interpreter(folder: Path, name: str, answer: str) -> None:
+    """A stand-in for an interpreter: it answers setup.sh's question, and names itself where it is to make .venv."""
+    (folder / name).write_text(f'#!/bin/sh\nif [ "$1" = - ]; then {answer}; else echo "made by {name}"; exit 3; fi\n')
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("answers", "made_by"),
+    [
+        ({"python3.13": "true", "python3.11": "true"}, "python3.13"),  # the newest
+        ({"python3.13": "echo needs a C compiler", "python3.12": "true"}, "python3.12"),  # the newest that is complete
+        ({"python3.12": "exit 127", "python3.11": "true"}, "python3.11"),  # a shim without an interpreter behind it
+        ({"python3": "true"}, "python3"),
+    ],
+)
+def test_setup_takes_the_newest_fit_python(tmp_path: Path, answers: dict[str, str], made_by: str) -> None:
+    done = run_setup(tmp_path, answers)
+    assert (done.returncode, done.stdout) == (3, f"made by {made_by}\n")
+
+
+def test_setup_says_why_no_python_is_fit(tmp_path: Path) -> None:
+    done = run_setup(tmp_path, {"python3.12": "echo has no venv module: sudo apt install python3.12-venv"})
+    assert done.returncode == 1
+    assert "python3.13 not found\n" in done.stderr
+    assert "python3.12 has no venv module: sudo apt install python3.12-venv\n" in done.stderr
+    assert "sudo apt install python3-venv python3-dev gcc" in done.stderr
+
+
+def test_setup_takes_the_python_that_is_named_or_none(tmp_path: Path) -> None:
+    done = run_setup(tmp_path, {"python3.11": "true", "python3.10": "echo is Python 3.10"}, PYTHON="python3.10")
+    assert done.returncode == 1
+    assert "  python3.10 is Python 3.10\nInstall" in done.stderr
+
+
+def test_setup_finds_this_python_fit() -> None:
+    program = re.search(r"<<'PYTHON'.*?\n(.*?)^PYTHON", (ROOT / "scripts" / "setup.sh").read_text(), re.M | re.S)
+    assert program is not None
+    done = subprocess.run([sys.executable, "-"], input=program[1], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+
+
+def run_setup(folder: Path, answers: dict[str, str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """setup.sh of an otherwise empty clone, on a machine that has these interpreters."""
+    (folder / "bin").mkdir()
+    (folder / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "setup.sh", folder / "scripts")
+    for tool in ("bash", "dirname"):
+        (folder / "bin" / tool).symlink_to(str(shutil.which(tool)))
+    for name, answer in answers.items():
+        interpreter(folder / "bin", name, answer)
+    return subprocess.run(
+        ["bash", "scripts/setup.sh"], cwd=folder, env={"PATH": str(folder / "bin"), **environment},
+        capture_output=True, text=True,
+    )
 
 
 def test_every_library_that_the_source_imports_is_declared() -> None:
