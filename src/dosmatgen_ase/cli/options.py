@@ -55,10 +55,12 @@ def read_target(
     kind: str | None,
     window: tuple[float, float] | None,
 ) -> TargetDOS:
-    """Read the DOS that a command is about, cut to its window."""
+    """Read the DOS that a command is about, cut to its window; say on the standard error what was assumed."""
     from dosmatgen_ase.dos import TargetDOS
 
     target = TargetDOS.from_file(dos_file, site, reference=reference, sigma=sigma, kind=kind)
+    for sentence in target.provenance.get("assumed", []):
+        typer.echo(f"{dos_file}: {sentence}", err=True)
     return target if window is None else target.window(*window)
 
 

@@ -49,7 +49,8 @@ class TargetDOS:
     kind : {"site", "total"}
         DOS of one site, or of the cell.
     provenance : dict or str
-        JSON-able record: ``{"source": ..., "steps": [...]}``. A string becomes the source.
+        JSON-able record: ``{"source": ..., "steps": [...]}``, and ``"assumed"`` where a reader took for granted what
+        the file did not say: a list of sentences. A string becomes the source.
 
     Raises
     ------
@@ -470,6 +471,7 @@ class TargetDOS:
         FileNotFoundError, ValueError
             If the file cannot be read or the site does not exist.
         """
+        from dosmatgen_ase.dos.readers.common import Request
         from dosmatgen_ase.dos.readers.file import read_file
 
-        return read_file(path, site, reference=reference, sigma=sigma, kind=kind)
+        return read_file(path, Request(site, reference, sigma, kind))
