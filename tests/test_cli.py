@@ -29,7 +29,7 @@ from dosmatgen_ase.cli import app
 from dosmatgen_ase.cli.options import whole_numbers
 from dosmatgen_ase.data import SHARD_KEYS
 from dosmatgen_ase.dos import TargetDOS, normalised_l1
-from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig, predict_dos
+from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig, default_predictor, predict_dos
 from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS, load_model, save_model
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser
 from dosmatgen_ase.model.denoiser import Denoiser, DenoiserConfig
@@ -455,6 +455,21 @@ def test_predict_writes_what_other_commands_read(tmp_path: Path) -> None:
     assert total.kind == "total"
     np.testing.assert_allclose(total.values, sites[0].values + sites[1].values)
     assert_one_line(run("predict", tmp_path / "flat.xyz", "--out", out), 1, "no structure could be predicted")
+
+
+def test_predict_tells_an_element_without_labels_and_keeps_the_other_sites(tmp_path: Path) -> None:
+    no_label = int(np.flatnonzero(default_predictor().tables["support"].numpy().max(axis=1)[1:90] == 0)[-1]) + 1
+    atoms = bulk("NaCl", "rocksalt", a=6.0)
+    atoms.numbers[0] = no_label
+    ase.io.write(tmp_path / "rare.cif", atoms)
+    result = run("predict", tmp_path / "rare.cif", "--out", tmp_path, "--plot", tmp_path / "rare.png")
+    assert result.exit_code == 0, result.output
+    assert "unknown" in result.stdout
+    assert "rare.json --site 1" in result.stdout
+    assert TargetDOS.from_file(tmp_path / "rare.json", site=1).total_states() > 0
+    for site, whose in ((0, "the DOS of site 0"), (None, "the total DOS")):
+        with pytest.raises(ValueError, match=f"{whose} is unknown there"):
+            TargetDOS.from_file(tmp_path / "rare.json", site=site)
 
 
 def test_oversampling_keeps_the_draws_and_the_best(weights: Path, tmp_path: Path) -> None:

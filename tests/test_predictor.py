@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from ase.data import chemical_symbols
 
 from dosmatgen_ase.data import SiteDOSLabels, load_pseudo_labels, load_site_dos, load_structures
 from dosmatgen_ase.dos import MODEL_GRID
@@ -172,8 +174,51 @@ def test_rare_elements_are_unknown_rather_than_invented() -> None:
     prediction = predictor.predict_arrays([atoms])[0]
     assert not prediction.known[0].any()
     assert prediction.known[1].any()
-    with pytest.raises(ValueError, match="too few labels"):
-        predict_dos(atoms)
+    unknown, known = predict_dos(atoms)
+    assert unknown is None
+    assert known is not None
+    assert known.provenance["expected_distance"] > 0
+    with pytest.raises(ValueError, match=f"fewer than 3 labelled structures hold {chemical_symbols[rare]}"):
+        predict_dos(atoms, [0])
+    calculator = DOSCalculator()
+    dos = calculator.get_property("site_dos", atoms)
+    assert np.isnan(dos[0]).all()
+    np.testing.assert_allclose(dos[1], known.values)
+    assert np.isnan(calculator.get_property("site_dos_error", atoms)).tolist() == [True, False]
+    assert np.isnan(calculator.get_property("site_dos_spread", atoms)).any(axis=1).tolist() == [True, False]
+
+
+def test_many_crystals_are_predicted_as_one_by_one_and_a_bad_one_costs_no_other() -> None:
+    oxide, squeezed = bulk("MgO", "rocksalt", a=4.21), bulk("Cu", a=0.5)
+    alone = predict_dos(oxide)
+    assert predict_dos([]) == []
+    both = predict_dos([bulk("Cu"), oxide])
+    assert [len(found) for found in both] == [1, 2]
+    for one, other in zip(both[1], alone, strict=True):
+        np.testing.assert_allclose(one.values, other.values, atol=1e-4)
+    with pytest.warns(UserWarning, match="no DOS for 1 of 2 structures: structure 0, Cu: collapsed"):
+        lost, found = predict_dos([squeezed, oxide])
+    assert lost == [None]
+    assert len(found) == 2
+    assert None not in found
+    second = predict_dos([oxide], [1])[0]
+    assert len(second) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "fragment"),
+    [
+        (("MgO",), TypeError, "takes ase.Atoms or a list of them, not str"),
+        ((bulk("Cu"), [1]), ValueError, r"sites=\[1\]: Cu has the sites 0 to 0"),
+        ((bulk("Cu"), [-1]), ValueError, r"sites=\[-1\]"),
+        ((bulk("Cu"), ["Cu"]), TypeError, "whole numbers"),
+    ],
+)
+def test_what_cannot_be_predicted_is_told_before_the_work(
+    arguments: Any, error: type[Exception], fragment: str
+) -> None:
+    with pytest.raises(error, match=fragment):
+        predict_dos(*arguments)
 
 
 def test_predicted_dos_of_familiar_crystals() -> None:

@@ -93,28 +93,31 @@ def predict(
     named = read_structures(files)
     out.mkdir(parents=True, exist_ok=True)
     table = Table("structure", "site", "element", "states below 0 eV", "band centre, eV", "expected error")
-    first: tuple[str, list[TargetDOS]] | None = None
+    first: tuple[str, list[TargetDOS | None]] | None = None
     for name, atoms in named.items():
         try:
-            sites = predict_dos(atoms)
+            sites: list[TargetDOS | None] = predict_dos(atoms)
         except ValueError as error:
             table.add_row(name, "", atoms.get_chemical_formula(), "", "", str(error))
             continue
-        total = TargetDOS.sum_of(sites)
-        record = {"sites": [dos.to_dict() for dos in sites], "total": total.to_dict()}
+        total = None if None in sites else TargetDOS.sum_of([dos for dos in sites if dos])
+        record = {"sites": [dos and dos.to_dict() for dos in sites], "total": total and total.to_dict()}
         write_atomic(out / f"{name}.json", json.dumps(record).encode())
         first = first or (name, sites)
         for i, dos in enumerate(sites):
-            states, centre = f"{dos.total_states(hi=0.0):.2f}", f"{dos.band_centre():.2f}"
-            error_expected = figure(dos.provenance["expected_distance"])
-            table.add_row(name if i == 0 else "", str(i), atoms.symbols[i], states, centre, error_expected)
+            figures = ("unknown", "", "")
+            if dos is not None:
+                error_expected = figure(dos.provenance["expected_distance"])
+                figures = (f"{dos.total_states(hi=0.0):.2f}", f"{dos.band_centre():.2f}", error_expected)
+            table.add_row(name if i == 0 else "", str(i), atoms.symbols[i], *figures)
     Console().print(table)
     if first is None:
         raise RuntimeError("no structure could be predicted: the reasons stand in the table")
     name, sites = first
-    typer.echo(f"results: {out}/NAME.json, as in dosmatgen dos {out}/{name}.json --site 0")
+    known = {i: dos for i, dos in enumerate(sites) if dos is not None}
+    typer.echo(f"results: {out}/NAME.json, as in dosmatgen dos {out}/{name}.json --site {min(known)}")
     if plot is not None:
         from dosmatgen_ase.plotting import plot_dos
 
-        plot_dos(sites, [f"site {i}" for i in range(len(sites))], path=plot)
+        plot_dos(list(known.values()), [f"site {i}" for i in known], path=plot)
         typer.echo(f"picture: {plot}")

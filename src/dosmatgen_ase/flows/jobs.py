@@ -298,7 +298,9 @@ class PredictDOSMaker(Maker):
             sites = predict_dos(to_atoms(structure))
         except ValueError as error:
             return DOSDoc(engine=engine, reason=str(error))
-        return DOSDoc(engine=engine, site_dos=sites, total_dos=TargetDOS.sum_of(sites))
+        known = [dos for dos in sites if dos is not None]
+        total = TargetDOS.sum_of(known) if len(known) == len(sites) else None
+        return DOSDoc(engine=engine, site_dos=sites, total_dos=total)
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------

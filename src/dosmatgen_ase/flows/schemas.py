@@ -104,7 +104,7 @@ class DOSDoc(BaseModel):
 
     engine: str
     structure: Crystal | None = Field(default=None, description="What was computed, where it is not what was given")
-    site_dos: list[DOS] = []
+    site_dos: list[DOS | None] = Field(default=[], description="None where the engine does not know it")
     total_dos: DOS | None = None
     electronic_structure: dict[str, Any] | None = Field(default=None, description="ElectronicStructure.to_dict()")
     band_gap: Figure = Field(default=None, description="eV")

@@ -358,50 +358,88 @@ def default_predictor() -> DOSPredictor:
     return DOSPredictor.load()
 
 
-def predict_dos(atoms: Atoms, sites: Sequence[int] | None = None) -> list[TargetDOS]:
-    """Predict the site DOS of a crystal, in milliseconds.
+def predict_dos(
+    atoms: Atoms | Sequence[Atoms], sites: Sequence[int] | None = None, *, progress: bool = False
+) -> list[Any]:
+    """Predict the site DOS of crystals, each in milliseconds.
 
     Parameters
     ----------
-    atoms : periodic crystal
-    sites : the sites wanted, all by default
+    atoms : periodic crystal, or a sequence of them
+    sites : the sites wanted (of every crystal), counted from 0; all by default
+    progress : show a progress bar
 
     Returns
     -------
-    list of TargetDOS
-        One per site wanted, states/eV at sigma 0.2 eV on [-10, 5] eV. `reference` is "vbm" where the predicted total
-        DOS leaves a gap above zero, else "fermi". `provenance` tells the uncertainty: "expected_distance" (normalised
-        L1) and "spread" (151 values, states/eV; 68 % of computed DOS lie within it around the prediction).
+    list of TargetDOS, or a list of such lists for a sequence
+        One per site wanted, states/eV at sigma 0.2 eV on [-10, 5] eV; None where it is unknown, as fewer than 3
+        labelled structures hold the site's element. `reference` is "vbm" where the predicted DOS leaves a gap above
+        zero, else "fermi". `provenance` tells the uncertainty: "expected_distance" (normalised L1) and "spread" (151
+        values, states/eV; 68 % of computed DOS lie within it around the prediction).
 
     Raises
     ------
+    TypeError
+        If something is not an Atoms, or a site is not a whole number.
     ValueError
-        If CHGNet cannot read the structure, or the element of a site wanted has fewer than 3 labelled structures.
+        If a crystal lacks a site wanted, if CHGNet cannot read it, or if no site wanted is known. In a sequence the
+        last two cost no other crystal: all its sites are None, and a warning names it and the reason.
     """
+    from ase import Atoms
+
+    single = isinstance(atoms, Atoms)
+    structures: list[Atoms] = [atoms] if single else list(atoms)
+    for item in structures:
+        if not isinstance(item, Atoms):
+            raise TypeError(f"predict_dos takes ase.Atoms or a list of them, not {type(item).__name__}")
+    wanted = [_wanted_sites(sites, item) for item in structures]
     predictor = default_predictor()
-    prediction = predictor.predict_arrays([atoms])[0]
-    if prediction.reason:
-        raise ValueError(f"no DOS for {atoms.get_chemical_formula()}: {prediction.reason}")
-    wanted = list(range(len(atoms))) if sites is None else list(sites)
-    unknown = [atoms.symbols[i] for i in wanted if not prediction.known[i].any()]
+    found: list[list[TargetDOS | None]] = []
+    unknown: list[str] = []
+    predictions = predictor.predict_arrays(structures, progress=progress)
+    for i, (item, prediction, chosen) in enumerate(zip(structures, predictions, wanted, strict=True)):
+        made = _targets_of(prediction, chosen, predictor.info)
+        found.append(made)
+        if chosen and not any(made):
+            lacking = f"fewer than {MIN_LABELS} labelled structures hold {', '.join(sorted(set(item.symbols[chosen])))}"
+            formula = item.get_chemical_formula()
+            unknown.append(f"{'' if single else f'structure {i}, '}{formula}: {prediction.reason or lacking}")
+    if unknown and single:
+        raise ValueError(f"no DOS for {unknown[0]}")
     if unknown:
-        raise ValueError(f"no DOS for {', '.join(sorted(set(unknown)))}: too few labels; add some and retrain")
-    reference = "vbm" if _looks_gapped(prediction.mean) else "fermi"
+        shown = "; ".join(unknown[:3]) + (f"; and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        warnings.warn(f"no DOS for {len(unknown)} of {len(found)} structures: {shown}", stacklevel=2)
+    return found[0] if single else found
+
+
+def _wanted_sites(sites: Sequence[int] | None, atoms: Atoms) -> list[int]:
+    wanted = range(len(atoms)) if sites is None else list(sites)
+    if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in wanted):
+        raise TypeError(f"sites must be whole numbers, counted from 0, not {wanted!r}")
+    if missing := [int(i) for i in wanted if not 0 <= i < len(atoms)]:
+        raise ValueError(f"sites={missing}: {atoms.get_chemical_formula()} has the sites 0 to {len(atoms) - 1}")
+    return [int(i) for i in wanted]
+
+
+def _targets_of(prediction: SitePrediction, sites: Iterable[int], info: dict[str, Any]) -> list[TargetDOS | None]:
+    """Return the DOS of these sites of a crystal, None where nothing is known of it."""
+    told = np.asarray(prediction.known.any(axis=1))
+    reference = "vbm" if told.any() and _looks_gapped(prediction.mean[told]) else "fermi"
 
     def target(i: int) -> TargetDOS:
         doubt = {"expected_distance": float(prediction.error[i]), "spread": prediction.spread[i].tolist()}
-        told = {"source": "predictor", "steps": [], "predictor": predictor.info, **doubt}
+        record = {"source": "predictor", "steps": [], "predictor": info, **doubt}
         known, mean = prediction.known[i], prediction.mean[i]
-        return TargetDOS(MODEL_GRID.energies, mean, known, reference, MODEL_SIGMA, provenance=told)
+        return TargetDOS(MODEL_GRID.energies, mean, known, reference, MODEL_SIGMA, provenance=record)
 
-    return [target(i) for i in wanted]
+    return [target(i) if told[i] else None for i in sites]
 
 
 class DOSCalculator(Calculator):
     """ASE calculator of the predicted site DOS: ``DOSCalculator().get_property("site_dos", atoms)``.
 
     Results: ``site_dos`` and ``site_dos_spread`` (n, 151), states/eV; ``site_dos_error`` (n,), see `SitePrediction`;
-    ``dos_energies`` (151,), eV.
+    ``dos_energies`` (151,), eV. NaN at sites whose DOS is unknown.
     """
 
     implemented_properties = ("site_dos", "site_dos_spread", "site_dos_error", "dos_energies")
@@ -412,10 +450,12 @@ class DOSCalculator(Calculator):
         """Fill ``results``; ``ValueError`` as `predict_dos`."""
         super().calculate(atoms, properties, system_changes)
         sites = predict_dos(self.atoms)
+        nothing = np.full(MODEL_GRID.size, np.nan)
+        told = [dos.provenance if dos else {} for dos in sites]
         self.results = {
-            "site_dos": np.array([dos.values for dos in sites]),
-            "site_dos_spread": np.array([dos.provenance["spread"] for dos in sites]),
-            "site_dos_error": np.array([dos.provenance["expected_distance"] for dos in sites]),
+            "site_dos": np.array([dos.values if dos else nothing for dos in sites]),
+            "site_dos_spread": np.array([item.get("spread", nothing) for item in told]),
+            "site_dos_error": np.array([item.get("expected_distance", np.nan) for item in told]),
             "dos_energies": MODEL_GRID.energies,
         }
 

@@ -63,7 +63,11 @@ def read_json(content: Content, request: Request) -> TargetDOS:
             raise ValueError(f'{name}: "sites" must be a list with one DOS of each site')
         if site is not None:
             check_site(site, len(result["sites"]))
-        return named(name, TargetDOS.from_dict, result["total"] if site is None else result["sites"][site])
+        chosen = result["total"] if site is None else result["sites"][site]
+        if chosen is None:  # `dosmatgen predict` writes it for an element without labels
+            whose = "the total DOS" if site is None else f"the DOS of site {site}"
+            raise ValueError(f"{name}: {whose} is unknown there; name a site whose DOS is known")
+        return named(name, TargetDOS.from_dict, chosen)
     if site is not None:
         raise ValueError(f"{name} holds one DOS: leave out site")
     return named(name, TargetDOS.from_dict, data)
