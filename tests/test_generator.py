@@ -18,11 +18,15 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.constraints import FixAtoms, FixBondLength
+from ase.neighborlist import neighbor_list
 
 import dosmatgen_ase
 from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase.crystals.batch import CrystalBatch
+from dosmatgen_ase.crystals.reduction import niggli_operation
 from dosmatgen_ase.crystals.screening import Screening, screen
 from dosmatgen_ase.generate.generator import MAX_ATTEMPTS, RejectedError, batches
+from dosmatgen_ase.model import denoiser
 from dosmatgen_ase.model.conditioning import DOSCondition
 
 STEPS = 4  # of the sampler, everywhere in this file
@@ -378,6 +382,79 @@ def test_fixed_species_and_composition(generator: DOSGenerator) -> None:
     for atoms in make(generator, n=4, exclude_elements=["Cu"], fixed_species={0: 27}):
         assert atoms.symbols[0] == "Co"
         assert "Cu" not in atoms.symbols
+
+
+SHEARS = [[[1, 0, 0], [1, 1, 0], [0, 0, 1]], [[1, 0, 0], [5, 1, 0], [-7, 3, 1]], [[0, 0, 1], [1, 0, 0], [0, 1, 0]]]
+
+
+def in_another_basis(atoms: Atoms, shear: list[list[int]]) -> Atoms:
+    """The same crystal: no atom moves, only the lattice vectors are others."""
+    other = atoms.copy()
+    other.set_cell(np.array(shear) @ np.asarray(atoms.cell))
+    return other
+
+
+@pytest.mark.parametrize("shear", SHEARS, ids=["little", "much", "order"])
+@pytest.mark.parametrize("held", [{}, {"fixed_cell": True}, {"fixed_sites": [1]}], ids=str)
+def test_the_result_does_not_depend_on_the_choice_of_lattice_vectors(
+    held: dict[str, Any], shear: list[list[int]], generator: DOSGenerator
+) -> None:
+    template = skewed_template()
+    assert (niggli_operation(np.asarray(template.cell)) != np.eye(3)).any()
+    settings = {"num_atoms": None, "strength": 0.4, "n": 2, **held}
+    expected = make(generator, template=template, **settings)
+    found = make(generator, template=in_another_basis(template, shear), **settings)
+    for a, b in zip(expected, found, strict=True):
+        assert_same(in_another_basis(a, shear), b)
+        # In the same place and orientation, too.
+        np.testing.assert_allclose(np.array(shear) @ np.asarray(a.cell), np.asarray(b.cell), atol=1e-3)
+
+
+def test_what_is_held_is_exact_in_any_basis(generator: DOSGenerator) -> None:
+    template = in_another_basis(skewed_template(), SHEARS[1])
+    template.set_constraint(FixAtoms([0, 2]))
+    for atoms in make(generator, n=3, num_atoms=None, template=template, strength=1.0):
+        assert (np.asarray(atoms.cell) == np.asarray(template.cell)).all()
+        assert (atoms.positions[[0, 2]] == template.positions[[0, 2]]).all()
+        assert (atoms.positions[1] != template.positions[1]).any()
+        frac = atoms.get_scaled_positions(wrap=False)[1]
+        assert ((frac >= 0) & (frac < 1)).all()
+    atoms = make(generator, n=1, num_atoms=None, template=template, strength=0.0)[0]
+    assert (atoms.positions == template.positions).all()
+
+
+def test_the_network_sees_all_neighbours_of_a_skewed_template(
+    generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sheared by five vectors, it saw under half of them."""
+    template = in_another_basis(TEMPLATE, SHEARS[1])
+    seen: list[torch.Tensor] = []
+    whole = denoiser.pair_features
+
+    def features(*arguments: Any) -> Any:
+        seen.append((found := whole(*arguments)).scalar.exp().sub(1).sum())
+        return found
+
+    monkeypatch.setattr(denoiser, "pair_features", features)
+    make(generator, n=1, num_atoms=None, template=template, strength=1e-6, num_steps=1, fixed_cell=True)
+    batch = CrystalBatch.from_atoms([template])
+    network = generator.model.denoiser.config
+    lost = whole(batch.cell, batch.frac_coords, batch.mask, network.num_radial, network.cutoff).scalar.exp().sub(1)
+    distances = neighbor_list("d", TEMPLATE, network.cutoff)
+    centres = np.linspace(0.5, network.cutoff - 0.5, network.num_radial)
+    width = centres[1] - centres[0]
+    radial = np.exp(-(((distances[:, None] - centres) / width) ** 2)) * 0.5
+    expected = (radial * (1 + np.cos(np.pi * distances / network.cutoff))[:, None]).sum()
+    assert float(seen[0]) == pytest.approx(expected, rel=1e-3)
+    assert float(lost.sum()) < 0.5 * expected
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.6])
+def test_a_collapsed_template_is_refused(factor: float, generator: DOSGenerator) -> None:
+    template = bulk("Cu", "sc", a=2.5)
+    template.set_cell([2.5 * factor, 2.5, 2.5])
+    with pytest.raises(ValueError, match=r"template is collapsed: its lattice repeats every .* use a crystal"):
+        make(generator, num_atoms=None, template=template)
 
 
 # -- streaming ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ def cpu_threads(count: int) -> Iterator[None]:
 
     May be used in several threads at once, and in one another.
     """
-
     before = _set(count)
     try:
         yield

@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from dosmatgen_ase import __version__
 from dosmatgen_ase.crystals.batch import MAX_ATOMIC_NUMBER, MAX_ATOMS, CrystalBatch, check_atoms
+from dosmatgen_ase.crystals.reduction import niggli_operation, plane_spacings
 from dosmatgen_ase.crystals.screening import MAX_VOLUME_PER_ATOM, digest, right_handed, screen
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files import write_atomic
@@ -36,6 +37,7 @@ from dosmatgen_ase.generate.constraints import Constraints
 from dosmatgen_ase.generate.sampler import Randomness, SamplerConfig, sample
 from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS, load_model
 from dosmatgen_ase.model.conditioning import DOSCondition, Guidance
+from dosmatgen_ase.model.denoiser import MAX_IMAGES
 from dosmatgen_ase.model.diffusion.lattice import symmetric_exp, symmetric_log
 from dosmatgen_ase.threads import cpu_threads
 
@@ -178,6 +180,30 @@ class Request:
             return None
         return np.asarray(self.template.cell)
 
+    @cached_property
+    def to_reduced(self) -> np.ndarray:
+        """Integer matrix from the template's cell to the reduced one that the network sees, shape (3, 3)."""
+        return np.eye(3, dtype=int) if self.template is None else niggli_operation(np.asarray(self.template.cell))
+
+    def reduced_template(self) -> Atoms | None:
+        """The template in its reduced cell: the same crystal, atoms not moved."""
+        if self.template is None or (self.to_reduced == np.eye(3)).all():
+            return self.template
+        reduced = self.template.copy()
+        reduced.set_cell(self.to_reduced @ np.asarray(self.template.cell), apply_constraint=False)
+        return reduced
+
+    def check_template(self, cutoff: float) -> None:
+        """Raise ``ValueError`` for a template that is so thin that the network misses neighbours within ``cutoff``."""
+        template, shortest = self.reduced_template(), cutoff / (MAX_IMAGES + 0.5)
+        if template is None or self.strength == 0:
+            return
+        if (spacing := plane_spacings(np.asarray(template.cell)).min()) < shortest:
+            raise ValueError(
+                f"template is collapsed: its lattice repeats every {spacing:.2f} Angstrom, and the network sees all "
+                f"neighbours from {shortest:.2f} on only; use a crystal with atoms farther apart"
+            )
+
     @property
     def max_volume_per_atom(self) -> float:
         """Bound of the screen, A^3; a cell that was asked for is not too sparse."""
@@ -209,8 +235,8 @@ class Request:
     def constraints(self, sizes: Sequence[int]) -> Constraints:
         """Pins and masks for crystals of these sizes."""
         result = Constraints.none(torch.tensor(sizes))
-        if self.template is not None:
-            result = replace(result, start=CrystalBatch.from_atoms([self.template] * len(sizes)))
+        if (template := self.reduced_template()) is not None:
+            result = replace(result, start=CrystalBatch.from_atoms([template] * len(sizes)))
         result.fixed_coords[:, list(self.fixed_sites)] = True
         for i, z in self.pinned_species().items():
             result.start.atomic_numbers[:, i] = z
@@ -321,7 +347,8 @@ class DOSGenerator:
         sites : sequence of int, optional
             Sites that get a single target, by default ``[0]``.
         template : Atoms, optional
-            Start from this crystal; sets the number and order of the sites and the orientation.
+            Start from this crystal; sets the number and order of the sites, the choice of lattice vectors and the
+            orientation. The network sees its Niggli-reduced cell.
         strength : float
             How far the template is noised: 0 returns it, 1 forgets it; its species stay up to 0.4.
         fixed_species : mapping {site: symbol or atomic number}, optional
@@ -435,6 +462,7 @@ class DOSGenerator:
             raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1 to 10000")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
             raise ValueError(f"seed={seed!r} must be a whole number of at least 0")
+        request.check_template(self.model.denoiser.config.cutoff)
         # A target outside of the model's grid is told by `sampling`, before any file.
         guidance, config = request.sampling(SamplerConfig(num_steps=int(num_steps)), guidance_scale)
         if not (math.isfinite(guidance.scale) and guidance.scale >= 0):
@@ -809,16 +837,19 @@ def check_relaxable(template: Atoms | None, fixed_sites: Sequence[int] | None, f
 
 
 def _orient(atoms: Atoms, request: Request) -> None:
-    """Turn the canonical cell: into the template's orientation, else into the standard form (a along x)."""
-    if request.template is not None and request.held_cell is not None:
+    """Turn the canonical cell: into the template's basis and orientation, else into the standard form (a along x)."""
+    if request.template is None:
+        atoms.set_cell(atoms.cell.standard_form()[0], scale_atoms=True)
+        return
+    operation = request.to_reduced
+    if (operation != np.eye(3)).any():
+        atoms.set_cell(np.rint(np.linalg.inv(operation)) @ np.asarray(atoms.cell))
+        atoms.set_scaled_positions(atoms.get_scaled_positions(wrap=True))
+    if request.held_cell is not None:
         atoms.set_cell(request.held_cell, scale_atoms=True)
         # Held sites have their positions to the last digit, not by way of float32.
         atoms.positions[request.held_sites()] = request.template.positions[request.held_sites()]
         return
-    if request.template is not None:
-        template = torch.tensor(np.asarray(request.template.cell))[None]
-        rotation = symmetric_exp(-symmetric_log(template)) @ template
-        cell = np.asarray(atoms.cell) @ rotation[0].numpy()
-    else:
-        cell = atoms.cell.standard_form()[0]
-    atoms.set_cell(cell, scale_atoms=True)
+    reduced = torch.tensor(operation @ np.asarray(request.template.cell))[None]
+    rotation = symmetric_exp(-symmetric_log(reduced)) @ reduced
+    atoms.set_cell(np.asarray(atoms.cell) @ rotation[0].numpy(), scale_atoms=True)
