@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dosmatgen_ase.crystals.screening import KnownCrystals, screen_many
     from dosmatgen_ase.dft.espresso import compute_dos
     from dosmatgen_ase.dos import EnergyGrid, TargetDOS
     from dosmatgen_ase.forward.predictor import predict_dos
@@ -16,12 +17,16 @@ if TYPE_CHECKING:
     from dosmatgen_ase.judge.ranking import Ranking
     from dosmatgen_ase.judge.relaxation import relax
     from dosmatgen_ase.judge.stability import energy_above_hull
+    from dosmatgen_ase.retrieval.index import DOSIndex
+    from dosmatgen_ase.retrieval.query import search
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DOSGenerator",
+    "DOSIndex",
     "EnergyGrid",
+    "KnownCrystals",
     "Ranking",
     "TargetDOS",
     "__version__",
@@ -29,17 +34,23 @@ __all__ = [
     "energy_above_hull",
     "predict_dos",
     "relax",
+    "screen_many",
+    "search",
 ]
 
 _HOME = {
     "DOSGenerator": "generate.generator",
+    "DOSIndex": "retrieval.index",
     "EnergyGrid": "dos",
+    "KnownCrystals": "crystals.screening",
     "Ranking": "judge.ranking",
     "TargetDOS": "dos",
     "compute_dos": "dft.espresso",
     "energy_above_hull": "judge.stability",
     "predict_dos": "forward.predictor",
     "relax": "judge.relaxation",
+    "screen_many": "crystals.screening",
+    "search": "retrieval.query",
 }
 
 

@@ -222,7 +222,8 @@ def plot_candidates(
     target: TargetDOS,
     candidates: Sequence[tuple[str, Atoms, Sequence[TargetDOS]]],
     path: str | PathLike[str],
-    sites: Sequence[int] = (),
+    sites: Sequence[int] | Sequence[Sequence[int]] = (),
+    sources: Sequence[str] | None = None,
 ) -> None:
     """Save one row per candidate: the target with the DOS predicted for it, and the crystal.
 
@@ -233,13 +234,15 @@ def plot_candidates(
         The DOS predicted for each conditioned site; none where there is no prediction.
     path : path
         The suffix says in which format.
-    sites : sequence of int
+    sites : sequence of int, or one such sequence for each candidate
         Conditioned sites, ringed in the crystals.
+    sources : sequence of str, optional
+        For each candidate what its DOS is called; "predicted" by default.
 
     Raises
     ------
     ValueError, OSError
-        If there is no candidate; as `plot_dos`.
+        If there is no candidate, or not one entry of `sites` or `sources` for each; as `plot_dos`.
     """
     from matplotlib.figure import Figure
 
@@ -247,13 +250,16 @@ def plot_candidates(
         raise ValueError("nothing to plot: give at least one candidate")
     figure = Figure(figsize=(10.0, 2.9 * len(candidates)), layout="constrained")
     rows = figure.subplots(len(candidates), 2, squeeze=False, width_ratios=[1.5, 1.0])
-    for (left, right), (title, atoms, predicted) in zip(rows, candidates, strict=True):
-        labels = ["target", *["predicted"] * len(predicted)]
-        if len(predicted) == len(sites) > 1:
-            labels[1:] = [f"predicted, site {site}" for site in sites]
-        plot_dos([target.on_grid(), *predicted], labels, ax=left)
+    named = list(sources or ["predicted"] * len(candidates))
+    common = [site for site in sites if isinstance(site, int)]
+    ringed = [list(own) for own in sites if not isinstance(own, int)] or [common] * len(candidates)
+    for (left, right), (title, atoms, found), own, source in zip(rows, candidates, ringed, named, strict=True):
+        labels = ["target", *[source] * len(found)]
+        if len(found) == len(own) > 1:
+            labels[1:] = [f"{source}, site {site}" for site in own]
+        plot_dos([target.on_grid(), *found], labels, ax=left)
         left.set_title(title, loc="left", fontsize="medium")
-        draw_crystal(atoms, right, sites)
+        draw_crystal(atoms, right, own)
     _save(figure, Path(path))
 
 

@@ -1,5 +1,5 @@
-"""The command line: ``dosmatgen generate``, ``dos``, ``report``, ``train``, ``train-predictor``, ``relax``,
-``predict``, ``dft``, ``label`` and ``data``.
+"""The command line: ``dosmatgen search``, ``index``, ``generate``, ``dos``, ``report``, ``train``, ``train-predictor``,
+``relax``, ``predict``, ``dft``, ``label`` and ``data``.
 
 Thin: every command reads its arguments, calls the library and prints. Heavy libraries are imported inside the commands,
 so that ``dosmatgen --help`` needs none of them. One module holds one group of commands; `options` what they share;
@@ -10,9 +10,9 @@ from dosmatgen_ase.cli.application import app
 from dosmatgen_ase.cli.options import read_structures
 
 # Imported for the commands that they add to `app`, in the order of its help.
-from dosmatgen_ase.cli import generate, dos, report, train, judge, dft  # isort: skip
+from dosmatgen_ase.cli import search, generate, dos, report, train, judge, dft  # isort: skip
 
-__all__ = ["app", "dft", "dos", "generate", "judge", "main", "read_structures", "report", "train"]
+__all__ = ["app", "dft", "dos", "generate", "judge", "main", "read_structures", "report", "search", "train"]
 
 
 def main() -> None:

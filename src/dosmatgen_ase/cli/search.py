@@ -1,0 +1,226 @@
+"""``dosmatgen search`` and ``index``: the known crystals with a DOS, and the index that they are found in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dosmatgen_ase.cli.application import app
+from dosmatgen_ase.cli.options import (
+    DosFile,
+    Kind,
+    Predictor,
+    Reference,
+    Sigma,
+    Window,
+    figure,
+    read_structures,
+    read_target,
+    writable,
+)
+from dosmatgen_ase.parsing import names_from_text, numbers_from_text
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from dosmatgen_ase.dos import TargetDOS
+    from dosmatgen_ase.retrieval.index import DOSIndex
+
+DRAWN = 4  # crystals in the picture
+
+
+@app.command()
+def search(
+    dos_file: DosFile,
+    site: Annotated[
+        str | None,
+        typer.Option(
+            help="Site of the file's structure whose DOS is meant, from 0, or several: 3 or 0-3. Default: "
+            "the total DOS."
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Number of crystals.")] = 10,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write the crystals into this file: .extxyz, .xyz or .cif.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Picture (.png, .pdf, .svg) of the nearest four: target and their DOS, crystal."),
+    ] = None,
+    elements: Annotated[str | None, typer.Option(help="Crystals made of these elements only: Ni,Au.")] = None,
+    exclude_elements: Annotated[str | None, typer.Option(help="Crystals that hold none of these: O,F.")] = None,
+    composition: Annotated[str | None, typer.Option(help="Crystals of this reduced formula: NiAu3.")] = None,
+    num_atoms: Annotated[str | None, typer.Option(help="Atoms of the primitive cell: 4, 4,6 or 4-7.")] = None,
+    max_above_hull: Annotated[
+        float | None, typer.Option(help="Most energy above the hull, eV/atom, as given with the crystals.")
+    ] = None,
+    gap: Annotated[
+        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Band gap, eV; 0 0 for metals.")
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="Index made by dosmatgen index. Default: the one that ships.")
+    ] = None,
+    reference: Reference = None,
+    sigma: Sigma = None,
+    kind: Kind = None,
+    window: Window = None,
+) -> None:
+    """Find the known crystals whose sites have the DOS of DOS_FILE.
+
+    One site of the file may be any site of a crystal. Several are assigned to sites of one crystal, in the best way.
+    The distance is the normalised L1 to the target, of the computed DOS where there is one and else of the predicted.
+    """
+    writable(out, (".extxyz", ".xyz", ".cif"))
+    writable(plot)
+    reading: dict[str, Any] = {"reference": reference, "sigma": sigma, "kind": kind, "window": window}
+    sites = [None] if site is None else numbers_from_text(site)
+    targets = [read_target(dos_file, i, **reading) for i in sites]
+    from dosmatgen_ase.retrieval.index import DOSIndex, default_index
+    from dosmatgen_ase.retrieval.query import search as run
+
+    known = default_index() if index is None else DOSIndex.load(index)
+    hits = run(
+        targets[0] if len(targets) == 1 else targets,
+        n,
+        elements=None if elements is None else names_from_text(elements),
+        exclude_elements=None if exclude_elements is None else names_from_text(exclude_elements),
+        composition=composition,
+        num_atoms=None if num_atoms is None else numbers_from_text(num_atoms),
+        max_above_hull=max_above_hull,
+        gap=gap,
+        index=known,
+    )
+    if not hits:
+        raise ValueError(f"none of the {len(known)} known crystals fits what was asked for: ask for less")
+    Console().print(hit_table(hits, f"nearest of {len(known)} known crystals"))
+    typer.echo("distance: normalised L1 to the target; error: to be expected of what is predicted of it, likewise")
+    typer.echo("gap: eV; hull: eV/atom above the hull, as given with the crystals")
+    if out is not None:
+        _write(out, hits)
+        typer.echo(f"crystals: {out}")
+    if plot is not None:
+        _draw(plot, targets[0], hits[:DRAWN], known)
+        typer.echo(f"picture: {plot}")
+
+
+def hit_table(hits: Sequence[Atoms], title: str) -> Table:
+    """A table of what `search` found."""
+    table = Table(title=title)
+    for name in ("material", "formula", "sites", "distance", "DOS", "error", "gap", "hull"):
+        table.add_column(
+            name,
+            justify="left" if name in ("material", "formula", "sites", "DOS") else "right",
+            no_wrap=name not in ("formula", "sites"),
+            overflow="fold",
+        )
+    for atoms in hits:
+        told = atoms.info["search"]
+        sites = ", ".join(f"{atoms[i].symbol} {i}" for i in told["sites"]) or "all"
+        sites += f" of {told['cells']} cells" if told["cells"] > 1 else ""
+        hull = None if told["energy_above_hull"] is None else round(told["energy_above_hull"], 2) + 0.0  # no -0.00
+        figures = figure(told["expected_error"]), figure(told["band_gap"]), figure(hull)
+        row = told["material_id"], atoms.get_chemical_formula(), sites, figure(told["distance"]), told["source"]
+        table.add_row(*row, *figures)
+    return table
+
+
+def _write(path: Path, hits: Sequence[Atoms]) -> None:
+    import io
+
+    from ase.io.cif import write_cif
+
+    from dosmatgen_ase.files import write_atomic, write_extxyz
+
+    if path.suffix.lower() != ".cif":
+        write_extxyz(path, hits)
+        return
+    blocks = []
+    for atoms in hits:
+        text = io.BytesIO()
+        write_cif(text, atoms)
+        blocks.append(text.getvalue().replace(b"data_image0", f"data_{atoms.info['material_id']}".encode(), 1))
+    write_atomic(path, b"\n".join(blocks))
+
+
+def _draw(path: Path, target: TargetDOS, hits: Sequence[Atoms], index: DOSIndex) -> None:
+    """Draw the first target beside what each crystal has for it."""
+    from dosmatgen_ase.dos import TargetDOS
+    from dosmatgen_ase.plotting import plot_candidates
+
+    row_of = {name: i for i, name in enumerate(index.material_id.tolist())}
+    shown = []
+    for atoms in hits:
+        told = atoms.info["search"]
+        sites = index.site_dos(row_of[told["material_id"]])
+        wanted = [sites[i] for i in told["sites"][:1]] or [TargetDOS.sum_of([s for s in sites if s is not None])]
+        title = f"{told['material_id']}: {atoms.get_chemical_formula()}, distance {figure(told['distance'])}"
+        shown.append((title, atoms, [dos for dos in wanted if dos is not None]))
+    ringed = [atoms.info["search"]["sites"] for atoms in hits]
+    plot_candidates(target, shown, path, ringed, [atoms.info["search"]["source"] for atoms in hits])
+
+
+@app.command("index")
+def make_index(
+    structures: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="STRUCTURES",
+            help="A table laid out as data/structures.parquet, or files that ASE reads.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File of the index.")] = Path("dos_index.npz"),
+    labels: Annotated[
+        Path | None, typer.Option(help="Folder of computed site DOS, such as data/site_dos. Default: none.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take no more than this many of STRUCTURES.")] = None,
+    parts: Annotated[
+        Path | None,
+        typer.Option(help="Folder of what is predicted so far; kept. Default: OUT-parts, removed at the end."),
+    ] = None,
+    predictor: Predictor = None,
+) -> None:
+    """Make the index of known crystals that dosmatgen search looks in: about 25 crystals a second.
+
+    The DOS of a crystal is the computed one where LABELS has it, and else predicted. A run that was stopped or killed
+    goes on where it was: give the same command again.
+    """
+    from dosmatgen_ase.data import load_site_dos
+    from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR
+    from dosmatgen_ase.retrieval.build import build_index, read_known
+
+    writable(out, (".npz",))
+    tables = [path for path in structures if path.suffix == ".parquet"]
+    if tables and len(structures) > 1:
+        raise ValueError(f"give {tables[0]} alone: a table and other files cannot be indexed in one run")
+    crystals = read_known(tables[0]) if tables else _named(read_structures(structures))
+    computed = None if labels is None else load_site_dos(labels)
+    folder = parts or out.with_name(f"{out.stem}-parts")
+    try:
+        made = build_index(
+            crystals[:limit], computed, predictor=predictor or DEFAULT_PREDICTOR, parts=folder, progress=True
+        )
+    except KeyboardInterrupt:
+        kept = f"what is predicted is kept in {folder}"
+        raise KeyboardInterrupt(f": {kept}; the same command goes on from there") from None
+    made.save(out)
+    if parts is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    size = out.stat().st_size / 1e6
+    count = int(made.computed.sum())
+    typer.echo(f"{out}: {len(made)} crystals, {count} with a computed DOS, {size:.1f} MB")
+    for name, reason in list(made.info["without_prediction"].items())[:10]:
+        typer.echo(f"no prediction for {name}: {reason}")
+
+
+def _named(crystals: dict[str, Atoms]) -> list[Atoms]:
+    """Crystals with a ``material_id``: their own, or the name of their file."""
+    for name, atoms in crystals.items():
+        atoms.info.setdefault("material_id", name)
+    return list(crystals.values())

@@ -1,0 +1,294 @@
+"""Make a `DOSIndex`: the computed site DOS of crystals where there is a label, the predicted one elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from dosmatgen_ase import __version__
+from dosmatgen_ase.crystals.screening import digest, right_handed, screen_given
+from dosmatgen_ase.data import SiteDOSLabels, load_structures
+from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.files import write_npz
+from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor, _looks_gapped
+from dosmatgen_ase.retrieval.index import UNREADABLE, DOSIndex
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+PIECE = 256  # crystals of a piece: what an interruption costs at most
+SAME = 1e-3  # normalised L1 below which two sites of one element in one crystal have the same DOS
+
+
+def read_known(path: str | Path) -> list[Atoms]:
+    """Read a table of crystals for `build_index`, with their gap and energy above the hull.
+
+    Parameters
+    ----------
+    path
+        Parquet laid out as `data/structures.parquet`; its columns ``band_gap`` (eV) and
+        ``energy_above_hull_lower_bound`` (eV/atom) are used where they are there.
+
+    Raises
+    ------
+    FileNotFoundError, ImportError, ValueError
+        As `data.load_structures`.
+    """
+    structures = load_structures(path)
+    import pyarrow.parquet as pq
+
+    columns = {"band_gap": "band_gap", "energy_above_hull_lower_bound": "energy_above_hull"}
+    there = [name for name in columns if name in pq.read_schema(path).names]
+    table = pq.read_table(path, columns=["material_id", *there])
+    row_of = {name: i for i, name in enumerate(table["material_id"].to_pylist())}
+    facts = {columns[name]: table[name].to_pylist() for name in there}
+    crystals = [structures.atoms(i) for i in range(len(structures))]
+    for atoms in crystals:
+        row = row_of[atoms.info["material_id"]]
+        atoms.info |= {name: values[row] for name, values in facts.items() if values[row] is not None}
+    return crystals
+
+
+def build_index(
+    crystals: Sequence[Atoms],
+    labels: SiteDOSLabels | None = None,
+    *,
+    predictor: str | Path = DEFAULT_PREDICTOR,
+    parts: str | Path | None = None,
+    progress: bool = False,
+) -> DOSIndex:
+    """Make an index of crystals.
+
+    A labelled crystal has its computed DOS; the bins that were not computed are filled by the prediction, so that a
+    target which reaches farther can be compared.
+
+    Parameters
+    ----------
+    crystals : sequence of Atoms
+        Named by ``info["material_id"]``. ``info["band_gap"]`` (eV) and ``info["energy_above_hull"]`` (eV/atom) are
+        kept where they are there.
+    labels : SiteDOSLabels, optional
+        Joined by ``material_id``; labelled crystals that are not among `crystals` are added.
+    predictor : path
+        Forward model; by default the one that ships.
+    parts : path, optional
+        Folder that keeps what is predicted, in pieces, by which an interrupted run goes on. By default none.
+    progress : bool
+        Show a progress bar.
+
+    Raises
+    ------
+    ValueError
+        If there is no crystal, one has no name or that of another, is no crystal at all, or lists other sites than its
+        label.
+    """
+    everything = [_checked(atoms) for atoms in crystals]
+    label_of = {} if labels is None else {str(name): i for i, name in enumerate(labels.material_id.tolist())}
+    listed = {atoms.info["material_id"] for atoms in everything}
+    if labels is not None:
+        everything += [labels.atoms(i) for name, i in label_of.items() if name not in listed]
+    names = [atoms.info["material_id"] for atoms in everything]
+    if not names:
+        raise ValueError("there is no crystal to index: give at least one")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two crystals are named {twice}: rename one of them")
+    makers = _Rows()
+    for atoms, prediction in zip(everything, _predict(everything, Path(predictor), parts, progress), strict=True):
+        row = label_of.get(atoms.info["material_id"])
+        makers.add(atoms, prediction, None if row is None or labels is None else _label(labels, row, atoms))
+    info = {
+        "version": __version__,
+        "predictor_sha256": _sha256(Path(predictor)),
+        "band_gap": "computed where the DOS is, else as given with the crystals, eV",
+        "energy_above_hull": "as given with the crystals, eV/atom",
+        "without_prediction": makers.failed,
+    }
+    return makers.index(info)
+
+
+def _checked(atoms: Atoms) -> Atoms:
+    """The crystal with a right-handed cell; ValueError if it has no name or is not fit to be indexed."""
+    name = atoms.info.get("material_id")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f'{atoms.get_chemical_formula()} has no name: set info["material_id"]')
+    turned = right_handed(atoms)
+    outcome = screen_given(turned)
+    if not outcome.accepted:
+        raise ValueError(f"{name} cannot be indexed: {outcome.reason}")
+    return turned
+
+
+@dataclass(frozen=True)
+class _Label:
+    """Computed DOS of one crystal: values (n, 151), known (151,), gap in eV."""
+
+    values: np.ndarray
+    known: np.ndarray
+    band_gap: float
+
+
+def _label(labels: SiteDOSLabels, row: int, atoms: Atoms) -> _Label:
+    n = int(labels.num_atoms[row])
+    if not np.array_equal(labels.atomic_numbers[row, :n], atoms.numbers):
+        name = atoms.info["material_id"]
+        raise ValueError(f"label and structure of {name} list different sites: use the structures that were labelled")
+    return _Label(labels.values[row, :n], labels.known[row], float(labels.band_gap[row]))
+
+
+# -- predictions -------------------------------------------------------------------------------------------------------
+
+
+class _Predicted(NamedTuple):
+    """What an index needs of a `SitePrediction`, rounded as the pieces keep it."""
+
+    mean: np.ndarray  # (n, 151) float16
+    known: np.ndarray  # (n, 151) bool
+    error: np.ndarray  # (n,) float32
+    reason: str
+
+
+def _predict(crystals: Sequence[Atoms], predictor: Path, parts: str | Path | None, progress: bool) -> list[_Predicted]:
+    """Predictions of the crystals, in order; those of an interrupted run are taken from its pieces."""
+    folder, stem = None if parts is None else Path(parts), _sha256(predictor)[:12]
+    keys = [digest(atoms) for atoms in crystals]
+    done: dict[str, _Predicted] = {}
+    for path in sorted(folder.glob(f"{stem}-*.npz")) if folder is not None else []:
+        done |= _read_piece(path)
+    missing = [i for i, key in enumerate(keys) if key not in done]
+    forward = DOSPredictor.load(predictor)
+    before = len(crystals) - len(missing)
+    with tqdm(total=len(crystals), initial=before, disable=not progress, unit="crystal", desc="site DOS") as bar:
+        for start in range(0, len(missing), PIECE):
+            rows = missing[start : start + PIECE]
+            found = forward.predict_arrays([crystals[i] for i in rows])
+            made = {
+                keys[i]: _Predicted(p.mean.astype(np.float16), p.known, p.error.astype(np.float32), p.reason)
+                for i, p in zip(rows, found, strict=True)
+            }
+            if folder is not None:
+                _write_piece(folder / f"{stem}-{keys[rows[0]][:16]}.npz", made)
+            done |= made
+            bar.update(len(rows))
+    return [done[key] for key in keys]
+
+
+def _write_piece(path: Path, made: Mapping[str, _Predicted]) -> None:
+    found = list(made.values())
+    write_npz(
+        path,
+        key=np.array(list(made)),
+        counts=np.array([len(p.mean) for p in found]),
+        mean=np.concatenate([p.mean for p in found]),
+        known=np.packbits(np.concatenate([p.known for p in found]), axis=1),
+        error=np.concatenate([p.error for p in found]),
+        reason=np.array([p.reason for p in found]),
+    )
+
+
+def _read_piece(path: Path) -> dict[str, _Predicted]:
+    """What a piece holds; nothing if it is damaged, so that it is made again."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            ends = np.cumsum(file["counts"])[:-1]
+            known = np.unpackbits(file["known"], axis=1, count=MODEL_GRID.size).astype(bool)
+            parts = (np.split(array, ends) for array in (file["mean"], known, file["error"]))
+            rows = zip(*parts, file["reason"].tolist(), strict=True)
+            return {key: _Predicted(*row) for key, row in zip(file["key"].tolist(), rows, strict=True)}
+    except UNREADABLE:
+        return {}
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"no predictor at {path}: give one made by dosmatgen train-predictor")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """Collects crystals and gives each different site of them a row."""
+
+    def __init__(self) -> None:
+        self.crystals: list[Atoms] = []
+        self.facts: list[tuple[float, float, bool]] = []  # band gap, energy above the hull, gapped
+        self.site_rows: list[np.ndarray] = []  # of each crystal, from 0
+        self.values: list[np.ndarray] = []
+        self.errors: list[np.ndarray] = []
+        self.row_masks: list[int] = []
+        self.computed_masks: list[int] = []
+        self.patterns: dict[bytes, int] = {}
+        self.failed: dict[str, str] = {}
+
+    def add(self, atoms: Atoms, prediction: _Predicted, label: _Label | None) -> None:
+        """Take one crystal in."""
+        name = atoms.info["material_id"]
+        if prediction.reason:
+            self.failed[name] = prediction.reason
+        mean, known = prediction.mean.astype(np.float32), prediction.known
+        values = np.where(known, mean, np.float32(0))
+        gap, gapped = float(atoms.info.get("band_gap", np.nan)), _looks_gapped(mean)
+        computed = np.zeros(MODEL_GRID.size, dtype=bool)
+        if label is not None:
+            computed, gap, gapped = label.known, label.band_gap, label.band_gap > 0
+            values, known = np.where(computed, label.values, values), known | computed
+        first, row = _different(atoms.numbers, values, known)
+        self.crystals.append(atoms)
+        self.facts.append((gap, float(atoms.info.get("energy_above_hull", np.nan)), gapped))
+        self.site_rows.append(row)
+        self.values.append(values[first])
+        self.errors.append(prediction.error[first])
+        self.row_masks += [self._pattern(mask) for mask in known[first]]
+        self.computed_masks.append(self._pattern(computed))
+
+    def _pattern(self, mask: np.ndarray) -> int:
+        return self.patterns.setdefault(np.packbits(mask).tobytes(), len(self.patterns))
+
+    def index(self, info: dict[str, Any]) -> DOSIndex:
+        """The finished index."""
+        packed = np.array([np.frombuffer(pattern, dtype=np.uint8) for pattern in self.patterns])
+        row_start = np.cumsum([0, *map(len, self.values)], dtype=np.int64)
+        gap, hull, gapped = (np.array(column) for column in zip(*self.facts, strict=True))
+        return DOSIndex(
+            material_id=np.array([atoms.info["material_id"] for atoms in self.crystals]),
+            cell=np.array([atoms.cell.array for atoms in self.crystals], dtype=np.float32),
+            band_gap=gap.astype(np.float32),
+            energy_above_hull=hull.astype(np.float32),
+            gapped=gapped.astype(bool),
+            site_start=np.cumsum([0, *map(len, self.crystals)], dtype=np.int64),
+            frac_coords=np.concatenate([a.get_scaled_positions() for a in self.crystals]).astype(np.float32),
+            atomic_numbers=np.concatenate([atoms.numbers for atoms in self.crystals]).astype(np.uint8),
+            site_row=np.concatenate([r + start for r, start in zip(self.site_rows, row_start, strict=False)]),
+            row_start=row_start,
+            values=np.concatenate(self.values).astype(np.float32),
+            error=np.concatenate(self.errors).astype(np.float32),
+            masks=np.unpackbits(packed, axis=1, count=MODEL_GRID.size).astype(bool),
+            row_mask=np.array(self.row_masks, dtype=np.int64),
+            computed_mask=np.array(self.computed_masks, dtype=np.int64),
+            info=info,
+        )
+
+
+def _different(numbers: np.ndarray, values: np.ndarray, known: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """Sites whose DOS stands for that of others in the crystal, and for each site the place in that list."""
+    first: list[int] = []
+    place = np.zeros(len(numbers), dtype=np.int64)
+    for i, z in enumerate(numbers.tolist()):
+        for k, j in enumerate(first):
+            close = np.abs(values[i] - values[j]).sum() <= SAME * values[j].sum()
+            if z == numbers[j] and close and np.array_equal(known[i], known[j]):
+                place[i] = k
+                break
+        else:
+            place[i] = len(first)
+            first.append(i)
+    return first, place

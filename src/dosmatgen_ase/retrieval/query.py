@@ -1,0 +1,357 @@
+"""`search`: the known crystals whose sites have a DOS.
+
+The distance is that of the package, the normalised L1 over the bins known in both. With several targets every crystal
+gets the assignment of targets to its sites that costs least (Kuhn's Hungarian method as in
+``scipy.optimize.linear_sum_assignment``); a lower bound, each target on its best site, spares most crystals that.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ase.data import atomic_numbers
+from scipy.optimize import linear_sum_assignment
+
+from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, resample
+from dosmatgen_ase.judge.metrics import MIN_SHARED
+from dosmatgen_ase.parsing import (
+    DOSInput,
+    ElementLike,
+    element_list,
+    formula_counts,
+    is_real,
+    is_whole,
+    split_targets,
+    whole_number,
+)
+from dosmatgen_ase.retrieval.index import BLOCK, DOSIndex, default_index
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from dosmatgen_ase.dos import Mask
+
+MAX_CELLS = 20  # atoms in the cells of a small crystal that stand for a larger one of the target
+_IN_CACHE = 512  # rows at a time
+
+
+@dataclass(frozen=True)
+class _Hit:
+    """A crystal and what it has for the targets."""
+
+    distance: float
+    crystal: int
+    sites: tuple[int, ...]  # of the crystal, one per target; none for a total
+    cells: int = 1
+
+
+def search(
+    dos: DOSInput,
+    n: int = 10,
+    *,
+    sites: Iterable[int] | None = None,
+    elements: Iterable[ElementLike] | None = None,
+    exclude_elements: Iterable[ElementLike] | None = None,
+    composition: str | Mapping[Any, float] | None = None,
+    num_atoms: int | Iterable[int] | None = None,
+    max_above_hull: float | None = None,
+    gap: tuple[float, float] | None = None,
+    index: DOSIndex | None = None,
+) -> list[Atoms]:
+    """Find the known crystals whose DOS is nearest to a target.
+
+    Parameters
+    ----------
+    dos : TargetDOS, sequence of TargetDOS or mapping {site: TargetDOS}
+        One site target may be any site of a crystal. Several are assigned to different sites, in the way that costs
+        least; a crystal whose cell has a whole number of times fewer sites is taken as a supercell. A total is compared
+        with the sum over the sites, of as many cells as have most nearly as many states.
+    n : int
+        Most crystals to return.
+    sites : sequence of int, optional
+        As in ``DOSGenerator.generate``: one target on so many sites. Known crystals have an order of sites of their
+        own, so that only their number counts.
+    elements, exclude_elements : sequence of str, optional
+        Crystals made of these elements only; crystals that hold none of these.
+    composition : str or mapping, optional
+        Crystals of this reduced formula.
+    num_atoms : int or sequence of int, optional
+        Atoms of the crystal's (primitive) cell.
+    max_above_hull : float, optional
+        Most energy above the hull, eV/atom. Crystals of which it is not known are left out.
+    gap : (low, high), optional
+        Band gap, eV, computed where the DOS is, else as given with the crystals. Crystals of which it is not known are
+        left out.
+    index : DOSIndex, optional
+        Where to search; by default the index that ships.
+
+    Returns
+    -------
+    list of ase.Atoms
+        Nearest first, at most `n`. ``info["search"]`` tells ``material_id``; ``sites``, the site for each target in
+        their order (none for a total); ``distance``, the normalised L1 over the bins known in both, mean over the
+        targets (for a target without states the mean absolute difference, states/eV); ``source``, "computed" or
+        "predicted"; ``expected_error``, the normalised L1 to be expected of what was predicted of it (0 where all that
+        is compared was computed, None where it is not known); ``cells``, how many of its cells the targets fill;
+        ``reference``, its zero of energy; ``band_gap`` (eV) and ``energy_above_hull`` (eV/atom), None where unknown.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there is no target, an argument is not understood, or no crystal knows 90 % of the bins and states of a
+        target.
+    FileNotFoundError
+        If there is no index.
+
+    Notes
+    -----
+    Energies count from each DOS's own zero: the Fermi level of a metal, the valence-band maximum of a gapped solid.
+    Sites that know less than 90 % of a target's bins or states are not considered: they would be near for what is not
+    known of them.
+
+    Examples
+    --------
+    >>> from dosmatgen_ase import TargetDOS, search
+    >>> hits = search(TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1)), n=3)  # doctest: +SKIP
+    """
+    total, by_site = split_targets(dos, sites)
+    if total is None and not by_site:
+        raise ValueError("a search needs a target DOS: give a TargetDOS, a list of them or a mapping {site: TargetDOS}")
+    n = whole_number(n, "n", 1)
+    total, *rest = [None if t is None else _on_grid(t) for t in (total, *by_site.values())]
+    index = default_index() if index is None else index
+    kept = _filtered(index, elements, exclude_elements, composition, num_atoms, max_above_hull, gap)
+    if not kept.any():
+        return []
+    if total is not None:
+        return [_described(index, hit, [total]) for hit in _nearest_totals(index, total, kept, n)]
+    targets = [target for target in rest if target is not None]
+    return [_described(index, hit, targets) for hit in _nearest_sites(index, targets, kept, n)]
+
+
+def _on_grid(target: TargetDOS) -> TargetDOS:
+    """The target on the model's grid, at the model's broadening or its own where that is broader."""
+    return target.on_grid(MODEL_GRID, max(MODEL_SIGMA, target.sigma or 0.0))
+
+
+# -- which crystals ----------------------------------------------------------------------------------------------------
+
+
+def _filtered(
+    index: DOSIndex,
+    elements: Any,
+    exclude_elements: Any,
+    composition: Any,
+    num_atoms: Any,
+    max_above_hull: float | None,
+    gap: tuple[float, float] | None,
+) -> Mask:
+    """Crystals that may be returned, shape (n,)."""
+    kept = np.ones(len(index), dtype=bool)
+    allowed, forbidden = element_list(elements, "elements"), element_list(exclude_elements, "exclude_elements")
+    if allowed is not None:
+        others = np.ones(index.counts.shape[1], dtype=bool)
+        others[[atomic_numbers[symbol] for symbol in allowed]] = False
+        kept &= ~index.counts[:, others].any(axis=1)
+    if forbidden:
+        kept &= ~index.counts[:, [atomic_numbers[symbol] for symbol in forbidden]].any(axis=1)
+    if (formula := formula_counts(composition)) is not None:
+        wanted = np.zeros(index.counts.shape[1], dtype=np.int64)
+        wanted[[atomic_numbers[symbol] for symbol in formula]] = list(formula.values())
+        kept &= (index.counts * wanted.sum() == wanted * index.num_atoms[:, None]).all(axis=1)
+    if num_atoms is not None:
+        kept &= np.isin(index.num_atoms, _sizes(num_atoms))
+    if max_above_hull is not None:
+        if not is_real(max_above_hull) or math.isnan(max_above_hull):
+            raise ValueError(f"max_above_hull={max_above_hull!r} must be a number in eV/atom")
+        kept &= _known(index.energy_above_hull, "max_above_hull", "energies above the hull") <= max_above_hull
+    if gap is not None:
+        ends = list(gap) if isinstance(gap, Iterable) and not isinstance(gap, str) else []
+        if len(ends) != 2 or not all(map(is_real, ends)) or not ends[0] <= ends[1]:
+            raise ValueError(f"gap={gap!r} must be two numbers in eV, the lower first, such as (0.5, 2.0)")
+        gaps = _known(index.band_gap, "gap", "band gaps")
+        kept &= (gaps >= ends[0]) & (gaps <= ends[1])
+    return kept
+
+
+def _sizes(num_atoms: Any) -> list[int]:
+    """Atoms per cell, one number or several; those of an index may be larger than what the generator makes."""
+    sizes = list(num_atoms) if isinstance(num_atoms, Iterable) and not isinstance(num_atoms, str) else [num_atoms]
+    if not sizes or not all(is_whole(size) and size > 0 for size in sizes):
+        raise ValueError(f"num_atoms={num_atoms!r} must be a whole number above 0, or a list of them")
+    return sizes
+
+
+def _known(values: np.ndarray, name: str, what: str) -> np.ndarray:
+    """The values, with which nan compares as false; ValueError if none is known."""
+    if np.isnan(values).all():
+        raise ValueError(f"this index knows no {what}: leave {name} out, or build it from crystals that tell them")
+    return values
+
+
+# -- distances ---------------------------------------------------------------------------------------------------------
+
+
+def _nearest_sites(index: DOSIndex, targets: Sequence[TargetDOS], kept: Mask, n: int) -> list[_Hit]:
+    """The `n` crystals of least mean distance over the targets, each on a site of its own."""
+    size = len(targets)
+    cells = np.where(index.num_atoms < size, size // index.num_atoms, 1)
+    kept = kept & (cells * index.num_atoms >= size) & ((cells == 1) | (cells * index.num_atoms == size))
+    if not kept.any():
+        return []
+    different = list(dict.fromkeys(targets))  # one curve for targets that are equal
+    which = np.array([different.index(target) for target in targets])
+    distance = np.stack([_row_distances(index, target, kept) for target in different])  # (d, r)
+    nearest = np.minimum.reduceat(distance, index.row_start[:-1], axis=1)  # (d, n): the best site of each crystal
+    bound = np.where(kept, nearest[which].mean(axis=0), np.inf)
+    order = np.argsort(bound, kind="stable")
+    order = order[np.isfinite(bound[order])]
+    if size == 1:
+        return [_Hit(float(bound[i]), i, (_first_site(index, distance[0], i),)) for i in order[:n].tolist()]
+    heap: list[tuple[float, int, _Hit]] = []  # of the best so far, the worst first
+    for i in order.tolist():
+        if len(heap) == n and bound[i] >= -heap[0][0]:
+            break
+        rows = np.tile(index.site_row[slice(*index.site_start[i : i + 2])], cells[i])
+        cost = distance[which[:, None], rows]
+        cost = np.where(np.isfinite(cost), cost, _FORBIDDEN)
+        chosen = linear_sum_assignment(cost)[1]
+        mean = float(cost[np.arange(size), chosen].mean())
+        if mean < _FORBIDDEN / size:
+            found = tuple((chosen % index.num_atoms[i]).tolist())
+            entry = -mean, -i, _Hit(mean, i, found, int(cells[i]))
+            (heapq.heappush if len(heap) < n else heapq.heappushpop)(heap, entry)
+    return [hit for *_, hit in sorted(heap, reverse=True)]
+
+
+_FORBIDDEN = 1e9  # cost of a site that cannot be compared; a sum that holds one is no assignment
+
+
+def _first_site(index: DOSIndex, distance: np.ndarray, crystal: int) -> int:
+    """The first site of a crystal with its least distance."""
+    return int(distance[index.site_row[slice(*index.site_start[crystal : crystal + 2])]].argmin())
+
+
+def _row_distances(index: DOSIndex, target: TargetDOS, kept: Mask) -> np.ndarray:
+    """Distance of each row to a target, float32, infinite where it cannot be compared or is of no crystal kept."""
+    rows = np.flatnonzero(np.repeat(kept, np.diff(index.row_start)))
+    found = np.full(len(index.values), np.inf, dtype=np.float32)
+    if target.sigma == MODEL_SIGMA:
+        found[rows] = _distances(index.values, rows, index.masks, index.row_mask[rows], target)
+    else:
+        for part in np.split(rows, range(BLOCK, len(rows), BLOCK)):
+            values, known = _broadened(index.values[part], index.masks[index.row_mask[part]], target)
+            whole = np.arange(len(part))
+            found[part] = _distances(values, whole, known, whole, target)
+    _require_comparable(found, target)
+    return found
+
+
+def _nearest_totals(index: DOSIndex, target: TargetDOS, kept: Mask, n: int) -> list[_Hit]:
+    """The `n` crystals whose sites add up to the total, in as many cells as have most nearly as many states."""
+    values, known = index.totals
+    rows = np.flatnonzero(kept)
+    values, known = values[rows], known[rows]
+    if target.sigma != MODEL_SIGMA:
+        values, known = _broadened(values, known, target)
+    states = values[:, target.known].sum(axis=1)
+    ratio = known.astype(np.float32) @ target.values.astype(np.float32) / np.where(states > 0, states, np.inf)
+    most = np.maximum(1, MAX_CELLS // index.num_atoms[rows])
+    cells = np.clip(np.rint(ratio), 1, most).astype(np.int64)
+    whole = np.arange(len(rows))
+    found = _distances(values * cells[:, None].astype(np.float32), whole, known, whole, target)
+    _require_comparable(found, target)
+    order = np.argsort(found, kind="stable")[:n]
+    order = order[np.isfinite(found[order])]
+    return [_Hit(float(found[k]), int(rows[k]), (), int(cells[k])) for k in order.tolist()]
+
+
+def _broadened(values: np.ndarray, known: Mask, target: TargetDOS) -> tuple[np.ndarray, Mask]:
+    """Rows at the broadening of a target that is broader than they are."""
+    sigma = target.sigma or MODEL_SIGMA
+    wider, inside = resample(MODEL_GRID.energies, values, known, MODEL_SIGMA, MODEL_GRID, sigma)
+    return wider.astype(np.float32), inside
+
+
+def _distances(values: np.ndarray, rows: np.ndarray, masks: Mask, pattern: np.ndarray, target: TargetDOS) -> np.ndarray:
+    """Normalised L1 of some rows to a target on the same grid, float32; infinite where too little is known in both.
+
+    Values are zero at unknown bins, where ``|0 - g*|`` is the target itself: what those bins add to the sum over all
+    of them is subtracted, which is cheaper than a mask for every row.
+
+    Parameters
+    ----------
+    values : (r, 151) float32
+    rows : (k,) int, rising
+    masks : (m, 151) bool
+    pattern : (k,) int
+        The mask of each of these rows.
+    """
+    columns = np.flatnonzero(target.known)
+    first, last = int(columns[0]), int(columns[-1]) + 1
+    span: Any = slice(first, last) if last - first == len(columns) else columns
+    wanted = target.values[columns].astype(np.float32)
+    ones = np.ones(len(columns), dtype=np.float32)
+    total = np.empty(len(rows), dtype=np.float32)
+    for start in range(0, len(rows), _IN_CACHE):
+        part = rows[start : start + _IN_CACHE]
+        whole = part[-1] - part[0] + 1 == len(part)  # without a filter, no copy is needed
+        block = values[part[0] : part[-1] + 1, span] if whole else values[part][:, span]
+        error = np.subtract(block, wanted)
+        np.abs(error, out=error)
+        total[start : start + _IN_CACHE] = error @ ones
+    inside = masks[:, columns].astype(np.float32)
+    shared, states = inside.sum(axis=1), inside @ wanted
+    all_states = wanted.sum()
+    usable = (shared >= max(1.0, MIN_SHARED * len(columns))) & (states >= MIN_SHARED * all_states * (1 - 1e-6))
+    scale = states if all_states > 0 else shared  # without states: the mean absolute difference
+    scale = np.where(usable, scale, 1)
+    distance = np.maximum(total - (all_states - states)[pattern], 0) / scale[pattern]
+    return np.where(usable[pattern], distance, np.inf).astype(np.float32)
+
+
+def _require_comparable(distance: np.ndarray, target: TargetDOS) -> None:
+    if not np.isfinite(distance).any():
+        share = f"{MIN_SHARED:.0%} of the bins and states of {target!r}"
+        raise ValueError(f"no crystal searched knows {share}: widen the window, or ask for other elements")
+
+
+# -- what is told ------------------------------------------------------------------------------------------------------
+
+
+def _described(index: DOSIndex, hit: _Hit, targets: Sequence[TargetDOS]) -> Atoms:
+    """The crystal with ``info["search"]``."""
+    i = hit.crystal
+    atoms = index.atoms(i)
+    start = index.site_start[i]
+    parts = [[site] for site in hit.sites] or [list(range(len(atoms)))]  # a total rests on all sites
+    errors = [
+        _expected_error(index, i, target, index.site_row[[start + site for site in part]])
+        for target, part in zip(targets, parts, strict=True)
+    ]
+    error = float(np.mean(errors))
+    facts = {"band_gap": float(index.band_gap[i]), "energy_above_hull": float(index.energy_above_hull[i])}
+    atoms.info["search"] = {
+        "material_id": str(index.material_id[i]),
+        "sites": list(hit.sites),
+        "distance": hit.distance,
+        "source": "computed" if index.computed[i] else "predicted",
+        "expected_error": None if math.isnan(error) else error,
+        "cells": hit.cells,
+        "reference": "vbm" if index.gapped[i] else "fermi",
+        **{name: None if math.isnan(value) else value for name, value in facts.items()},
+    }
+    return atoms
+
+
+def _expected_error(index: DOSIndex, crystal: int, target: TargetDOS, rows: np.ndarray) -> float:
+    """Error to be expected of what was predicted, times the share of the target's states that it is compared with."""
+    computed = index.masks[index.computed_mask[crystal]]
+    weight = target.values if target.values.any() else target.known.astype(float)
+    share = float(np.average(~computed, weights=weight))
+    return share * float(np.mean(index.error[rows])) if share else 0.0
