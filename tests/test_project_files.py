@@ -95,6 +95,19 @@ def test_constraints_pin_every_requirement_within_its_range(python: str) -> None
             assert requirement.specifier.contains(pins[name]), f"{name}=={pins[name]} is outside {requirement}"
 
 
+def test_citation_and_recipe_follow_the_package() -> None:
+    version = re.search(r'__version__ = "(.+)"', (SOURCE / "__init__.py").read_text())
+    assert version is not None
+    assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
+    run = (ROOT / "recipe" / "meta.yaml").read_text().partition("  run:\n")[2].partition("\n\n")[0]
+    recipe = {Requirement(line.strip().removeprefix("- ")) for line in run.splitlines()}
+    conda_names = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+    wanted = {Requirement(line) for line in PROJECT["dependencies"]}
+    assert {(r.name, str(r.specifier)) for r in recipe} == {
+        ("python", PROJECT["requires-python"]), *((conda_names.get(r.name, r.name), str(r.specifier)) for r in wanted)
+    }
+
+
 def interpreter(folder: Path, name: str, answer: str) -> None:
     """A stand-in for an interpreter: it answers setup.sh's question, and names itself where it is to make .venv."""
     (folder / name).write_text(f'#!/bin/sh\nif [ "$1" = - ]; then {answer}; else echo "made by {name}"; exit 3; fi\n')
