@@ -1,0 +1,229 @@
+"""A crystal as the model sees it: its bonds within the cutoff, and batches of several crystals.
+
+`crystal_graph` finds the bonds of one crystal; `collate` joins crystals of different sizes. Positions and the cell may
+be tensors that require a gradient: bonds are linear in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dosmatgen_ase.forward.tight_binding.basis import ELECTRONS, MAGNETIC, NUM_ORBITALS, ORBITALS
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+
+@dataclass(frozen=True)
+class CrystalGraph:
+    """Bonds of one crystal of n atoms.
+
+    Attributes
+    ----------
+    numbers : (n,) int64
+    first, second : (e,) int64
+        Atoms of each directed bond.
+    bond : (e, 3)
+        From the first atom to the second, Angstrom.
+    image : (e,) int64
+        Row of `vectors` that tells the cell of the second atom.
+    vectors : (v, 3)
+        Lattice vectors that occur, in units of the cell; row 0 is zero.
+    reciprocal : (3,) float64 array
+        Lengths of the reciprocal vectors, 1/Angstrom (without 2 pi).
+    source, target : (m,) int64
+        Elements of the bonds' blocks, out of e x 81, between orbitals that exist; their image, row and column in the
+        Hamiltonian, packed as (image * size + row) * size + column.
+    size : int
+        Number of orbitals.
+    """
+
+    numbers: Tensor
+    first: Tensor
+    second: Tensor
+    bond: Tensor
+    image: Tensor
+    vectors: Tensor
+    reciprocal: np.ndarray
+    source: Tensor
+    target: Tensor
+    size: int
+
+    @property
+    def magnetic(self) -> bool:
+        """Whether the crystal gets two spin channels."""
+        return bool(MAGNETIC.intersection(self.numbers.tolist()))
+
+    @property
+    def electrons(self) -> float:
+        """Valence electrons of the cell."""
+        return float(ELECTRONS[self.numbers.numpy()].sum())
+
+    def with_geometry(self, positions: Tensor, cell: Tensor) -> CrystalGraph:
+        """Return the same bonds between moved atoms, differentiable.
+
+        Parameters
+        ----------
+        positions : (n, 3), Angstrom
+            Continuously moved from those that the graph was made of, not wrapped.
+        cell : (3, 3), Angstrom
+            Rows are lattice vectors.
+        """
+        bond = positions[self.second] - positions[self.first] + self.vectors[self.image].to(cell) @ cell
+        return replace(self, bond=bond)
+
+
+def crystal_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
+    """Find the bonds of a periodic crystal.
+
+    Parameters
+    ----------
+    atoms : periodic crystal
+    cutoff : Angstrom
+
+    Raises
+    ------
+    ValueError
+        If two atoms share a place.
+    """
+    from ase.neighborlist import neighbor_list
+
+    first, second, shift, bond = neighbor_list("ijSD", atoms, cutoff)
+    if len(bond) and np.linalg.norm(bond, axis=1).min() < 0.1:
+        raise ValueError("two atoms are closer than 0.1 A: move them apart")
+    numbers = atoms.numbers.astype(np.int64)
+    everything = np.concatenate([np.zeros((1, 3), dtype=np.int64), shift])
+    vectors, image = np.unique(everything, axis=0, return_inverse=True)
+    image = image.ravel()
+    order = np.argsort(np.arange(len(vectors)) != image[0], kind="stable")  # the home cell first
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    vectors, image = vectors[order], rank[image[1:]]
+    place, exists, size = _places(numbers)
+    both = exists[first][:, :, None] & exists[second][:, None]
+    source = np.flatnonzero(both)
+    row = np.broadcast_to(place[first][:, :, None], both.shape).ravel()[source]
+    column = np.broadcast_to(place[second][:, None], both.shape).ravel()[source]
+    cells = np.repeat(image, both.shape[1] * both.shape[2])[source]
+    return CrystalGraph(
+        numbers=torch.from_numpy(numbers),
+        first=torch.from_numpy(first.astype(np.int64)),
+        second=torch.from_numpy(second.astype(np.int64)),
+        bond=torch.from_numpy(bond.astype(np.float32)),
+        image=torch.from_numpy(image.astype(np.int64)),
+        vectors=torch.from_numpy(vectors.astype(np.float32)),
+        reciprocal=np.linalg.norm(np.linalg.inv(atoms.cell.array).T, axis=1),
+        source=torch.from_numpy(source.astype(np.int32)),
+        target=torch.from_numpy(((cells * size + row) * size + column).astype(np.int32)),
+        size=size,
+    )
+
+
+def _places(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Place of each atom's orbitals in the Hamiltonian (n, 9), whether they exist (n, 9), and how many there are."""
+    exists = ORBITALS[numbers]
+    place = np.cumsum(exists.ravel()).reshape(exists.shape) - 1
+    return place, exists, int(exists.sum())
+
+
+@dataclass(frozen=True)
+class GraphBatch:
+    """Several crystals, all or none of them magnetic; atoms and bonds in one row, matrices padded to one size.
+
+    Attributes
+    ----------
+    numbers, owner, site : (n,)
+        Atomic number, crystal, and number within the crystal of each atom.
+    first, second : (e,)
+        Atoms of each bond.
+    bond : (e, 3), Angstrom
+    vectors : (b, v, 3)
+        Lattice vectors of each crystal, padded with zeros; row 0 is the home cell.
+    source, target : (m,)
+        Where elements of bonds' blocks go in the flattened (b, v, size, size).
+    place, exists : (n, 9)
+        Place of each orbital in its crystal's Hamiltonian; whether it exists.
+    sizes, electrons : (b,)
+        Orbitals and electrons of each crystal.
+    size, sites : int
+        Largest number of orbitals and of sites.
+    magnetic : bool
+    """
+
+    numbers: Tensor
+    owner: Tensor
+    site: Tensor
+    first: Tensor
+    second: Tensor
+    bond: Tensor
+    vectors: Tensor
+    source: Tensor
+    target: Tensor
+    place: Tensor
+    exists: Tensor
+    sizes: Tensor
+    electrons: Tensor
+    size: int
+    sites: int
+    magnetic: bool
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the batch on a device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+def collate(graphs: Sequence[CrystalGraph]) -> GraphBatch:
+    """Join crystals, all or none of them magnetic.
+
+    Raises
+    ------
+    ValueError
+        If some are magnetic and some are not.
+    """
+    if len({g.magnetic for g in graphs}) != 1:
+        raise ValueError("a batch holds magnetic crystals or others, at least one, not both")
+    counts = torch.tensor([len(g.numbers) for g in graphs])
+    start = (counts.cumsum(0) - counts).tolist()
+    size, most = max(g.size for g in graphs), max(len(g.vectors) for g in graphs)
+    numbers = torch.cat([g.numbers for g in graphs])
+    owner = torch.arange(len(graphs)).repeat_interleave(counts)
+    exists = torch.from_numpy(ORBITALS)[numbers]
+    vectors = graphs[0].vectors.new_zeros(len(graphs), most, 3)
+    source, target, bonds = [], [], 0
+    for b, g in enumerate(graphs):
+        vectors[b, : len(g.vectors)] = g.vectors
+        source.append(g.source.long() + bonds)
+        packed = g.target.long()
+        column, rest = packed % g.size, packed // g.size
+        target.append(((b * most + rest // g.size) * size + rest % g.size) * size + column)
+        bonds += len(g.first) * NUM_ORBITALS**2
+    sizes = torch.tensor([g.size for g in graphs])
+    return GraphBatch(
+        numbers=numbers,
+        owner=owner,
+        site=torch.cat([torch.arange(n) for n in counts.tolist()]),
+        first=torch.cat([g.first + s for g, s in zip(graphs, start, strict=True)]),
+        second=torch.cat([g.second + s for g, s in zip(graphs, start, strict=True)]),
+        bond=torch.cat([g.bond for g in graphs]),
+        vectors=vectors,
+        source=torch.cat(source),
+        target=torch.cat(target),
+        place=exists.flatten().cumsum(0).view(-1, NUM_ORBITALS) - 1 - (sizes.cumsum(0) - sizes)[owner][:, None],
+        exists=exists,
+        sizes=sizes,
+        electrons=torch.tensor([g.electrons for g in graphs]),
+        size=size,
+        sites=int(counts.max()),
+        magnetic=graphs[0].magnetic,
+    )

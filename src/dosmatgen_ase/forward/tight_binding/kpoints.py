@@ -1,0 +1,50 @@
+"""Points of the Brillouin zone, in units of the reciprocal cell: random meshes to train, fixed ones to use."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def mesh_size(reciprocal: np.ndarray, number: int) -> np.ndarray:
+    """Return the finest mesh (3,) of at most `number` points whose spacing is about equal in all directions.
+
+    Parameters
+    ----------
+    reciprocal : (3,)
+        Lengths of the reciprocal vectors, 1/Angstrom.
+    number : at least 1
+    """
+    low, high = 0.0, (number + 1.0) / float(reciprocal.max())
+    for _ in range(40):
+        middle = (low + high) / 2
+        fits = np.maximum(1, np.round(middle * reciprocal)).prod() <= number
+        low, high = (middle, high) if fits else (low, middle)
+    return np.maximum(1, np.round(low * reciprocal)).astype(int)
+
+
+def random_mesh(reciprocal: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    """Return exactly `number` points (number, 3): a randomly shifted mesh, filled up at random. Unbiased."""
+    mesh = mesh_size(reciprocal, number)
+    points = _grid(mesh) + rng.random(3) / mesh
+    return np.concatenate([points, rng.random((number - len(points), 3))])
+
+
+def symmetric_mesh(reciprocal: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points (k, 3) and weights (k,) of a mesh around Gamma; of k and -k, whose levels are the same, one.
+
+    Parameters
+    ----------
+    reciprocal : (3,)
+        Lengths of the reciprocal vectors, 1/Angstrom.
+    number : points of the whole mesh, at most
+    """
+    mesh = mesh_size(reciprocal, number)
+    whole = np.rint(_grid(mesh) * mesh).astype(int)
+    code = whole @ np.array([mesh[1] * mesh[2], mesh[2], 1])
+    opposite = (-whole % mesh) @ np.array([mesh[1] * mesh[2], mesh[2], 1])
+    first, counts = np.unique(np.minimum(code, opposite), return_counts=True)
+    return whole[first] / mesh, counts / len(whole)
+
+
+def _grid(mesh: np.ndarray) -> np.ndarray:
+    return np.stack(np.meshgrid(*[np.arange(m) / m for m in mesh], indexing="ij"), -1).reshape(-1, 3)
