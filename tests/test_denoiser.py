@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from dosmatgen_ase.crystals.batch import CrystalBatch, check_atoms
+from dosmatgen_ase.model import denoiser
+from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS, load_model
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser, DOSCondition
-from dosmatgen_ase.model.denoiser import DenoiserConfig, pair_features
+from dosmatgen_ase.model.denoiser import DenoiserConfig, Layer, pair_features
 from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
 from dosmatgen_ase.model.diffusion.process import NoisyCrystals, Prediction
 
@@ -154,20 +158,115 @@ def test_what_must_change_the_prediction(
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def test_batched_is_single(tiny_model: ConditionalDenoiser, lattice: LatticeProcess) -> None:
+def with_random_biases(model: ConditionalDenoiser) -> ConditionalDenoiser:
+    """A copy in which nothing is zero by its initialisation, as in no trained network."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def trained_model() -> ConditionalDenoiser:
+    return load_model(DEFAULT_WEIGHTS)[0]
+
+
+@pytest.fixture(params=["untrained", "random biases", "trained"])
+def any_model(
+    request: pytest.FixtureRequest, tiny_model: ConditionalDenoiser, trained_model: ConditionalDenoiser
+) -> ConditionalDenoiser:
+    return {"untrained": tiny_model, "random biases": with_random_biases(tiny_model), "trained": trained_model}[
+        request.param
+    ]
+
+
+def cut(condition: DOSCondition, i: int, n: int) -> DOSCondition:
+    """The condition of one structure alone."""
+    return DOSCondition(*(v[i : i + 1, :n] if v.ndim == 3 else v[i : i + 1] for v in condition.__dict__.values()))
+
+
+def test_batched_is_single(any_model: ConditionalDenoiser, lattice: LatticeProcess) -> None:
     structures = [random_crystal(n, n) for n in (1, 6, 3, 2)]
     structures.append(bulk("Cu"))
     condition = condition_of(structures)
-    batched = tiny_model(state_of(structures, lattice), condition)
+    batched = any_model(state_of(structures, lattice), condition)
     assert batched.site_dos is not None
     for i, atoms in enumerate(structures):
         n = len(atoms)
-        own = DOSCondition(*(v[i : i + 1, :n] if v.ndim == 3 else v[i : i + 1] for v in condition.__dict__.values()))
-        single = tiny_model(state_of([atoms], lattice), own)
+        single = any_model(state_of([atoms], lattice), cut(condition, i, n))
         part = Prediction(*(v[i : i + 1] for v in (batched.lattice,)), batched.coords[i : i + 1, :n],
                           batched.species[i : i + 1, :n], batched.site_dos[i : i + 1, :n])  # fmt: skip
         assert_same(part, single)
         assert not batched.coords[i, n:].any()
+
+
+@pytest.mark.parametrize("padded", [1, 18])
+def test_padding_changes_nothing(padded: int, any_model: ConditionalDenoiser, lattice: LatticeProcess) -> None:
+    """One padded site moved the shipped network's species logits by 1.4, and 18 moved them by 32."""
+    structures = [random_crystal(2, 0), random_crystal(2 + padded, 1)]
+    condition = condition_of(structures)
+    alone = any_model(state_of(structures[:1], lattice), cut(condition, 0, 2))
+    together = any_model(state_of(structures, lattice), condition)
+    assert alone.site_dos is not None
+    assert together.site_dos is not None
+    assert_same(
+        Prediction(together.lattice[:1], together.coords[:1, :2], together.species[:1, :2], together.site_dos[:1, :2]),
+        alone,
+    )
+
+
+def test_without_padding_the_mask_of_sites_changes_no_bit(
+    any_model: ConditionalDenoiser, lattice: LatticeProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crystals are generated in batches of one size: they stay what they were before padded sites were masked."""
+    structures = [random_crystal(4, seed) for seed in range(3)]
+    state, condition = state_of(structures, lattice), condition_of(structures)
+    masked = any_model(state, condition)
+    whole = Layer.forward
+
+    def without_mask(self: Layer, h: Tensor, u: Tensor, pair: Tensor, features: Any, site: Tensor, *rest: Any) -> Any:
+        return whole(self, h, u, pair, features, torch.tensor(1.0), *rest)
+
+    monkeypatch.setattr(Layer, "forward", without_mask)
+    unmasked = any_model(state, condition)
+    assert all(torch.equal(a, b) for a, b in zip(masked.__dict__.values(), unmasked.__dict__.values(), strict=True))
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_geometry_stays_in_float32_under_autocast(
+    any_model: ConditionalDenoiser, lattice: LatticeProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    structures = [random_crystal(n, n) for n in (4, 2)]
+    state, condition = state_of(structures, lattice), condition_of(structures)
+    seen: list[denoiser.PairFeatures] = []
+    kinds: list[torch.dtype] = []
+    whole, layer = denoiser.pair_features, Layer.forward
+
+    def features(*arguments: Any) -> denoiser.PairFeatures:
+        seen.append(found := whole(*arguments))
+        return found
+
+    def forward(self: Layer, *arguments: Any) -> Any:
+        kinds.append(self.pair_out(arguments[2]).dtype)
+        return layer(self, *arguments)
+
+    monkeypatch.setattr(denoiser, "pair_features", features)
+    monkeypatch.setattr(Layer, "forward", forward)
+    exact = any_model(state, condition)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = any_model(state, condition)
+    for name in ("scalar", "vector", "tensor"):
+        assert torch.equal(getattr(seen[0], name), getattr(seen[1], name))
+    layers = len(any_model.denoiser.layers)
+    assert kinds == [torch.float32] * layers + [torch.bfloat16] * layers
+    for name in ("lattice", "coords", "species", "site_dos"):
+        a, b = getattr(exact, name), getattr(coarse, name)
+        assert b.dtype == torch.float32
+        assert (a - b).norm() < 0.05 * a.norm()
 
 
 def test_no_gradient_crosses_structures(tiny_model: ConditionalDenoiser, lattice: LatticeProcess) -> None:

@@ -22,6 +22,7 @@ from dosmatgen_ase.model.diffusion.lattice import (
     symmetric_log,
 )
 from dosmatgen_ase.model.diffusion.process import JointProcess
+from dosmatgen_ase.model.running_sum import doubling_sum, running_sum
 
 UNIT = LatticeProcess((0.0,) * 6, (1.0,) * 6)
 PROCESS = LatticeProcess((0.1, -0.2, 0.0, 0.3, 0.0, 1.5), (0.5, 0.4, 0.3, 0.2, 0.6, 0.7))
@@ -333,3 +334,13 @@ def test_clean_reads_a_noiseless_state_back() -> None:
     assert torch.equal(back.atomic_numbers, crystals.atomic_numbers)
     assert torch.equal(back.frac_coords, crystals.frac_coords)
     torch.testing.assert_close(back.cell @ back.cell.mT, crystals.cell @ crystals.cell.mT, rtol=1e-4, atol=1e-4)
+
+
+# -- running sums ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 95, 151])
+def test_the_sum_in_doubling_steps_is_the_cumulative_sum(size: int) -> None:
+    values = torch.rand(2, 3, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(doubling_sum(values), values.cumsum(-1))
+    assert torch.equal(running_sum(values), values.cumsum(-1))  # on a CPU

@@ -16,6 +16,7 @@ from dosmatgen_ase.crystals.batch import MAX_ATOMS, OnDevice
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.model.denoiser import Denoiser, mlp
 from dosmatgen_ase.model.diffusion.process import NoisyCrystals, Prediction
+from dosmatgen_ase.model.running_sum import running_sum
 
 ELECTRONS = 50.0  # unit of the running sum: five electrons on bins of 0.1 eV
 
@@ -78,7 +79,7 @@ class DOSEncoder(nn.Module):
     def _embed(network: nn.Module, null: Tensor, values: Tensor, known: Tensor) -> Tensor:
         # The running sum counts electrons: the element shows in how many there are below the Fermi level.
         shown = values * known
-        features = torch.cat([torch.log1p(shown), shown.cumsum(-1) / ELECTRONS, known.to(values.dtype)], -1)
+        features = torch.cat([torch.log1p(shown), running_sum(shown) / ELECTRONS, known.to(values.dtype)], -1)
         return torch.where(known.any(-1, keepdim=True), network(features), null)
 
 

@@ -58,6 +58,9 @@ def pair_features(cell: Tensor, frac_coords: Tensor, mask: Tensor, num_radial: i
     Only pairs i <= j and images inside the cutoff are evaluated (the pair (j, i) has the opposite vectors); a site's
     own images count, the site itself does not.
 
+    On CUDA the sums are added in a changing order: their last digits differ from run to run unless
+    ``torch.use_deterministic_algorithms(True)`` is set.
+
     Parameters
     ----------
     cell : Tensor, shape (B, 3, 3)
@@ -140,10 +143,11 @@ class Layer(nn.Module):
         self.site = mlp(3 * d + p + c, d, d + c)
 
     def forward(
-        self, h: Tensor, u: Tensor, pair: Tensor, features: PairFeatures, pair_mask: Tensor, count: Tensor
+        self, h: Tensor, u: Tensor, pair: Tensor, features: PairFeatures, site: Tensor, pair_mask: Tensor, count: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Update sites ``h`` (B, N, D), vectors ``u`` (B, N, 3, C) and pairs (B, N, N, P)."""
-        x = self.norm(h)
+        """Update sites ``h`` (B, N, D), vectors ``u`` (B, N, 3, C) and pairs (B, N, N, P); ``site`` (B, N, 1) marks
+        real sites."""
+        x = self.norm(h) * site  # the norm of a padded site is its bias, which must not enter the pool
         to_i, to_j = self.site_to_pair(x).chunk(2, -1)
         vector = self.pair_vector(features.vector)  # (B, N, N, 3, C)
         dot_i, dot_j = (vector * u[:, :, None]).sum(3), (vector * u[:, None]).sum(3)
@@ -198,25 +202,27 @@ class Denoiser(nn.Module):
             Embedded DOS targets, added to the sites.
         """
         mask = state.mask
-        cell = self.lattice.decode(state.lattice, state.num_atoms)
-        features = pair_features(cell, state.frac_coords, mask, self.config.num_radial, self.config.cutoff)
-        pair_mask = (mask[:, :, None] & mask[:, None])[..., None].to(cell.dtype)
-        count = state.num_atoms[:, None, None, None].to(cell.dtype)
-        site = mask[..., None].to(cell.dtype)
-
-        t_lattice = level_features(state.t_lattice)
-        level = torch.cat([level_features(state.t_coords), t_lattice[:, None].expand(*mask.shape, -1)], -1)
-        shared = self.lattice_in(state.lattice) + self.size(state.num_atoms)
-        h = self.element(state.species) + self.level(level) + shared[:, None]
-        h = (h if condition is None else h + condition) * site
-        u = torch.zeros(*mask.shape, 3, self.config.vector_channels, device=cell.device)
-        pair = self.pair_start(features.scalar) * pair_mask
+        device = state.lattice.device
+        count = state.num_atoms[:, None, None, None].to(torch.float32)
+        pair_mask = (mask[:, :, None] & mask[:, None])[..., None].to(torch.float32)
+        site = mask[..., None].to(torch.float32)
+        # In bfloat16 an atom of a cell of 8 Angstrom would stand 0.03 off: only the layers may be autocast.
+        with torch.autocast(device.type, enabled=False):
+            cell = self.lattice.decode(state.lattice, state.num_atoms)
+            features = pair_features(cell, state.frac_coords, mask, self.config.num_radial, self.config.cutoff)
+            t_lattice = level_features(state.t_lattice)
+            level = torch.cat([level_features(state.t_coords), t_lattice[:, None].expand(*mask.shape, -1)], -1)
+            shared = self.lattice_in(state.lattice) + self.size(state.num_atoms)
+            h = self.element(state.species) + self.level(level) + shared[:, None]
+            h = (h if condition is None else h + condition) * site
+            pair = self.pair_start(features.scalar) * pair_mask
+        u = torch.zeros(*mask.shape, 3, self.config.vector_channels, device=device)
         for layer in self.layers:
-            h, u, pair = layer(h, u, pair, features, pair_mask, count)
+            h, u, pair = layer(h, u, pair, features, site, pair_mask, count)
             h = h * site
         h, pair, u = self.norm(h).float() * site, pair.float(), u.float()
 
-        with torch.autocast(cell.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             length = (torch.linalg.det(cell) / state.num_atoms)[:, None, None] ** (1 / 3)
             pull = (self.coords_pair(pair)[:, :, :, None] * features.vector).sum((2, 4)) + self.coords_vector(u)[..., 0]
             velocity = torch.einsum("bix,bxc->bic", pull * length, torch.linalg.inv(cell)) * site

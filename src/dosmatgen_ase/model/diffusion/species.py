@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dosmatgen_ase.model.running_sum import running_sum
+
 MASKED = 0
 
 
@@ -36,6 +38,6 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """
     probabilities = torch.softmax(logits.double(), -1)
     probabilities[..., MASKED] = 0.0
-    cumulative = probabilities.cumsum(-1)
+    cumulative = running_sum(probabilities)
     threshold = uniform.double()[..., None] * cumulative[..., -1:]
     return (cumulative <= threshold).sum(-1).clamp(1, logits.shape[-1] - 1)
