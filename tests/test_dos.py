@@ -395,7 +395,7 @@ def test_pymatgen_sites_add_up_to_the_spin_summed_total() -> None:
     assert (sites[0].values + sites[1].values)[both] == pytest.approx(total.values[both])
     assert sites[0].total_states(-2.5, -0.5) == pytest.approx(6.0, rel=0.01)
     assert sites[1].total_states(-6.0, -4.0) == pytest.approx(6.0, rel=0.01)
-    assert "scaled" in sites[0].provenance["steps"][0]
+    assert any("sites scaled" in step for step in sites[0].provenance["steps"])
 
 
 def test_pymatgen_energies_above_the_last_band_are_unknown() -> None:
@@ -736,11 +736,11 @@ def test_hostile_calls(call: Callable[[], object], error: type[Exception], messa
         (b'{"energies": [0, 1], "values": [1]}', None, "one common length"),
         (b'{"energies": [0, 1], "values": [1, 1]}', 0, "leave out site"),
         (b'{"densities": {}}', None, "not a pymatgen Dos"),
-        (b'{"densities": [1], "efermi": 0, "energies": [0]}', None, "that pymatgen reads: Attribute"),
+        (b'{"densities": [1], "efermi": 0, "energies": [0]}', None, "must be a dict of spins"),
         (
             b'{"densities": {"1": [1]}, "efermi": 0, "energies": [0], "pdos": [1], "structure": {}}',
             0,
-            "reads: KeyError: 'lattice'",
+            "must be the dict of a Structure",
         ),
         (b'{"result": null}', None, 'needs "energies"'),
         (b'{"result": 3}', 0, "leave out site"),
