@@ -747,7 +747,7 @@ def test_hostile_calls(call: Callable[[], object], error: type[Exception], messa
         (b'{"result": ["sites", "total"]}', None, 'needs "energies"'),
         (b'{"sites": 5, "total": {}}', 0, '"sites" must be a list'),
         (b'{"sites": {"a": 1}, "total": {}}', 0, '"sites" must be a list'),
-        (b'{"sites": [null], "total": null}', 0, "not the dict of a TargetDOS"),
+        (b'{"sites": [null], "total": null}', 0, "DOS of site 0 is unknown there"),
         (b"<html></html>", None, "not a complete vasprun"),
         (b"PK\x03\x04 broken", None, "not an .npz"),
         (b"\x1f\x8b broken", None, "damaged gzip"),
