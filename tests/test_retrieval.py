@@ -511,6 +511,7 @@ def test_blocks_do_not_change_the_result(labels: SiteDOSLabels, predictor: Path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(query, "_IN_CACHE", 3)
         patch.setattr(query, "BLOCK", 5)
+        patch.setattr(query, "_CHUNK", 2)
         small = search(wanted, 9, index=index), search(wanted[0], 9, elements=index.atoms(0).symbols, index=index)
     large = search(wanted, 9, index=index), search(wanted[0], 9, elements=index.atoms(0).symbols, index=index)
     for some, others in zip(small, large, strict=True):

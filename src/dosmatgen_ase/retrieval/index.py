@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 UNREADABLE = (KeyError, TypeError, IndexError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 LEVELS = 600  # steps between zero and the maximum of a row, in the square root
 BLOCK = 4096  # crystals or rows at a time: bounds memory
+GROUP = 4  # bins whose sums are looked at first
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -192,6 +193,11 @@ class DOSIndex:
             np.add.reduceat(self.values[rows], first, axis=0, out=values[block])
             np.logical_and.reduceat(self.masks[self.row_mask[rows]], first, axis=0, out=known[block])
         return values, known
+
+    @cached_property
+    def grouped(self) -> np.ndarray:
+        """Sums of the values over `GROUP` neighbouring bins, (r, 38) float32; the last group is of fewer."""
+        return np.add.reduceat(self.values, np.arange(0, MODEL_GRID.size, GROUP), axis=1)
 
     def atoms(self, i: int) -> Atoms:
         """Crystal `i`, with its ``material_id`` in ``info``."""
