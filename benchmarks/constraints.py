@@ -65,8 +65,10 @@ from dosmatgen_ase.crystals.screening import screen
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, NEAR_GAP, normalised_l1_arrays
 from dosmatgen_ase.forward.predictor import DOSPredictor
-from dosmatgen_ase.generate.generator import BATCH_PAIRS, WINDOW_GUIDANCE, WINDOW_TEMPERATURE, Request
+from dosmatgen_ase.generate.generator import BATCH_PAIRS
+from dosmatgen_ase.generate.request import WINDOW_GUIDANCE, WINDOW_TEMPERATURE, Request
 from dosmatgen_ase.generate.sampler import SamplerConfig
+from dosmatgen_ase.generate.settings import GenerationSettings
 from dosmatgen_ase.model.conditioning import Guidance
 
 
@@ -99,10 +101,8 @@ BAR = {
 
 
 def request(dos: Any = None, **settings: Any) -> Request:
-    """A checked request, by the names of `DOSGenerator.generate`."""
-    names = ("num_atoms", "sites", "template", "strength", "fixed_species", "fixed_sites", "fixed_cell", "composition")
-    defaults: dict[str, Any] = dict.fromkeys((*names, "elements", "exclude_elements")) | {"strength": 1.0}
-    return Request.parse(dos, **(defaults | {"fixed_cell": False} | settings))
+    """A checked request, by the names of `DOSGenerator.generate`; a template gives what is held, and nothing else."""
+    return Request.of(dos, GenerationSettings(**{"strength": 1.0, **settings}))
 
 
 def draws(

@@ -49,7 +49,7 @@ from tqdm import tqdm
 from dosmatgen_ase import DOSGenerator
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.forward.predictor import DOSPredictor
-from dosmatgen_ase.generate.generator import WINDOW_GUIDANCE, WINDOW_TEMPERATURE
+from dosmatgen_ase.generate.request import WINDOW_GUIDANCE, WINDOW_TEMPERATURE
 from dosmatgen_ase.judge.stability import chgnet_energies, load_hull
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser, Guidance
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import ase.io
@@ -26,10 +28,11 @@ from typer.testing import CliRunner, Result
 
 from dosmatgen_ase import cli
 from dosmatgen_ase.cli import app
-from dosmatgen_ase.cli.options import whole_numbers
+from dosmatgen_ase.cli.options import SETTINGS, site_list
 from dosmatgen_ase.data import SHARD_KEYS
 from dosmatgen_ase.dos import TargetDOS, normalised_l1
 from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig, default_predictor, predict_dos
+from dosmatgen_ase.generate.settings import GenerationSettings, described
 from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS, load_model, save_model
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser
 from dosmatgen_ase.model.denoiser import Denoiser, DenoiserConfig
@@ -234,8 +237,6 @@ GENERATE: list[tuple[Callable[[Path, Path], list[object]], int, str]] = [
     (lambda tmp, w: [NICKEL, "--num-steps", 0], 1, "num_steps=0"),
     (lambda tmp, w: [NICKEL, "--fixed-species", "Co"], 2, "'Co' must be like 0=Co"),
     (lambda tmp, w: [NICKEL, "--fixed-species", "0=Co", "--fixed-species", "00=Ni"], 2, "site 0 is named twice"),
-    (lambda tmp, w: [NICKEL, "--relax", "chgnet", "--fixed-cell"], 1, "which contradicts fixed_cell"),
-    (lambda tmp, w: [NICKEL, "--relax", "chgnet", "--fixed-sites", "0"], 1, "which contradicts fixed_sites"),
     (lambda tmp, w: [NICKEL, "--fixed-species", "0=Xx"], 1, "not an element"),
     (lambda tmp, w: [NICKEL, "--elements", "Ni", "--exclude-elements", "Ni"], 1, "leave no element"),
     (lambda tmp, w: [NICKEL, "--composition", "NiAu3", "--num-atoms", 5], 1, "contradicts composition"),
@@ -300,9 +301,21 @@ def test_debug_lets_the_traceback_through() -> None:
 
 
 def test_ranges() -> None:
-    assert whole_numbers("4-7", "x") == [4, 5, 6, 7]
-    assert whole_numbers("4, 6", "x") == [4, 6]
-    assert whole_numbers("2,4-5", "x") == [2, 4, 5]
+    assert site_list("4-7", "x") == [4, 5, 6, 7]
+    assert site_list("4, 6", "x") == [4, 6]
+    assert site_list("2,4-5", "x") == [2, 4, 5]
+    assert site_list(None, "x") == []
+
+
+def test_every_setting_of_the_generator_is_an_option_with_its_default_and_words() -> None:
+    options = {option.name: option for option in get_command(app).commands["generate"].params}
+    words, signature = described(), inspect.signature(GenerationSettings)
+    assert list(signature.parameters) == [f.name for f in fields(GenerationSettings)]
+    assert set(SETTINGS) == set(signature.parameters)
+    for name, parameter in signature.parameters.items():
+        assert words[name].endswith(".")
+        assert words[name].replace("`", "") in options[name].help
+        assert options[name].default == parameter.default
 
 
 # -- the other commands ------------------------------------------------------------------------------------------------

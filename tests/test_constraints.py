@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dosmatgen_ase.crystals.batch import MAX_ATOMIC_NUMBER, CrystalBatch
+from dosmatgen_ase.crystals.batch import CrystalBatch
 from dosmatgen_ase.generate.constraints import Constraints
 from dosmatgen_ase.generate.sampler import Randomness, Sample, SamplerConfig, sample
+from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser, Guidance
 from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
 

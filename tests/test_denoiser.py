@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from dosmatgen_ase.crystals.batch import CrystalBatch, check_atoms
+from dosmatgen_ase.crystals.batch import CrystalBatch
+from dosmatgen_ase.crystals.checks import check_atoms
 from dosmatgen_ase.model import denoiser
 from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS, load_model
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser, DOSCondition

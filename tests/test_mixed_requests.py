@@ -19,9 +19,10 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
-from dosmatgen_ase.crystals.batch import MAX_ATOMIC_NUMBER
-from dosmatgen_ase.generate.generator import Request
+from dosmatgen_ase.generate.request import Request
 from dosmatgen_ase.generate.sampler import SamplerConfig
+from dosmatgen_ase.generate.settings import GenerationSettings
+from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 from dosmatgen_ase.model.conditioning import Guidance
 
 ENERGIES = np.linspace(-8, 4, 61)
@@ -139,9 +140,8 @@ def check(made: Atoms, asked: Asked) -> None:
 @settings(max_examples=1000)
 @given(asked=requests(), seed=st.integers(0, 2**32))
 def test_every_promise_is_kept_in_any_combination(asked: Asked, seed: int, generator: DOSGenerator) -> None:
-    names = ("dos", "num_atoms", "sites", "template", "strength", "fixed_species", "fixed_sites", "fixed_cell")
-    names += ("composition", "elements", "exclude_elements")
-    request = Request.parse(**(dict.fromkeys(names) | {"strength": 1.0, "fixed_cell": False} | asked.arguments))
+    options = {name: value for name, value in asked.arguments.items() if name != "dos"}
+    request = Request.of(asked.arguments["dos"], GenerationSettings(**options))
     rngs = [np.random.default_rng((seed, 0))]
     for made in generator._draw(request, [asked.size], rngs, SamplerConfig(num_steps=2), Guidance())[0]:
         check(made, asked)

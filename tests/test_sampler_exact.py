@@ -17,9 +17,10 @@ import torch
 from scipy.stats import chisquare, kstest, norm
 from torch import Tensor
 
-from dosmatgen_ase.crystals.batch import MAX_ATOMIC_NUMBER, minimum_image
+from dosmatgen_ase.crystals.batch import minimum_image
 from dosmatgen_ase.generate.constraints import Constraints
 from dosmatgen_ase.generate.sampler import Randomness, Sample, SamplerConfig, sample
+from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
 from dosmatgen_ase.model.diffusion.process import NoisyCrystals, Prediction
 

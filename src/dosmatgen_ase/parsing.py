@@ -11,10 +11,12 @@ from __future__ import annotations
 import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from dosmatgen_ase.dos import TargetDOS
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
+
+if TYPE_CHECKING:
+    from dosmatgen_ase.dos import TargetDOS
 
 
 @runtime_checkable
@@ -28,7 +30,7 @@ class HasAtomicNumber(Protocol):
 
 
 ElementLike = str | int | HasAtomicNumber
-DOSInput = TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS] | None
+DOSInput: TypeAlias = "TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS] | None"
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -196,6 +198,8 @@ def split_targets(dos: Any, sites: Any = None) -> tuple[TargetDOS | None, dict[i
     TypeError, ValueError
         If it is neither a target, nor several, nor None, or contradicts ``sites``.
     """
+    from dosmatgen_ase.dos import TargetDOS
+
     if sites is not None and not isinstance(dos, TargetDOS):
         raise ValueError("sites goes with one target: with a list or a mapping of targets, leave it out")
     if dos is None:
@@ -223,6 +227,8 @@ def split_targets(dos: Any, sites: Any = None) -> tuple[TargetDOS | None, dict[i
 
 def is_list(dos: Any) -> bool:
     """Whether several targets were given without their sites: then the list has every site of the cell."""
+    from dosmatgen_ase.dos import TargetDOS
+
     return isinstance(dos, Iterable) and not isinstance(dos, TargetDOS | Mapping | str)
 
 

@@ -11,21 +11,18 @@ from rich.table import Table
 from rich.text import Text
 
 from dosmatgen_ase.cli.application import app
-from dosmatgen_ase.cli.options import DosFile, FileSite, Kind, Reference, Sigma, Window, read_target, writable
+from dosmatgen_ase.cli.options import DosFile, OptionGroup, TargetOptions, with_options, writable
 
 if TYPE_CHECKING:
     from dosmatgen_ase.dos import TargetDOS
 
 
 @app.command()
+@with_options(options=OptionGroup.of(TargetOptions))
 def dos(
     dos_file: DosFile,
-    site: FileSite = None,
+    options: TargetOptions,
     plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf or .svg) of the DOS.")] = None,
-    reference: Reference = None,
-    sigma: Sigma = None,
-    kind: Kind = None,
-    window: Window = None,
 ) -> None:
     """Show how a file is read: grid, zero of energy, broadening, known window, band centre, states."""
     import numpy as np
@@ -33,7 +30,7 @@ def dos(
     from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA
 
     writable(plot)
-    target = read_target(dos_file, site, reference=reference, sigma=sigma, kind=kind, window=window)
+    target = options.read(dos_file)
     seen = target.on_grid()
     energies, steps = target.energies, np.diff(target.energies)
     uniform = np.allclose(steps, steps[0], rtol=1e-3)

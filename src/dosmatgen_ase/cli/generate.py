@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,35 +15,65 @@ from dosmatgen_ase.cli.application import app
 from dosmatgen_ase.cli.options import (
     Device,
     DosFile,
-    FileSite,
-    Kind,
-    Predictor,
-    Reference,
-    Sigma,
-    Window,
+    OptionGroup,
+    TargetOptions,
     figure,
-    names,
-    pins,
-    read_structure,
-    read_target,
-    whole_numbers,
+    generation_settings,
+    with_options,
     writable,
 )
+from dosmatgen_ase.generate.settings import DEFAULT_COUNT, GenerationSettings
 
 if TYPE_CHECKING:
-    from dosmatgen_ase.dos import TargetDOS
+    from ase import Atoms
+
     from dosmatgen_ase.forward.predictor import DOSPredictor
+    from dosmatgen_ase.generate.request import Request
     from dosmatgen_ase.judge.ranking import Ranking
+
+BEST = "Relax and rank"
+
+
+@dataclass(frozen=True)
+class RankingOptions:
+    """What becomes of the structures drawn."""
+
+    oversample: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Draw so many times -n. The best by predicted DOS go to OUT-best.", rich_help_panel=BEST
+        ),
+    ] = 1
+    relax: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CALCULATOR",
+            help="Relax before ranking: chgnet, or the path or name of a MACE model. All go to OUT-relaxed, the best "
+            "to OUT-best. What is fixed stays.",
+            rich_help_panel=BEST,
+        ),
+    ] = None
+    energy_weight: Annotated[
+        float,
+        typer.Option(
+            help="Rank by the energy above the hull, too: its weight per eV/atom against the distance.",
+            rich_help_panel=BEST,
+        ),
+    ] = 0.0
+    predictor: Annotated[
+        Path | None,
+        typer.Option(help="Forward model made by train-predictor. Default: the shipped one.", rich_help_panel=BEST),
+    ] = None
 
 
 @app.command()
+@with_options(target=OptionGroup.of(TargetOptions), settings=generation_settings(), best=OptionGroup.of(RankingOptions))
 def generate(
     dos_file: DosFile,
-    site: FileSite = None,
-    n: Annotated[int, typer.Option("-n", help="Number of structures.")] = 8,
-    num_atoms: Annotated[
-        str | None, typer.Option(help="Atoms per cell, 1 to 20: 4, 4,6 or 4-7. Default: drawn by the model.")
-    ] = None,
+    settings: GenerationSettings,
+    best: RankingOptions,
+    target: TargetOptions,
+    n: Annotated[int, typer.Option("-n", help="Number of structures.")] = DEFAULT_COUNT,
     out: Annotated[
         Path, typer.Option("-o", "--out", help="extxyz file that grows as structures are made; continued if it exists.")
     ] = Path("out.extxyz"),
@@ -50,146 +81,82 @@ def generate(
         Path | None,
         typer.Option(help="Picture (.png, .pdf, .svg) of the best four: target and predicted DOS, crystal."),
     ] = None,
-    on_sites: Annotated[
-        str | None, typer.Option(help="Sites of the new crystal that shall have the DOS: 0,2. Default: 0.")
-    ] = None,
-    elements: Annotated[str | None, typer.Option(help="Allow these elements only: Ni,Au.")] = None,
-    exclude_elements: Annotated[str | None, typer.Option(help="Allow none of these elements: O,F.")] = None,
-    composition: Annotated[
-        str | None, typer.Option(help="Formula of the cell, or of a unit that divides it: NiAu3.")
-    ] = None,
-    fixed_species: Annotated[
-        list[str] | None, typer.Option(help="Element of one site: 0=Co. May be given several times.")
-    ] = None,
-    template: Annotated[
-        Path | None, typer.Option(help="Start from this crystal (any file that ASE reads) instead of noise.")
-    ] = None,
-    strength: Annotated[
-        float, typer.Option(help="How far the template is noised: 0 returns it, 1 forgets it; species stay up to 0.4.")
-    ] = 0.6,
-    fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="Keep the template's cell.")] = False,
-    fixed_sites: Annotated[
-        str | None, typer.Option(help="Sites of the template that keep element and position: 0,2.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(
-            help="0 ignores the DOS, 1 is the plain conditional model, larger amplifies. "
-            "Default: 1; 3 until the species are settled where less than half of the energies are known."
-        ),
-    ] = None,
-    oversample: Annotated[
-        int, typer.Option(min=1, help="Draw so many times -n; the best by predicted DOS go to OUT-best.extxyz.")
-    ] = 1,
-    relax: Annotated[
-        str | None,
-        typer.Option(
-            help="Relax before ranking: chgnet, or the path or name of a MACE model; into OUT-relaxed.extxyz, and the "
-            "best into OUT-best.extxyz."
-        ),
-    ] = None,
-    energy_weight: Annotated[
-        float, typer.Option(help="Rank by the energy above the hull, too: its weight per eV/atom against the distance.")
-    ] = 0.0,
-    num_steps: Annotated[
-        int | None, typer.Option(help="Sampler steps from pure noise. Default: as in DOSGenerator.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed and options give the same structures.")] = 0,
     weights: Annotated[
         str, typer.Option(help="'default' for the shipped generator, or weights made by dosmatgen train.")
     ] = "default",
-    predictor: Predictor = None,
     device: Device = None,
-    reference: Reference = None,
-    sigma: Sigma = None,
-    kind: Kind = None,
-    window: Window = None,
 ) -> None:
     """Generate crystals whose sites have the DOS of DOS_FILE, and rank them by the DOS predicted for them.
 
     A run that was killed goes on where it stopped: give the same command again.
     """
     start = time.perf_counter()
-    settings: dict[str, Any] = {
-        "num_atoms": None if num_atoms is None else whole_numbers(num_atoms, "--num-atoms"),
-        "sites": None if on_sites is None else whole_numbers(on_sites, "--on-sites"),
-        "fixed_sites": None if fixed_sites is None else whole_numbers(fixed_sites, "--fixed-sites"),
-        "fixed_species": pins(fixed_species or ()),
-        "elements": names(elements),
-        "exclude_elements": names(exclude_elements),
-        "composition": composition,
-        "strength": strength,
-        "fixed_cell": fixed_cell,
-        "guidance_scale": guidance_scale,
-        "seed": seed,
-        **({} if num_steps is None else {"num_steps": num_steps}),
-    }
-    target = read_target(dos_file, site, reference=reference, sigma=sigma, kind=kind, window=window)
+    dos = target.read(dos_file)
     writable(out, (".extxyz", ".xyz"))
     writable(plot)
-    settings["template"] = None if template is None else read_structure(template)
+    best_file = out if best.oversample == 1 and best.relax is None else out.with_name(f"{out.stem}-best{out.suffix}")
+    writable(best_file, (".extxyz", ".xyz"))
 
     from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
-    from dosmatgen_ase.generate.generator import DOSGenerator, check_relaxable
+    from dosmatgen_ase.generate.generator import DOSGenerator
+    from dosmatgen_ase.generate.request import Request
     from dosmatgen_ase.judge.ranking import Ranking
     from dosmatgen_ase.judge.relaxation import load_calculator
 
-    if relax is not None:
-        check_relaxable(settings["template"], settings["fixed_sites"], fixed_cell)
-    ranking = Ranking(energy=energy_weight)
-    total = target if target.kind == "total" else None
-    sites = {} if total else dict.fromkeys(settings["sites"] or [0], target)
-    best_file = out if oversample == 1 and relax is None else out.with_name(f"{out.stem}-best{out.suffix}")
-    writable(best_file, (".extxyz", ".xyz"))
+    request, ranking = Request.of(dos, settings), Ranking(energy=best.energy_weight)
     generator = DOSGenerator(weights, device=device)
-    forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
-    made = 0
-    if relax is not None:
-        load_calculator(relax)  # one that cannot be loaded is told before the work
+    forward = DOSPredictor.load(best.predictor or DEFAULT_PREDICTOR)
+    if best.relax is not None:
+        load_calculator(best.relax)  # one that cannot be loaded is told before the work
+    made, draws = 0, n * best.oversample
     failed: RuntimeError | None = None
     try:
         try:
-            for _ in generator.generate_iter(target, n * oversample, **settings, progress=True, out=out):
+            for _ in generator.generate_iter(dos, draws, settings=settings, progress=True, out=out):
                 made += 1
         except RuntimeError as error:  # some were rejected too often, which must not cost the others
             if not made:
                 raise
             failed = error
-        _report(out, best_file, n, n * oversample, sites, total, forward, plot, relax, ranking)
+        found = _ranked(out, draws, n, request, best, ranking, forward)
     except KeyboardInterrupt:
-        kept = f"{made} of {n * oversample} structures are kept in {out}"
+        kept = f"{made} of {draws} structures are kept in {out}"
         raise KeyboardInterrupt(f": {kept}; the same command goes on from there") from None
+    _show(found, out, best_file, request, ranking)
+    if plot is not None:
+        _draw(found[:4], plot, request, forward)
+    if settings.seed is None and found:
+        typer.echo(f"seed: {found[0].info['dosmatgen']['seed']} (--seed gives the same structures again)")
     typer.echo(f"{time.perf_counter() - start:.1f} s")
     if failed is not None:
         raise failed
 
 
-def _report(
-    out: Path,
-    best_file: Path,
-    n: int,
-    draws: int,
-    sites: dict[int, TargetDOS],
-    total: TargetDOS | None,
-    forward: DOSPredictor,
-    plot: Path | None,
-    relax: str | None,
-    ranking: Ranking,
-) -> None:
-    """Relax, if asked, and rank the structures drawn into `out`; print the table, keep and draw the best."""
+def _ranked(
+    out: Path, draws: int, n: int, request: Request, options: RankingOptions, ranking: Ranking, forward: DOSPredictor
+) -> list[Atoms]:
+    """Relax, if asked, and rank the structures drawn into `out`; return the best."""
     import ase.io
 
-    from dosmatgen_ase.files import write_extxyz
-    from dosmatgen_ase.judge.ranking import best, predicted_for_targets, score
+    from dosmatgen_ase.judge.ranking import best, score
     from dosmatgen_ase.judge.relaxation import relax_into
 
     drawn = ase.io.read(out, ":", format="extxyz")
     for frame, atoms in enumerate(drawn):
         atoms.info["frame"] = frame
     drawn = [atoms for atoms in drawn if atoms.info["dosmatgen"]["index"] < draws]
-    if relax is not None:
-        drawn = relax_into(out.with_name(f"{out.stem}-relaxed{out.suffix}"), drawn, relax, progress=True)
-    found = best(score(drawn, sites, total, predictor=forward, ranking=ranking, progress=relax is not None), n)
+    if options.relax is not None:
+        relaxed = out.with_name(f"{out.stem}-relaxed{out.suffix}")
+        held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
+        drawn = relax_into(relaxed, drawn, options.relax, progress=True, **held)
+    sites, total, progress = request.site_targets, request.total_target, options.relax is not None
+    return best(score(drawn, sites, total, predictor=forward, ranking=ranking, progress=progress), n)
+
+
+def _show(found: list[Atoms], out: Path, best_file: Path, request: Request, ranking: Ranking) -> None:
+    """Keep the best and print their table."""
+    from dosmatgen_ase.files import write_extxyz
+
     if best_file != out:
         for frame, atoms in enumerate(found):
             atoms.info["frame"] = frame
@@ -202,7 +169,7 @@ def _report(
         table.add_column("eV/atom above hull", justify="right")
     for atoms in found:
         told = atoms.info["scores"]
-        given = "cell" if total is not None else ", ".join(f"{atoms[i].symbol} (site {i})" for i in sites)
+        given = ", ".join(f"{atoms[i].symbol} (site {i})" for i in request.site_targets) or "cell"
         figures = [str(len(atoms)), f"{atoms.get_volume() / len(atoms):.1f}"]
         figures += [figure(told["distance"]), figure(told["expected_error"])]
         figures += [figure(told["energy_above_hull"])] if energies else []
@@ -210,14 +177,18 @@ def _report(
     Console().print(table)
     typer.echo("frame: place in the file, as in ase.io.read(file, frame)")
     typer.echo("predicted distance: normalised L1 of the DOS that a forward model predicts, to the target")
-    if plot is not None:
-        from dosmatgen_ase.plotting import plot_candidates
 
-        target = total or next(iter(sites.values()))
-        shown = []
-        for atoms, prediction in zip(found[:4], forward.predict_arrays(found[:4]), strict=True):
-            distance = figure(atoms.info["scores"]["distance"])
-            title = f"frame {atoms.info['frame']}: {atoms.get_chemical_formula()}, predicted distance {distance}"
-            shown.append((title, atoms, [dos for dos, _ in predicted_for_targets(prediction, sites, total)]))
-        plot_candidates(target, shown, plot, sites=() if total is not None else list(sites))
-        typer.echo(f"picture: {plot}")
+
+def _draw(found: list[Atoms], plot: Path, request: Request, forward: DOSPredictor) -> None:
+    from dosmatgen_ase.judge.ranking import predicted_for_targets
+    from dosmatgen_ase.plotting import plot_candidates
+
+    sites, total = request.site_targets, request.total_target
+    target = total or next(iter(sites.values()))
+    shown = []
+    for atoms, prediction in zip(found, forward.predict_arrays(found), strict=True):
+        distance = figure(atoms.info["scores"]["distance"])
+        title = f"frame {atoms.info['frame']}: {atoms.get_chemical_formula()}, predicted distance {distance}"
+        shown.append((title, atoms, [dos for dos, _ in predicted_for_targets(prediction, sites, total)]))
+    plot_candidates(target, shown, plot, sites=list(sites))
+    typer.echo(f"picture: {plot}")

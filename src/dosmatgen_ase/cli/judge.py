@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dosmatgen_ase.cli.application import app
-from dosmatgen_ase.cli.options import Structures, figure, read_structures, whole_numbers, writable
+from dosmatgen_ase.cli.options import Structures, figure, read_structures, site_list, writable
 
 if TYPE_CHECKING:
     from dosmatgen_ase.dos import TargetDOS
@@ -52,7 +52,7 @@ def relax(
     limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "processes": jobs}
     held: dict[str, Any] = {
         "fixed_cell": fixed_cell,
-        "fixed_sites": [] if fixed_sites is None else whole_numbers(fixed_sites, "--fixed-sites"),
+        "fixed_sites": site_list(fixed_sites, "--fixed-sites"),
     }
     warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
     try:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
+
+from dosmatgen_ase.generate.settings import GenerationSettings, described
+from dosmatgen_ase.parsing import names_from_text, numbers_from_text, pins_from_text
 
 if TYPE_CHECKING:
     from ase import Atoms
 
     from dosmatgen_ase.dos import TargetDOS
+
+Command = TypeVar("Command", bound=Callable[..., None])
+TARGET_PANEL = "How DOS_FILE is read"
 
 DosFile = Annotated[
     Path,
@@ -22,17 +31,6 @@ DosFile = Annotated[
         help="vasprun.xml, pymatgen or TargetDOS JSON, .npz, or two columns: energy (eV), DOS (states/eV).",
         show_default=False,
     ),
-]
-FileSite = Annotated[
-    int | None,
-    typer.Option("--site", help="Site of the file's structure whose DOS is meant, from 0. Default: the total DOS."),
-]
-Reference = Annotated[str | None, typer.Option(help="What zero energy is, if the file does not say: fermi or vbm.")]
-Sigma = Annotated[float | None, typer.Option(help="Gaussian broadening of the file, standard deviation in eV.")]
-Kind = Annotated[str | None, typer.Option(help="Whose DOS a two-column file holds: site or total.")]
-Window = Annotated[
-    tuple[float, float] | None,
-    typer.Option(metavar="LOW HIGH", help="Energies (eV) in which the DOS is meant; elsewhere it counts as unknown."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is one.")]
 Data = Annotated[Path, typer.Option(help="Folder with structures.parquet and site_dos/*.npz.")]
@@ -46,52 +44,166 @@ Structures = Annotated[
 ]
 
 
-def read_target(
-    dos_file: Path,
-    site: int | None,
-    *,
-    reference: str | None,
-    sigma: float | None,
-    kind: str | None,
-    window: tuple[float, float] | None,
-) -> TargetDOS:
-    """Read the DOS that a command is about, cut to its window; say on the standard error what was assumed."""
-    from dosmatgen_ase.dos import TargetDOS
-
-    target = TargetDOS.from_file(dos_file, site, reference=reference, sigma=sigma, kind=kind)
-    for sentence in target.provenance.get("assumed", []):
-        typer.echo(f"{dos_file}: {sentence}", err=True)
-    return target if window is None else target.window(*window)
+# -- options that are declared once and stand in several commands ------------------------------------------------------
 
 
-def whole_numbers(text: str, option: str) -> list[int]:
-    """``"4-7"``, ``"4,6"`` or ``"4"`` as a list."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,3})(?:-(\d{1,3}))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
-            raise typer.BadParameter(f"{text!r} must be like 4, 4,6 or 4-7", param_hint=option)
-        numbers += range(first, last + 1)
-    return numbers
+@dataclass(frozen=True)
+class OptionGroup:
+    """Options that belong together: what typer shows of them, and the object that they make."""
+
+    parameters: tuple[inspect.Parameter, ...]
+    build: Callable[[dict[str, Any]], Any]
+
+    @classmethod
+    def of(cls, group: type[Any], without: Sequence[str] = ()) -> OptionGroup:
+        """Fields of a dataclass whose annotations typer reads; those left out keep their defaults."""
+        hints, signature = get_type_hints(group, include_extras=True), inspect.signature(group)
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        own = (p for p in signature.parameters.values() if p.name not in without)
+        parameters = (p.replace(annotation=hints[p.name], kind=keyword) for p in own)
+        return cls(tuple(parameters), lambda values: group(**values))
 
 
-def names(text: str | None) -> list[str] | None:
-    """``"Ni,Au"`` as ``["Ni", "Au"]``."""
-    return None if text is None else [name.strip() for name in text.split(",")]
+def with_options(**groups: OptionGroup) -> Callable[[Command], Command]:
+    """Give a command, in place of a parameter of that name, the options of a group; it gets the object they make."""
+
+    def decorate(command: Command) -> Command:
+        hints, signature = get_type_hints(command, include_extras=True), inspect.signature(command)
+        parameters: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            group = groups.get(parameter.name)
+            parameters += group.parameters if group else [parameter.replace(annotation=hints[parameter.name])]
+
+        @wraps(command)
+        def wrapper(**values: Any) -> None:
+            own = {p.name: values[p.name] for p in parameters if p.name in signature.parameters}
+            built = {
+                name: group.build({p.name: values[p.name] for p in group.parameters}) for name, group in groups.items()
+            }
+            command(**own, **built)
+
+        shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        wrapper.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
 
 
-def pins(texts: Sequence[str]) -> dict[int, str]:
-    """``["0=Co"]`` as ``{0: "Co"}``."""
-    found = {}
-    for text in texts:
-        match = re.fullmatch(r"(\d{1,3})=([A-Za-z]{1,2})", text)
-        if match is None:
-            raise typer.BadParameter(f"{text!r} must be like 0=Co", param_hint="--fixed-species")
-        if int(match[1]) in found:
-            raise typer.BadParameter(f"site {int(match[1])} is named twice", param_hint="--fixed-species")
-        found[int(match[1])] = match[2]
-    return found
+@dataclass(frozen=True)
+class TargetOptions:
+    """How DOS_FILE is read: every command that takes one has these."""
+
+    site: Annotated[
+        int | None,
+        typer.Option(
+            help="Site of the file's structure whose DOS is meant, from 0. Default: the total DOS.",
+            rich_help_panel=TARGET_PANEL,
+        ),
+    ] = None
+    reference: Annotated[
+        str | None,
+        typer.Option(help="What zero energy is, if the file does not say: fermi or vbm.", rich_help_panel=TARGET_PANEL),
+    ] = None
+    sigma: Annotated[
+        float | None,
+        typer.Option(help="Gaussian broadening of the file, standard deviation in eV.", rich_help_panel=TARGET_PANEL),
+    ] = None
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Whose DOS a two-column file holds: site or total.", rich_help_panel=TARGET_PANEL),
+    ] = None
+    window: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW HIGH",
+            help="Energies (eV) in which the DOS is meant; elsewhere it counts as unknown.",
+            rich_help_panel=TARGET_PANEL,
+        ),
+    ] = None
+
+    def read(self, dos_file: Path) -> TargetDOS:
+        """Read the DOS that a command is about, cut to its window; say on the standard error what was assumed."""
+        from dosmatgen_ase.dos import TargetDOS
+
+        target = TargetDOS.from_file(dos_file, self.site, reference=self.reference, sigma=self.sigma, kind=self.kind)
+        for sentence in target.provenance.get("assumed", []):
+            typer.echo(f"{dos_file}: {sentence}", err=True)
+        return target if self.window is None else target.window(*self.window)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """How a field of `GenerationSettings` is written on the command line."""
+
+    panel: str
+    type: Any
+    metavar: str | None = None
+    read: Callable[[Any], Any] = lambda value: value
+    option: str | None = None  # where the name of the field is taken
+
+
+CRYSTAL, START, SAMPLING = "What the crystal must have", "Start from a crystal", "How it is drawn"
+SETTINGS: dict[str, _Setting] = {
+    "num_atoms": _Setting(CRYSTAL, str | None, "4,6 or 4-7", numbers_from_text),
+    "sites": _Setting(CRYSTAL, str | None, "0,2", numbers_from_text, option="--on-sites"),
+    "elements": _Setting(CRYSTAL, str | None, "Ni,Au", names_from_text),
+    "exclude_elements": _Setting(CRYSTAL, str | None, "O,F", names_from_text),
+    "composition": _Setting(CRYSTAL, str | None, "NiAu3"),
+    "fixed_species": _Setting(CRYSTAL, list[str] | None, "0=Co", pins_from_text),
+    "template": _Setting(START, Path | None, "FILE", lambda path: read_structure(path)),
+    "strength": _Setting(START, float),
+    "fixed_cell": _Setting(START, bool),
+    "fixed_sites": _Setting(START, str | None, "0,2", numbers_from_text),
+    "guidance_scale": _Setting(SAMPLING, float | None),
+    "num_steps": _Setting(SAMPLING, int),
+    "seed": _Setting(SAMPLING, int | None),
+}
+"""In the order of the help. Names, defaults and words are those of `GenerationSettings`; a test misses no field."""
+
+
+def generation_settings() -> OptionGroup:
+    """The options that make a `GenerationSettings`."""
+    defaults, words = inspect.signature(GenerationSettings).parameters, described()
+    parameters = []
+    for name, told in SETTINGS.items():
+        flag = told.option or f"--{name.replace('_', '-')}"
+        several = " May be given several times." if told.type == list[str] | None else ""
+        text = words[name].replace("`", "") + several
+        option = typer.Option(flag, metavar=told.metavar, help=text, rich_help_panel=told.panel)
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults[name].default,
+                annotation=Annotated[told.type, option],
+            )
+        )
+
+    def build(values: dict[str, Any]) -> GenerationSettings:
+        read: dict[str, Any] = {}
+        for name, value in values.items():
+            try:
+                read[name] = value if value is None else SETTINGS[name].read(value)
+            except ValueError as error:
+                if name == "template":  # a file
+                    raise
+                flag = SETTINGS[name].option or f"--{name.replace('_', '-')}"
+                raise typer.BadParameter(str(error), param_hint=flag) from None
+        return GenerationSettings(**read)
+
+    return OptionGroup(tuple(parameters), build)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def site_list(text: str | None, option: str) -> list[int]:
+    """``"0-3"`` or ``"0,2"`` as sites; none for None."""
+    try:
+        return [] if text is None else numbers_from_text(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def writable(path: Path | None, endings: Sequence[str] = (".png", ".pdf", ".svg")) -> None:

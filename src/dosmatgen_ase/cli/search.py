@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,14 +15,12 @@ from rich.table import Table
 from dosmatgen_ase.cli.application import app
 from dosmatgen_ase.cli.options import (
     DosFile,
-    Kind,
+    OptionGroup,
     Predictor,
-    Reference,
-    Sigma,
-    Window,
+    TargetOptions,
     figure,
     read_structures,
-    read_target,
+    with_options,
     writable,
 )
 from dosmatgen_ase.parsing import names_from_text, numbers_from_text
@@ -36,8 +35,10 @@ DRAWN = 4  # crystals in the picture
 
 
 @app.command()
+@with_options(reading=OptionGroup.of(TargetOptions, without=("site",)))
 def search(
     dos_file: DosFile,
+    reading: TargetOptions,
     site: Annotated[
         str | None,
         typer.Option(
@@ -66,10 +67,6 @@ def search(
     index: Annotated[
         Path | None, typer.Option(help="Index made by dosmatgen index. Default: the one that ships.")
     ] = None,
-    reference: Reference = None,
-    sigma: Sigma = None,
-    kind: Kind = None,
-    window: Window = None,
 ) -> None:
     """Find the known crystals whose sites have the DOS of DOS_FILE.
 
@@ -78,9 +75,8 @@ def search(
     """
     writable(out, (".extxyz", ".xyz", ".cif"))
     writable(plot)
-    reading: dict[str, Any] = {"reference": reference, "sigma": sigma, "kind": kind, "window": window}
     sites = [None] if site is None else numbers_from_text(site)
-    targets = [read_target(dos_file, i, **reading) for i in sites]
+    targets = [replace(reading, site=i).read(dos_file) for i in sites]
     from dosmatgen_ase.retrieval.index import DOSIndex, default_index
     from dosmatgen_ase.retrieval.query import search as run
 

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dosmatgen_ase.crystals.screening import is_disordered
+from dosmatgen_ase.crystals.checks import check_atoms
+from dosmatgen_ase.limits import MAX_ATOMS
 
 if TYPE_CHECKING:
     from ase import Atoms
-
-MAX_ATOMS = 20
-MAX_ATOMIC_NUMBER = 94
 
 
 def wrap(frac_coords: Tensor) -> Tensor:
@@ -115,23 +113,3 @@ class CrystalBatch(OnDevice):
 def site_mask(num_atoms: Tensor, size: int) -> Tensor:
     """Mask of real sites, shape (B, size) bool, from the number of atoms, shape (B,)."""
     return torch.arange(size, device=num_atoms.device) < num_atoms[:, None]
-
-
-def check_atoms(atoms: Any, name: str, max_atoms: int = MAX_ATOMS) -> None:
-    """Raise ``ValueError`` or ``TypeError`` with the fix named if ``atoms`` cannot be a crystal of this package."""
-    from ase import Atoms
-
-    if not isinstance(atoms, Atoms):
-        raise TypeError(f"{name} must be an ase.Atoms, not {type(atoms).__name__}: convert it first")
-    if not 1 <= len(atoms) <= max_atoms:
-        raise ValueError(f"{name} has {len(atoms)} atoms: use a (primitive) cell of 1 to {max_atoms}")
-    if not atoms.pbc.all():
-        raise ValueError(f"{name} is not periodic in three directions: set atoms.pbc = True")
-    if is_disordered(atoms):
-        raise ValueError(f"{name} is disordered: sites are shared or partly empty, order it first")
-    if not (np.isfinite(atoms.cell).all() and np.isfinite(atoms.positions).all()):
-        raise ValueError(f"{name} has a cell or positions that are not finite: repair it first")
-    if abs(atoms.cell.volume) < 1e-3:
-        raise ValueError(f"{name} has a cell without volume: set atoms.cell to three independent vectors")
-    if not ((atoms.numbers >= 1) & (atoms.numbers <= MAX_ATOMIC_NUMBER)).all():
-        raise ValueError(f"{name} holds an element outside H to Pu (1-{MAX_ATOMIC_NUMBER}): replace it")

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from dosmatgen_ase.crystals.checks import is_disordered
+
 if TYPE_CHECKING:
     from ase import Atoms
     from numpy.typing import NDArray
@@ -48,12 +50,6 @@ class Screening:
     reason: str | None
     min_distance: float | None
     volume_per_atom: float | None
-
-
-def is_disordered(atoms: Atoms) -> bool:
-    """Whether sites are shared or partly empty: ASE reads one element there, and keeps the truth in ``info``."""
-    occupancies = atoms.info.get("occupancy") or {}
-    return any(len(kinds) > 1 or min(kinds.values()) < 1 for kinds in occupancies.values())
 
 
 def right_handed(atoms: Atoms) -> Atoms:

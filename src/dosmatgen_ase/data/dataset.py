@@ -19,8 +19,8 @@ from ase import Atoms
 from ase.formula import Formula
 
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, resample, scale_sites_to_total
+from dosmatgen_ase.limits import MAX_ATOMS
 
-MAX_ATOMS = 20
 LABEL_SIGMA = 0.1  # eV, broadening of the stored labels
 SHARD_UNIT = 1e-3  # states/eV: shards store integers
 ROUNDING_FLOOR = 10 * SHARD_UNIT  # states/eV per cell: below, the rounding of the shards decides the ratio of two DOS

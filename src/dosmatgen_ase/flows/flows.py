@@ -7,7 +7,7 @@ so in their document: a candidate that fails costs itself alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from pymatgen.core import Structure
 
 from dosmatgen_ase.flows.jobs import (
     CompareDOSMaker,
-    DOSInput,
     DOSMaker,
     GenerateMaker,
     RelaxMaker,
@@ -28,6 +27,7 @@ from dosmatgen_ase.flows.jobs import (
     to_atoms,
 )
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, InverseDesignDoc, RelaxDoc, ScreeningDoc
+from dosmatgen_ase.parsing import DOSInput, site_numbers
 
 
 @dataclass
@@ -54,7 +54,7 @@ class InverseDesignMaker(Maker):
     dos_maker: Maker = field(default_factory=DOSMaker)
     compare_maker: CompareDOSMaker = field(default_factory=CompareDOSMaker)
 
-    def make(self, dos: DOSInput, sites: Sequence[int] | None = None, template: Structure | None = None) -> Flow:
+    def make(self, dos: DOSInput, sites: Iterable[int] | None = None, template: Structure | None = None) -> Flow:
         """Make the flow; its output is an `InverseDesignDoc`.
 
         Parameters
@@ -69,6 +69,7 @@ class InverseDesignMaker(Maker):
         ValueError
             If there is no target, or the template is disordered.
         """
+        sites = None if sites is None else list(site_numbers(sites, "sites"))  # of which JSON knows all
         if not targets_by_site(dos, sites):
             raise ValueError("inverse design needs a target DOS: give one, or use GenerateMaker alone")
         if template is not None:

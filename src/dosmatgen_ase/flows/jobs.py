@@ -10,22 +10,23 @@ import contextlib
 import shutil
 import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from jobflow import Maker, job
 from pymatgen.core import Structure
 
-from dosmatgen_ase.crystals.screening import MAX_GIVEN_VOLUME_PER_ATOM, is_disordered
+from dosmatgen_ase.crystals.checks import is_disordered
+from dosmatgen_ase.crystals.screening import MAX_GIVEN_VOLUME_PER_ATOM
 from dosmatgen_ase.dos import NEAR_GAP, TargetDOS, mae, mean_distance
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, GenerationDoc, RelaxDoc, ScreeningDoc, TrainDoc
+from dosmatgen_ase.generate.settings import DEFAULT_COUNT, GenerationOptions, GenerationSettings
+from dosmatgen_ase.parsing import DOSInput, split_targets, whole_number
 
 if TYPE_CHECKING:
     from ase import Atoms
-
-DOSInput = TargetDOS | Sequence[TargetDOS] | Mapping[Any, TargetDOS] | None
 
 LATTICE_MATCH = 0.5  # Angstrom: an engine that reorders sites moves none of them this far
 
@@ -59,41 +60,68 @@ def to_structure(atoms: Atoms) -> Structure:
     return Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions(wrap=False))
 
 
-def targets_by_site(dos: DOSInput, sites: Sequence[int] | None = None) -> dict[str, TargetDOS]:
-    """Name the site of every target, as ``DOSGenerator.generate`` reads its arguments."""
-    if dos is None:
-        return {}
-    if isinstance(dos, TargetDOS):
-        return {"total": dos} if dos.kind == "total" else {str(i): dos for i in sites or [0]}
-    return {str(i): target for i, target in (dos.items() if isinstance(dos, Mapping) else enumerate(dos))}
+def targets_by_site(dos: DOSInput, sites: Iterable[int] | None = None) -> dict[str, TargetDOS]:
+    """Name the site of every target, or "total", as ``DOSGenerator.generate`` reads its arguments; errors likewise."""
+    total, targets = split_targets(whole_keys(dos), sites)
+    return {str(i): target for i, target in targets.items()} if total is None else {"total": total}
+
+
+def whole_keys(by_site: Any) -> Any:
+    """Undo what JSON, which knows keys of text only, did to the sites of a mapping."""
+    if not isinstance(by_site, Mapping):
+        return by_site
+    return {int(i) if isinstance(i, str) and i.isdecimal() else i: value for i, value in by_site.items()}
 
 
 # -- generate and screen -----------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(init=False)
 class GenerateMaker(Maker):
-    """Generate structures; the fields are those of ``DOSGenerator`` and its ``generate``, `seed` included."""
+    """Generate structures.
+
+    Parameters
+    ----------
+    n : int
+        Number of structures.
+    settings : GenerationSettings, optional
+        What to generate, and how, but for sites and template, which belong to `make`.
+    weights, device : str, optional
+        As in ``DOSGenerator``.
+    **options
+        Fields of `GenerationSettings`, which replace those of ``settings``: ``GenerateMaker(num_atoms=4, seed=1)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `GenerationSettings`; if it has sites or a template.
+    """
 
     name: str = "generate"
-    n: int = 8
-    num_atoms: int | list[int] | None = None
-    strength: float = 0.6
-    fixed_species: dict[int, str] = field(default_factory=dict)
-    fixed_sites: list[int] | None = None
-    fixed_cell: bool = False
-    composition: str | None = None
-    elements: list[str] | None = None
-    exclude_elements: list[str] | None = None
-    guidance_scale: float | None = None
-    num_steps: int | None = None
-    seed: int = 0
+    n: int = DEFAULT_COUNT
+    settings: GenerationSettings = GenerationSettings()  # noqa: RUF009  # frozen, so it may be shared
     weights: str = "default"
     device: str | None = None
 
+    def __init__(
+        self,
+        name: str = name,
+        n: int = n,
+        settings: GenerationSettings = settings,
+        weights: str = weights,
+        device: str | None = device,
+        **options: Unpack[GenerationOptions],
+    ) -> None:
+        self.name, self.n, self.weights, self.device = name, whole_number(n, "n", 1), weights, device
+        if options.get("fixed_species"):
+            options["fixed_species"] = whole_keys(options["fixed_species"])
+        self.settings = settings.replace(**options)
+        if self.settings.template is not None or self.settings.sites is not None:
+            raise ValueError("sites and template belong to make(dos, sites, template), not to the Maker's settings")
+
     @job(output_schema=GenerationDoc, data=LARGE)
     def make(
-        self, dos: DOSInput, sites: Sequence[int] | None = None, template: Structure | None = None
+        self, dos: DOSInput, sites: Iterable[int] | None = None, template: Structure | None = None
     ) -> GenerationDoc:
         """Generate; a structure that is rejected too often costs itself, not those that were made before.
 
@@ -106,26 +134,24 @@ class GenerateMaker(Maker):
         """
         from dosmatgen_ase.generate.generator import DOSGenerator
 
-        own = ("name", "n", "weights", "device")
-        settings = {key: value for key, value in asdict(self).items() if key not in own and value is not None}
-        settings["fixed_species"] = {int(i): element for i, element in self.fixed_species.items()}
-        given = {int(i): target for i, target in dos.items()} if isinstance(dos, Mapping) else dos
-        start = None if template is None else to_atoms(template)
+        given = whole_keys(dos)
+        settings = self.settings.replace(sites=sites, template=None if template is None else to_atoms(template))
         made, reason = [], None
         generator = DOSGenerator(self.weights, device=self.device)
         try:
-            for atoms in generator.generate_iter(given, self.n, sites=sites, template=start, **settings):
+            for atoms in generator.generate_iter(given, self.n, settings=settings):
                 made.append(atoms)
         except RuntimeError as error:
             if not made:
                 raise
             reason = f"{len(made)} of {self.n}: {error}"
         made.sort(key=lambda atoms: atoms.info["dosmatgen"]["index"])
+        own = {"name": self.name, "n": self.n, "weights": self.weights, "device": self.device}
         return GenerationDoc(
             structures=[to_structure(atoms) for atoms in made],
             records=[atoms.info["dosmatgen"] for atoms in made],
-            targets=targets_by_site(given, sites),
-            settings=asdict(self),
+            targets=targets_by_site(given, settings.sites),
+            settings={**own, **self.settings.to_dict()},
             reason=reason,
         )
 

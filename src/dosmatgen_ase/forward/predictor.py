@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm, trange
 
-from dosmatgen_ase.crystals.screening import is_disordered
+from dosmatgen_ase.crystals.checks import is_disordered
 from dosmatgen_ase.data import MAX_ATOMS, SiteDOSLabels, Structures, formula_fold, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
 from dosmatgen_ase.files import write_npz

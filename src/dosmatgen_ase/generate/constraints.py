@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dosmatgen_ase.crystals.batch import MAX_ATOMIC_NUMBER, CrystalBatch, OnDevice
+from dosmatgen_ase.crystals.batch import CrystalBatch, OnDevice
+from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 from dosmatgen_ase.model.diffusion import species
 
 

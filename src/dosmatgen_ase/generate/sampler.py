@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dosmatgen_ase.crystals.batch import CrystalBatch, OnDevice, wrap
 from dosmatgen_ase.generate.constraints import Constraints
+from dosmatgen_ase.generate.settings import GenerationSettings
 from dosmatgen_ase.model.diffusion import coordinates, species
 from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
 from dosmatgen_ase.model.diffusion.process import JointProcess, NoisyCrystals, Prediction
@@ -35,7 +36,7 @@ class SamplerConfig:
         Divides the logits at the reveal; below 1 favours the likely elements.
     """
 
-    num_steps: int = 10
+    num_steps: int = GenerationSettings.num_steps
     coords_annealing: float = 10.0
     lattice_annealing: float = 0.0
     species_end: float = 0.4

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dosmatgen_ase.crystals.batch import MAX_ATOMS, OnDevice
+from dosmatgen_ase.crystals.batch import OnDevice
 from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.limits import MAX_ATOMS
 from dosmatgen_ase.model.denoiser import Denoiser, mlp
 from dosmatgen_ase.model.diffusion.process import NoisyCrystals, Prediction
 from dosmatgen_ase.model.running_sum import running_sum

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from dosmatgen_ase.crystals.batch import MAX_ATOMIC_NUMBER, MAX_ATOMS, minimum_image
+from dosmatgen_ase.crystals.batch import minimum_image
+from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
 from dosmatgen_ase.model.diffusion.coordinates import remove_mean
 from dosmatgen_ase.model.diffusion.lattice import BASIS, LatticeProcess
 from dosmatgen_ase.model.diffusion.process import NoisyCrystals, Prediction

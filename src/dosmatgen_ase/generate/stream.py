@@ -1,0 +1,93 @@
+"""The file of results that grows structure by structure, survives a kill, and is gone on with."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ase.io
+
+from dosmatgen_ase.files import write_atomic
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+
+class Stream:
+    """An extxyz file that grows structure by structure and survives a kill."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist, create it")
+        try:
+            with path.open("a"):
+                pass
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror}; choose another place") from error
+
+    def seed(self) -> int | None:
+        """Seed of the structures already there, None if there are none; ``ValueError`` as :meth:`resume`."""
+        frames, _, _ = self._read()
+        return int(frames[0].info["dosmatgen"]["seed"]) if frames else None
+
+    def resume(self, record: dict[str, Any]) -> list[Atoms]:
+        """Structures already there; a frame cut short by a kill is dropped from the file.
+
+        Raises
+        ------
+        ValueError
+            If the file holds structures of another request.
+        """
+        frames, whole, rest = self._read()
+        wanted = json.loads(json.dumps(record))
+        if any(atoms.info["dosmatgen"].get(k) != v for atoms in frames for k, v in wanted.items()):
+            raise self._another()
+        if rest:
+            write_atomic(self.path, whole.encode())
+        return frames
+
+    def _read(self) -> tuple[list[Atoms], str, str]:
+        """Whole frames, their text, and what follows; ``ValueError`` if any of it was not written here."""
+        try:
+            lines = self.path.read_text().splitlines(keepends=True)
+        except UnicodeDecodeError:
+            raise self._another() from None
+        end = 0
+        while end < len(lines) and lines[end].strip().isdecimal():
+            after = end + 2 + int(lines[end])
+            if after > len(lines) or not lines[after - 1].endswith("\n"):
+                break
+            end = after
+        try:
+            frames = ase.io.read(io.StringIO("".join(lines[:end])), index=":", format="extxyz") if end else []
+        except (OSError, ValueError):
+            raise self._another() from None
+        if any("dosmatgen" not in atoms.info for atoms in frames):
+            raise self._another()
+        rest = lines[end:]
+        if rest and not _torn(rest):
+            raise self._another()  # it is not ours to drop
+        return frames, "".join(lines[:end]), "".join(rest)
+
+    def _another(self) -> ValueError:
+        return ValueError(f"{self.path} holds structures of another request: choose another file or delete it")
+
+    def append(self, atoms: Atoms) -> None:
+        """Add one structure and flush it."""
+        try:
+            ase.io.write(self.path, atoms, format="extxyz", append=True)
+        except OSError as error:
+            fix = "make room, then ask for the same again: what it holds is kept"
+            raise OSError(f"cannot go on writing {self.path}: {error.strerror}; {fix}") from error
+
+
+def _torn(lines: Sequence[str]) -> bool:
+    """Whether these are the beginning of a frame of ours, as a kill or a full disk leaves it."""
+    count, comment, opening = lines[0].strip(), "".join(lines[1:2]), 'Lattice="'
+    if not (count.isdecimal() and len(count) <= 2 and opening.startswith(comment[: len(opening)])):
+        return False
+    return len(lines) <= 2 or "dosmatgen" in comment
