@@ -125,7 +125,8 @@ def test_every_option_reaches_the_generator(weights: Path, tmp_path: Path) -> No
     ase.io.write(template, copper)
     result = generate(
         weights, out, "-n", 2, "--template", template, "--strength", 0.3, "--fixed-cell", "--on-sites", "0,2",
-        "--fixed-species", "0=Co", "--fixed-sites", "1", "--elements", "Co,Cu,O", "--exclude-elements", "O",
+        "--fixed-species", "0=Co", "--fixed-sites", "1-2", "--free-species", "2",
+        "--elements", "Co,Cu,O", "--exclude-elements", "O",
         "--composition", "CoCu3", "--guidance-scale", 1.5, "--num-atoms", 4, "--seed", 7,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -134,7 +135,8 @@ def test_every_option_reaches_the_generator(weights: Path, tmp_path: Path) -> No
         assert atoms.get_chemical_formula() == "CoCu3"
         assert atoms.symbols[0] == "Co"
         info = atoms.info["dosmatgen"]
-        wanted = {"seed": 7, "guidance_scale": 1.5, "num_steps": 10, "strength": 0.3, "fixed_sites": [1]}
+        wanted = {"seed": 7, "guidance_scale": 1.5, "num_steps": 10, "strength": 0.3}
+        wanted |= {"fixed_sites": [1, 2], "free_species": [2]}
         assert {key: info[key] for key in wanted} == wanted
         assert set(info["targets"]) == {"0", "2"}
         assert "O" in info["forbidden_elements"]

@@ -368,6 +368,55 @@ def test_the_template_is_left_as_it_is(generator: DOSGenerator) -> None:
     assert template.info == before.info
 
 
+@pytest.mark.parametrize(
+    "held",
+    [{"strength": 0.0}, {"strength": 0.7, "fixed_cell": True, "fixed_sites": range(3)}],
+    ids=["strength 0", "held"],
+)
+@pytest.mark.parametrize("handed", [1.0, -1.0], ids=["right", "left"])
+def test_a_free_species_is_drawn_at_a_held_position(
+    handed: float, held: dict[str, Any], generator: DOSGenerator, tmp_path: Path
+) -> None:
+    template = skewed_template(handed)
+    wanted = {"template": template, "num_atoms": None, "free_species": np.array([1])}
+    wanted["elements"] = ["Cu", "Ni", "O", "Au"]
+    out = tmp_path / "made.extxyz"
+    made = make(generator, n=12, out=out, **wanted, **held)
+    for atoms in made:
+        assert (atoms.cell.array == np.sign(np.linalg.det(template.cell)) * template.cell.array).all()
+        assert (atoms.positions == template.positions).all()
+        assert (atoms.symbols[0], atoms.symbols[2]) == ("Cu", "O")
+        assert record(atoms)["free_species"] == [1]
+        assert record(atoms)["network_calls"] > 0
+    assert {atoms.symbols[1] for atoms in made} > {"Ni"}  # Zn, which the template has there, is not allowed
+    again = generator.regenerate(made[3], TARGET, template=template)
+    assert (again.numbers == made[3].numbers).all()
+    with pytest.raises(ValueError, match="structures of another request"):
+        make(generator, n=13, out=out, **{**wanted, **held, "free_species": None, "elements": None})
+    text = out.read_text()
+    for atoms in make(generator, n=4, **{**wanted, **held, "elements": None, "composition": "CuOAu"}):
+        assert atoms.get_chemical_symbols() == ["Cu", "Au", "O"]
+    assert out.read_text() == text
+
+
+def test_a_free_species_forgets_the_template_at_any_strength(generator: DOSGenerator) -> None:
+    made = make(generator, n=16, num_atoms=None, template=TEMPLATE, strength=0.1, free_species=[3])
+    assert all((atoms.symbols[:3] == "Cu").all() for atoms in made)
+    assert len({atoms.symbols[3] for atoms in made}) > 8
+
+
+def test_files_and_records_of_before_free_species_are_read(generator: DOSGenerator, tmp_path: Path) -> None:
+    out = tmp_path / "made.extxyz"
+    atoms = make(generator, n=2, out=out)[0]
+    del atoms.info["dosmatgen"]["free_species"]
+    assert_same(generator.regenerate(atoms, TARGET), atoms)
+    text = out.read_text().replace('\\"free_species\\": [], ', "")
+    assert "free_species" not in text
+    out.write_text(text)
+    assert len(make(generator, n=3, out=out)) == 3
+    assert out.read_text().startswith(text)
+
+
 def test_lists_and_compositions_hold_for_what_a_template_brings_along(generator: DOSGenerator) -> None:
     for atoms in make(generator, n=8, num_atoms=None, template=TEMPLATE, strength=0.3, elements=["Ni", "Au"]):
         assert set(atoms.symbols) <= {"Ni", "Au"}
@@ -813,6 +862,13 @@ HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"fixed_species": {"0": "Co"}}, TypeError, r"fixed_species must name sites by whole numbers"),
     ({"fixed_cell": True}, ValueError, r"fixed_cell needs a template"),
     ({"fixed_sites": [0]}, ValueError, r"fixed_sites needs a template"),
+    ({"free_species": [0]}, ValueError, r"free_species needs a template"),
+    ({"template": CU, "num_atoms": 1, "free_species": [1]}, ValueError, r"free_species names site 1, but there are 1"),
+    (
+        {"template": CU, "num_atoms": 1, "free_species": [0], "fixed_species": {0: "Co"}},
+        ValueError,
+        r"free_species and fixed_species both name site 0: leave it out of one",
+    ),
     ({"template": "Cu"}, TypeError, r"template must be an ase\.Atoms, not str"),
     ({"template": CU}, ValueError, r"num_atoms=\[3\] contradicts template, which has 1"),
     ({"template": Atoms("Cu"), "num_atoms": 1}, ValueError, r"not periodic"),

@@ -81,11 +81,14 @@ def requests(draw: st.DrawFn) -> Asked:
         cell = held in ("the cell", "all but two", "FixAtoms")
         if arguments["strength"] == 0:
             cell, positions = True, list(range(size))
-        species = {i: template.symbols[i] for i in positions}
+        if draw(st.booleans()):
+            arguments["free_species"] = some(0.4)
+        species = {i: template.symbols[i] for i in positions if i not in arguments.get("free_species", ())}
     else:
         arguments["num_atoms"] = size
     if draw(st.booleans()):
         pins = {i: chemical_symbols[rng.integers(1, MAX_ATOMIC_NUMBER + 1)] for i in some(0.4)}
+        pins = {i: symbol for i, symbol in pins.items() if i not in arguments.get("free_species", ())}
         arguments["fixed_species"] = pins
         species = species | pins
     allowed = set(chemical_symbols[1 : MAX_ATOMIC_NUMBER + 1])

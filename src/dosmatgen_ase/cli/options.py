@@ -155,6 +155,7 @@ SETTINGS: dict[str, _Setting] = {
     "strength": _Setting(START, float),
     "fixed_cell": _Setting(START, bool),
     "fixed_sites": _Setting(START, str | None, "0,2", numbers_from_text),
+    "free_species": _Setting(START, str | None, "0,2", numbers_from_text),
     "guidance_scale": _Setting(SAMPLING, float | None),
     "num_steps": _Setting(SAMPLING, int),
     "seed": _Setting(SAMPLING, int | None),

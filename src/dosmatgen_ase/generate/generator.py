@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dosmatgen_ase import __version__
 from dosmatgen_ase.crystals.screening import screen
 from dosmatgen_ase.dos import MODEL_GRID
-from dosmatgen_ase.generate.request import Request, settings_of
+from dosmatgen_ase.generate.request import Request, completed, settings_of
 from dosmatgen_ase.generate.sampler import Randomness, SamplerConfig, sample
 from dosmatgen_ase.generate.settings import GenerationOptions, GenerationSettings, spelled
 from dosmatgen_ase.generate.stream import Stream
@@ -243,9 +243,9 @@ class DOSGenerator:
         ValueError
             If ``atoms`` has no record, or target or weights are not those of the record.
         """
-        info = atoms.info.get("dosmatgen")
-        if info is None:
+        if "dosmatgen" not in atoms.info:
             raise ValueError("atoms.info has no 'dosmatgen' record: it was not made by DOSGenerator")
+        info = completed(atoms.info["dosmatgen"])
         request = Request.of(dos, settings_of(info, len(atoms), dos, template))
         if self.header["sha256"] != info["weights"] or request.record() != {k: info[k] for k in request.record()}:
             raise ValueError("weights, target or template are not those of the record: give the same ones again")
@@ -253,7 +253,7 @@ class DOSGenerator:
         rng = np.random.default_rng((info["seed"], info["index"], info["attempt"]))
         guidance = Guidance(info["guidance_scale"], tuple(info["guidance_interval"]))
         made, _ = self._draw(request, [len(atoms)], [rng], config, guidance)
-        made[0].info["dosmatgen"] = dict(info)
+        made[0].info["dosmatgen"] = dict(atoms.info["dosmatgen"])
         return made[0]
 
     def _run(self, plan: _Plan, n: int, progress: bool, stream: Stream | None) -> Iterator[Atoms]:
@@ -322,7 +322,7 @@ class DOSGenerator:
         lattice = self.model.denoiser.lattice
         with cpu_threads(self.threads):
             result = sample(
-                denoise, lattice, constraints.to(self.device), randomness, config, strength=request.strength
+                denoise, lattice, constraints.to(self.device), randomness, config, strength=request.start_level
             )
         structures = result.crystals.to_atoms()
         for atoms in structures:

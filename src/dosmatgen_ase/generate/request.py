@@ -22,6 +22,7 @@ from dosmatgen_ase.generate.settings import GenerationSettings
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
 from dosmatgen_ase.model.conditioning import DOSCondition, Guidance
 from dosmatgen_ase.model.denoiser import MAX_IMAGES
+from dosmatgen_ase.model.diffusion.species import MASKED
 from dosmatgen_ase.parsing import DOSInput, is_list, split_targets
 
 if TYPE_CHECKING:
@@ -48,9 +49,11 @@ class Request:
     template : Atoms or None
         Right-handed.
     strength : float
-        Noise level that the sampler starts from; 1 without a template.
+        How far the template is noised; 1 without one.
     fixed_species : dict {site: atomic number}
     fixed_sites : frozenset of int
+    free_species : frozenset of int
+        Sites that start without an element, whatever the template has there.
     fixed_cell : bool
     composition : dict {atomic number: count}
         Empty where there is none.
@@ -67,6 +70,7 @@ class Request:
     strength: float
     fixed_species: dict[int, int]
     fixed_sites: frozenset[int]
+    free_species: frozenset[int]
     fixed_cell: bool
     composition: dict[int, int]
     allowed: frozenset[int]
@@ -90,21 +94,24 @@ class Request:
         sizes, source = _sizes(settings, template, composition, len(targets) if is_list(dos) else None)
         pins = {i: NUMBER_OF[symbol] for i, symbol in (settings.fixed_species or {}).items()}
         limit, source = (min(sizes), source) if sizes else (MAX_ATOMS, "the limit of this package")
-        for name, used in (("dos", set(targets)), ("fixed_species", set(pins)), ("fixed_sites", held)):
+        free = set(settings.free_species or ())
+        named = {"dos": set(targets), "fixed_species": set(pins), "fixed_sites": held, "free_species": free}
+        for name, used in named.items():
             for i in sorted(used):
                 if not 0 <= i < limit:
                     raise ValueError(f"{name} names site {i}, but there are {limit} sites by {source}")
-        named: list[tuple[int | None, TargetDOS]] = [*targets.items(), *([] if total is None else [(None, total)])]
+        wanted: list[tuple[int | None, TargetDOS]] = [*targets.items(), *([] if total is None else [(None, total)])]
         request = cls(
             settings=settings,
             site_targets=targets,
             total_target=total,
-            on_grid={i: _on_grid(target) for i, target in named},
+            on_grid={i: _on_grid(target) for i, target in wanted},
             sizes=sizes,
             template=template,
             strength=1.0 if template is None else settings.strength,
             fixed_species=pins,
             fixed_sites=frozenset(held),
+            free_species=frozenset(free),
             # FixAtoms holds Cartesian positions, which a changing cell would move.
             fixed_cell=settings.fixed_cell or bool(template is not None and template.constraints),
             composition=composition,
@@ -139,14 +146,20 @@ class Request:
         return {z: factor * count - pinned.count(z) for z, count in self.composition.items()}
 
     def pinned_species(self) -> dict[int, int]:
-        """Fixed species, and those of the template on fixed sites (strength 0: on all sites)."""
+        """Fixed species, and those of the template on fixed sites (strength 0: on all sites) unless they are free."""
         if self.template is None:
             return self.fixed_species
-        return {**{i: int(self.template.numbers[i]) for i in self.held_sites()}, **self.fixed_species}
+        held = [i for i in self.held_sites() if i not in self.free_species]
+        return {**{i: int(self.template.numbers[i]) for i in held}, **self.fixed_species}
 
     def held_sites(self) -> list[int]:
         """Sites that stay where the template has them."""
         return list(range(len(self.template or ()))) if self.strength == 0 else sorted(self.fixed_sites)
+
+    @property
+    def start_level(self) -> float:
+        """Noise level that the sampler starts from. Free elements of a crystal that is held take the whole way."""
+        return 1.0 if self.strength == 0 and self.free_species else self.strength
 
     @property
     def held_cell(self) -> np.ndarray | None:
@@ -171,7 +184,7 @@ class Request:
     def check_template(self, cutoff: float) -> None:
         """Raise ``ValueError`` for a template that is so thin that the network misses neighbours within ``cutoff``."""
         template, shortest = self.reduced_template(), cutoff / (MAX_IMAGES + 0.5)
-        if template is None or self.strength == 0:
+        if template is None or self.start_level == 0:
             return
         if (spacing := plane_spacings(np.asarray(template.cell)).min()) < shortest:
             raise ValueError(
@@ -212,11 +225,12 @@ class Request:
         result = Constraints.none(torch.tensor(sizes))
         if (template := self.reduced_template()) is not None:
             result = replace(result, start=CrystalBatch.from_atoms([template] * len(sizes)))
-        result.fixed_coords[:, list(self.fixed_sites)] = True
+        result.fixed_coords[:, self.held_sites()] = True
+        result.start.atomic_numbers[:, sorted(self.free_species)] = MASKED
         for i, z in self.pinned_species().items():
             result.start.atomic_numbers[:, i] = z
             result.fixed_species[:, i] = True
-        result.fixed_cell[:] = self.fixed_cell
+        result.fixed_cell[:] = self.held_cell is not None
         forbidden = [z for z in range(MAX_ATOMIC_NUMBER + 1) if z not in self.allowed]
         result.allowed[:, forbidden] = False
         if self.composition:
@@ -236,12 +250,18 @@ class Request:
             "strength": self.strength if self.template is not None else None,
             "fixed_species": {str(i): chemical_symbols[z] for i, z in self.fixed_species.items()},
             "fixed_sites": sorted(self.fixed_sites),
+            "free_species": sorted(self.free_species),
             "fixed_cell": self.fixed_cell,
             "composition": {chemical_symbols[z]: count for z, count in self.composition.items()},
             "forbidden_elements": [
                 chemical_symbols[z] for z in range(1, MAX_ATOMIC_NUMBER + 1) if z not in self.allowed
             ],
         }
+
+
+def completed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with what version 0.1.0 did not write yet."""
+    return {"free_species": [], **record}
 
 
 def settings_of(record: Mapping[str, Any], num_atoms: int, dos: DOSInput, template: Atoms | None) -> GenerationSettings:
@@ -253,6 +273,7 @@ def settings_of(record: Mapping[str, Any], num_atoms: int, dos: DOSInput, templa
         strength=1.0 if record["strength"] is None else record["strength"],
         fixed_species={int(i): symbol for i, symbol in record["fixed_species"].items()},
         fixed_sites=record["fixed_sites"],
+        free_species=record["free_species"],
         fixed_cell=record["fixed_cell"],
         composition=record["composition"] or None,
         exclude_elements=record["forbidden_elements"],

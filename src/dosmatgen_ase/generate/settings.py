@@ -34,6 +34,7 @@ class GenerationOptions(TypedDict, total=False):
     strength: float
     fixed_species: Mapping[int, ElementLike] | None
     fixed_sites: Iterable[int] | None
+    free_species: Iterable[int] | None
     fixed_cell: bool
     composition: str | Mapping[Any, float] | None
     elements: Iterable[ElementLike] | None
@@ -66,6 +67,9 @@ class GenerationSettings:
     fixed_sites : several int, optional
         Sites of the template that keep their position in the cell and their element. FixAtoms on the template adds its
         sites and fixes the cell.
+    free_species : several int, optional
+        Sites of the template whose element is drawn from nothing, although `fixed_sites` or strength 0 hold their
+        position: which dopant fits here?
     fixed_cell : bool
         Keep the cell of the template.
     composition : str or mapping, optional
@@ -103,6 +107,7 @@ class GenerationSettings:
     strength: float = 0.6
     fixed_species: Mapping[int, ElementLike] | None = None
     fixed_sites: Iterable[int] | None = None
+    free_species: Iterable[int] | None = None
     fixed_cell: bool = False
     composition: str | Mapping[Any, float] | None = None
     elements: Iterable[ElementLike] | None = None
@@ -121,6 +126,7 @@ class GenerationSettings:
             raise TypeError(f"fixed_cell={self.fixed_cell!r} must be True or False")
         sites = None if self.sites is None else parsing.site_numbers(self.sites, "sites")
         held = parsing.site_numbers(() if self.fixed_sites is None else self.fixed_sites, "fixed_sites")
+        free = parsing.site_numbers(() if self.free_species is None else self.free_species, "free_species")
         self._set(
             num_atoms=parsing.cell_sizes(self.num_atoms),
             sites=sites,
@@ -128,6 +134,7 @@ class GenerationSettings:
             strength=float(self.strength),
             fixed_species=parsing.site_elements(self.fixed_species or {}),
             fixed_sites=held,
+            free_species=free,
             fixed_cell=bool(self.fixed_cell),
             composition=parsing.formula_counts(self.composition),
             elements=parsing.element_list(self.elements, "elements"),
@@ -136,9 +143,11 @@ class GenerationSettings:
             num_steps=parsing.whole_number(self.num_steps, "num_steps", 1, MAX_STEPS),
             seed=None if self.seed is None else parsing.whole_number(self.seed, "seed", 0),
         )
-        if self.template is None and (self.fixed_cell or held):
-            name = "fixed_cell" if self.fixed_cell else "fixed_sites"
-            raise ValueError(f"{name} needs a template to take its values from")
+        for name, given in (("fixed_cell", self.fixed_cell), ("fixed_sites", held), ("free_species", free)):
+            if given and self.template is None:
+                raise ValueError(f"{name} needs a template to take its values from")
+        if both := sorted({*free} & {*(self.fixed_species or {})}):
+            raise ValueError(f"free_species and fixed_species both name site {both[0]}: leave it out of one of them")
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ase.io
 
 from dosmatgen_ase.files import write_atomic
+from dosmatgen_ase.generate.request import completed
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -44,7 +45,8 @@ class Stream:
         """
         frames, whole, rest = self._read()
         wanted = json.loads(json.dumps(record))
-        if any(atoms.info["dosmatgen"].get(k) != v for atoms in frames for k, v in wanted.items()):
+        told = [completed(atoms.info["dosmatgen"]) for atoms in frames]
+        if any(record.get(k) != v for record in told for k, v in wanted.items()):
             raise self._another()
         if rest:
             write_atomic(self.path, whole.encode())
