@@ -16,6 +16,7 @@ from safetensors.torch import load, save, save_file
 from dosmatgen_ase import files
 from dosmatgen_ase.model.checkpoint import content_hash, load_model, load_tensors, save_model, save_tensors
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser
+from dosmatgen_ase.model.denoiser import SIZES, Layer
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2]), "empty": torch.zeros(0, 3)}
 
@@ -73,6 +74,35 @@ def without_a_tensor(content: bytes) -> bytes:
     return save(tensors, {"dosmatgen_ase": json.dumps({**header, "sha256": content_hash(tensors)})})
 
 
+def with_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[bytes], bytes]:
+    """Damage: another tensor under a header that belongs to it."""
+
+    def damage(content: bytes) -> bytes:
+        tensors = load(content)
+        tensors[name] = change(tensors[name])
+        return rewrite(lambda h: h.update(sha256=content_hash(tensors)))(
+            save(tensors, {"dosmatgen_ase": metadata_of(content)})
+        )
+
+    return damage
+
+
+def metadata_of(content: bytes) -> str:
+    size = int.from_bytes(content[:8], "little")
+    return str(json.loads(content[8 : 8 + size])["__metadata__"]["dosmatgen_ase"])
+
+
+def with_value(value: float) -> Callable[[bytes], bytes]:
+    def put(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[0] = value
+        return tensor
+
+    return with_tensor("encoder.null_site", put)
+
+
+with_integers = with_tensor("encoder.null_site", lambda t: t.to(torch.int32))
+
+
 @pytest.mark.parametrize(
     ("damage", "fragment"),
     [
@@ -91,7 +121,26 @@ def without_a_tensor(content: bytes) -> bytes:
         (rewrite(lambda h: h["config"].update(widht=3)), "does not describe its own tensors"),
         (rewrite(lambda h: h["config"].update(width=32)), "does not describe its own tensors"),
         (rewrite(lambda h: h.pop("lattice") and None), "does not describe its own tensors"),
-        (without_a_tensor, "does not describe its own tensors"),
+        (without_a_tensor, r"does not describe its own tensors \(encoder.null_site is missing\)"),
+        (rewrite(lambda h: h["config"].update(num_layers=10**9)), "num_layers=1000000000 must be a whole number"),
+        (rewrite(lambda h: h["config"].update(width=30000)), "width=30000 must be a whole number from 1 to 4096"),
+        (rewrite(lambda h: h["config"].update(width=4096)), r"has shape \(16,\), not \(4096,\)"),
+        (rewrite(lambda h: h["config"].update(num_layers=64)), "layers.*is missing"),
+        (rewrite(lambda h: h["config"].update(cutoff=1e9)), "cutoff=1000000000.0 must be a number above 1"),
+        (rewrite(lambda h: h["config"].update(cutoff=float("nan"))), "cutoff=nan must be a number"),
+        (rewrite(lambda h: h["config"].update(num_radial=1)), "num_radial=1 must be a whole number from 2"),
+        (rewrite(lambda h: h["config"].update(width="16")), "width='16' must be a whole number"),
+        (rewrite(lambda h: h.update(config=[1])), "does not describe its own tensors"),
+        (rewrite(lambda h: h["lattice"].update(std=[0.0] * 6)), "std above 0"),
+        (rewrite(lambda h: h["lattice"].update(mean=[float("nan")] * 6)), "six finite numbers"),
+        (rewrite(lambda h: h["lattice"].update(mean=[1.0])), "six finite numbers"),
+        (rewrite(lambda h: h["lattice"].update(mean=["a"] * 6)), "six finite numbers"),
+        (rewrite(lambda h: h["lattice"].update(mean=None)), "does not describe its own tensors"),
+        (rewrite(lambda h: h.update(format_version="1")), "no dosmatgen-ase header"),
+        (lambda c: save(load(c), {"dosmatgen_ase": "[" * 10**5}), "truncated"),
+        (with_value(float("nan")), r"holds a NaN or an infinity in encoder\.null_site: fetch or train it again"),
+        (with_value(float("-inf")), r"holds a NaN or an infinity in encoder\.null_site"),
+        (with_integers, "null_site has shape .* or no floats"),
     ],
 )
 def test_a_damaged_file_gives_one_clear_error(
@@ -103,6 +152,26 @@ def test_a_damaged_file_gives_one_clear_error(
         load_model(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["num_layers", "width"])
+def test_a_header_is_compared_before_anything_is_built(
+    name: str, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its largest network takes no memory: 4096 channels in 64 layers would be 100 GB."""
+    path = tmp_path / "weights"
+    path.write_bytes(rewrite(lambda h: h["config"].update({name: SIZES[name][1]}))(tiny_weights.read_bytes()))
+    devices = set()
+    whole = Layer.__init__
+
+    def watched(self: Layer, *arguments: Any) -> None:
+        whole(self, *arguments)
+        devices.update(p.device.type for p in self.parameters())
+
+    monkeypatch.setattr(Layer, "__init__", watched)
+    with pytest.raises(ValueError, match="does not describe its own tensors"):
+        load_model(path)
+    assert devices == {"meta"}
 
 
 @pytest.mark.parametrize("path", ["absent.safetensors", "."])

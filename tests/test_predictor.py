@@ -16,6 +16,7 @@ from ase.data import chemical_symbols
 from dosmatgen_ase.data import SiteDOSLabels, load_pseudo_labels, load_site_dos, load_structures
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.forward.predictor import (
+    DEFAULT_PREDICTOR,
     DOSCalculator,
     DOSPredictor,
     PredictorConfig,
@@ -28,6 +29,7 @@ from dosmatgen_ase.forward.predictor import (
     train_predictor,
     write_pseudo_labels,
 )
+from dosmatgen_ase.model.checkpoint import load_tensors, save_tensors
 
 ROOT = Path(__file__).parents[1]
 SMALL = PredictorConfig(hidden=64, depth=1, dropout=0.0, members=2, epochs=40, batch_size=16)
@@ -163,6 +165,32 @@ def test_load_refuses_what_is_no_predictor(tmp_path: Path) -> None:
         DOSPredictor.load(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="not a readable"):
+        DOSPredictor.load(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        ({"members": 10**9}, "members=1000000000 must be a whole number from 1 to 64"),
+        ({"hidden": 10**6}, "hidden=1000000 must be a whole number from 1 to 8192"),
+        ({"depth": 0}, "depth=0 must be a whole number"),
+        ({"depth": 32}, "is missing"),
+        ({"hidden": 8192}, r"has shape .*, not \(8192"),
+        ({"hiden": 3}, "hiden"),
+    ],
+    ids=str,
+)
+def test_a_predictor_that_contradicts_itself_is_one_clear_error(
+    change: dict[str, int], fragment: str, tmp_path: Path
+) -> None:
+    tensors, header = load_tensors(DEFAULT_PREDICTOR)
+    del header["sha256"]
+    save_tensors(tmp_path / "bad.safetensors", tensors, {**header, "config": {**header["config"], **change}})
+    with pytest.raises(ValueError, match=rf"does not describe its own tensors \(.*{fragment}"):
+        DOSPredictor.load(tmp_path / "bad.safetensors")
+    del tensors["support"]
+    save_tensors(tmp_path / "bad.safetensors", tensors, header)
+    with pytest.raises(ValueError, match="it has the tables"):
         DOSPredictor.load(tmp_path / "bad.safetensors")
 
 

@@ -11,6 +11,7 @@ import textwrap
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,6 +228,39 @@ def test_another_type_of_device_refuses_to_resume(tmp_path: Path) -> None:
     del header["device"]
     save_tensors(tmp_path / "state", tensors, header)
     with pytest.raises(ValueError, match=r"does not tell what the run started from.*new folder"):
+        Trainer(CONFIG, bulk_dataset()).restore(tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, header: header.pop("config"),
+        lambda tensors, header: header.update(config=[1]),
+        lambda tensors, header: header.update(lattice=None),
+        lambda tensors, header: header["lattice"].update(std=[0.0] * 6),
+        lambda tensors, header: tensors.pop("generator"),
+        lambda tensors, header: tensors.update(generator=torch.zeros(3)),
+        lambda tensors, header: tensors.update(odd=torch.zeros(3)),
+        lambda tensors, header: tensors.pop("model.encoder.null_site"),
+        lambda tensors, header: tensors.update({"model.encoder.null_site": torch.zeros(2)}),
+        lambda tensors, header: tensors.update({"optimizer.x.step": torch.zeros(())}),
+    ],
+)
+def test_a_state_that_contradicts_itself_is_one_clear_error(change: Any, tmp_path: Path) -> None:
+    Trainer(CONFIG, bulk_dataset()).save(tmp_path / "state")
+    tensors, header = load_tensors(tmp_path / "state")
+    change(tensors, header)
+    save_tensors(tmp_path / "state", tensors, {k: v for k, v in header.items() if k != "sha256"})
+    with pytest.raises(ValueError, match=r"(does not describe its own tensors|does not tell).*choose a new folder"):
+        Trainer(CONFIG, bulk_dataset()).restore(tmp_path / "state")
+
+
+def test_a_state_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    Trainer(CONFIG, bulk_dataset()).save(tmp_path / "state")
+    tensors, header = load_tensors(tmp_path / "state")
+    tensors["ema.encoder.null_site"][0] = torch.nan
+    save_tensors(tmp_path / "state", tensors, {k: v for k, v in header.items() if k != "sha256"})
+    with pytest.raises(ValueError, match=r"holds a NaN or an infinity in ema\.encoder\.null_site"):
         Trainer(CONFIG, bulk_dataset()).restore(tmp_path / "state")
 
 

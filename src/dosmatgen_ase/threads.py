@@ -1,4 +1,4 @@
-"""CPU threads of torch for one block of code.
+"""What a block of code changes for the whole process, and gives back: CPU threads of torch, numpy's legacy stream.
 
 On cells of a few atoms a second thread costs more than it brings: it spins while it waits, and on busy cores it waits
 long. So small batches run on one thread, and the caller's own number comes back afterwards.
@@ -51,3 +51,24 @@ def _in_a_new_thread(job: Callable[[], Any]) -> Any:
     thread.start()
     thread.join()
     return result[0]
+
+
+_borrowed: list[Any] = []  # the caller's state of the legacy stream, once for each block that runs
+
+
+@contextlib.contextmanager
+def legacy_stream() -> Iterator[None]:
+    """Let libraries draw from numpy's legacy stream: the same numbers each time, and the caller's stream comes back.
+
+    May be used in several threads at once: the last that leaves gives back what the first found.
+    """
+    import numpy as np
+
+    with _LOCK:
+        _borrowed.append(_borrowed[0] if _borrowed else np.random.get_state())  # noqa: NPY002
+        np.random.seed(0)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        with _LOCK:
+            np.random.set_state(_borrowed.pop())  # noqa: NPY002

@@ -32,7 +32,7 @@ from dosmatgen_ase.crystals.checks import is_disordered
 from dosmatgen_ase.data import MAX_ATOMS, SiteDOSLabels, Structures, formula_fold, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
 from dosmatgen_ase.files import write_npz
-from dosmatgen_ase.model.checkpoint import load_tensors, save_tensors
+from dosmatgen_ase.model.checkpoint import fill, load_tensors, save_tensors, without_values
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -50,7 +50,7 @@ MIN_LABELS = 3  # labelled structures that an element needs, at an energy, for i
 @lru_cache(maxsize=1)
 def load_chgnet() -> Any:
     """Return CHGNet 0.3.0 on the CPU, frozen, loaded quietly once per process: its weights come with its wheel."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         from chgnet.model import CHGNet
 
@@ -202,6 +202,12 @@ class PredictorConfig:
     weight_decay: float = 1e-2
     batch_size: int = 64
 
+    def __post_init__(self) -> None:
+        for name, highest in (("hidden", 8192), ("depth", 32), ("members", 64)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
+                raise ValueError(f"{name}={value!r} must be a whole number from 1 to {highest}")
+
 
 # The predictors of the project: name, half of the formulas (None: all), networks. All differ by seed.
 ROLES: dict[str, tuple[int | None, PredictorConfig]] = {
@@ -333,8 +339,15 @@ class DOSPredictor:
             raise ValueError(f"{path} holds no predictor (kind: {header.get('kind')}): give the path of one")
         members = {k.removeprefix("members.nets."): v.float() for k, v in tensors.items() if k.startswith("members.")}
         tables = {k: v for k, v in tensors.items() if not k.startswith("members.")}
-        predictor = cls(PredictorConfig(**header["config"]), tables, header["info"])
-        predictor.members.load_state_dict(members)
+        try:
+            if tables.keys() != {"baseline", "support", "input_mean", "input_std"}:
+                raise ValueError(f"it has the tables {sorted(tables)}")
+            with without_values():
+                predictor = cls(PredictorConfig(**header["config"]), tables, header["info"])
+            fill(predictor.members, members)
+        except (KeyError, TypeError, ValueError) as error:
+            told = f"the header of {path} does not describe its own tensors ({error}): fetch or train it again"
+            raise ValueError(told) from error
         return predictor
 
 
@@ -545,7 +558,7 @@ def train_predictor(
     tables = {"baseline": baseline, "support": support, "input_mean": mean, "input_std": std}
     info = {"fold": fold, "seed": seed, "train_structures": len(train_rows), "descriptor": "CHGNet 0.3.0"}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not that of any GPU
         predictor = DOSPredictor(config, tables, info)
         train, val = (part._replace(inputs=predictor._standardised(part.inputs)) for part in (train, val))
         for net in predictor.members:

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import digest, right_handed, screen_given
 from dosmatgen_ase.files import set_aside, write_extxyz
+from dosmatgen_ase.threads import cpu_threads, legacy_stream
 
 _SAVE_EVERY = 5.0  # seconds
 _MOVE_WITH_CELL = (FixScaled, FixSymmetry)  # every other constraint of ASE holds something Cartesian
@@ -254,17 +255,18 @@ def _kept_calculator(calculator: str | Path) -> Any:
 
 @contextlib.contextmanager
 def quick_blas() -> Iterator[None]:
-    """One BLAS thread and no denormal numbers, which makes CHGNet on small cells quicker.
+    """One thread and no denormal numbers, which makes CHGNet on small cells quicker; numpy's legacy stream is kept.
 
     With more threads, the 3x3 matrix functions of the cell filter take most of the time on a busy machine; the tails of
-    CHGNet's radial functions are denormal, on which a CPU is slow: a gradient takes 1.5 times as long.
+    CHGNet's radial functions are denormal, on which a CPU is slow: a gradient takes 1.5 times as long. The logarithm of
+    a matrix, as the cell filter takes it from scipy, draws from numpy's legacy stream.
     """
     import torch
 
     was = bool(torch.tensor(1e-40).mul(1.0) == 0)
     torch.set_flush_denormal(True)
     try:
-        with threadpool_limits(limits=1, user_api="blas"):
+        with threadpool_limits(limits=1, user_api="blas"), cpu_threads(1), legacy_stream():
             yield
     finally:
         torch.set_flush_denormal(was)

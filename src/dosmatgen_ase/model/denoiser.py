@@ -24,11 +24,25 @@ from dosmatgen_ase.model.diffusion.lattice import BASIS, LatticeProcess
 from dosmatgen_ase.model.diffusion.process import NoisyCrystals, Prediction
 
 MAX_IMAGES = 3  # translations per axis and direction: reaches the cutoff in every cell that is not collapsed
+SIZES = {  # smallest and largest of each
+    "width": (1, 4096),
+    "pair_width": (1, 4096),
+    "vector_channels": (1, 1024),
+    "num_layers": (1, 64),
+    "num_radial": (2, 256),
+    "num_bins": (1, 10_000),
+}
 
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """Size of the network. ``cutoff`` in Angstrom; ``num_bins`` is the size of the DOS grid."""
+    """Size of the network. ``cutoff`` in Angstrom; ``num_bins`` is the size of the DOS grid.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of bounds, which keep a damaged file from asking for all memory.
+    """
 
     width: int = 128
     pair_width: int = 128
@@ -37,6 +51,14 @@ class DenoiserConfig:
     num_radial: int = 20
     cutoff: float = 6.5
     num_bins: int = 151
+
+    def __post_init__(self) -> None:
+        for name, (lowest, highest) in SIZES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+                raise ValueError(f"{name}={value!r} must be a whole number from {lowest} to {highest}")
+        if not isinstance(self.cutoff, int | float) or not 1 < self.cutoff <= 20:
+            raise ValueError(f"cutoff={self.cutoff!r} must be a number above 1 and at most 20 Angstrom")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for JSON."""

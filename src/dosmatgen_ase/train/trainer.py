@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 from dosmatgen_ase.crystals.batch import CrystalBatch
 from dosmatgen_ase.data import CrystalDataset, size_bucket_batches
-from dosmatgen_ase.model.checkpoint import load_model, load_tensors, save_model, save_tensors
+from dosmatgen_ase.model.checkpoint import filled_model, load_model, load_tensors, save_model, save_tensors
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser, ConditionDropout, DOSCondition
 from dosmatgen_ase.model.denoiser import Denoiser, DenoiserConfig
 from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
 from dosmatgen_ase.model.diffusion.process import JointProcess, NoisyCrystals, Prediction
+from dosmatgen_ase.threads import cpu_threads
 
 MAY_CHANGE = ("steps", "threads", "save_every")  # on resume: a run may be made longer or shorter, or moved
 
@@ -77,7 +78,7 @@ class TrainingConfig:
     compile : bool
         Compile the layers with torch.compile (needs a C++ compiler): two minutes at the start, a third faster after.
     threads : int
-        CPU threads.
+        CPU threads of :func:`train`; the caller's number is back afterwards.
     """
 
     steps: int = 20000
@@ -263,12 +264,11 @@ class Trainer:
     """Model, EMA, optimiser and random state of a run; saved and restored exactly."""
 
     def __init__(self, config: TrainingConfig, dataset: CrystalDataset, device: str | torch.device = "cpu") -> None:
-        torch.set_num_threads(config.threads)
         self.config, self.device = config, torch.device(device)
         structures = dataset.structures
         lattice = LatticeProcess.fit(torch.tensor(structures.cell), torch.tensor(structures.num_atoms))
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)  # not that of any GPU
             self.model = ConditionalDenoiser(Denoiser(config.network, lattice)).to(self.device)
         if config.compile:
             for layer in self.model.denoiser.layers:
@@ -362,14 +362,15 @@ class Trainer:
         tensors, header = load_tensors(path)
         if (kind := header.get("kind")) != "training":
             raise ValueError(f"{path} holds a {kind}, not the state of a training run: choose a new folder")
+        needed = {"config", "lattice", "init", "device", "data", "step", "epoch", "position"}
+        if not (needed <= header.keys() and isinstance(header["config"], dict)):
+            raise ValueError(f"{path} does not tell what the run started from (an older version): choose a new folder")
         stored, own = header["config"], json.loads(json.dumps(asdict(self.config)))
         changed = sorted(k for k in own if stored.get(k) != own[k] and k not in MAY_CHANGE)
         if changed:
             raise ValueError(
                 f"{path} was started with other settings of {changed}: restore them or choose a new folder"
             )
-        if not {"lattice", "init", "device", "data"} <= header.keys():
-            raise ValueError(f"{path} does not tell what the run started from (an older version): choose a new folder")
         if header["device"] != self.device.type:
             raise ValueError(
                 f"{path} was made on {header['device']}, this run is on {self.device.type}, which has other random "
@@ -378,6 +379,15 @@ class Trainer:
         if header["data"] != self.data.digest:
             told = "the data is not that which the run began with: it goes on with the present one"
             warnings.warn(f"{path}: {told}", stacklevel=2)
+        try:
+            self._take_over(tensors, header)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(
+                f"the header of {path} does not describe its own tensors ({told}): choose a new folder"
+            ) from error
+
+    def _take_over(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         self.model.denoiser.lattice = LatticeProcess(*(tuple(header["lattice"][k]) for k in ("mean", "std")))
         self.init = header["init"]
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
@@ -397,8 +407,7 @@ class Trainer:
 
     def export(self, path: Path, metadata: dict[str, Any]) -> None:
         """Write the EMA weights as a generator."""
-        model = ConditionalDenoiser(Denoiser(self.config.network, self.model.denoiser.lattice))
-        model.load_state_dict(self.ema)
+        model = filled_model(self.config.network, self.model.denoiser.lattice, self.ema)
         save_model(path, model, {"training": {"steps": self.step, "config": asdict(self.config)}, **metadata})
 
 
@@ -439,7 +448,19 @@ def train(
     ValueError
         If the run in ``out`` was started otherwise, see :meth:`Trainer.restore`, or from another ``init``.
     """
-    out = Path(out)
+    with cpu_threads(config.threads):
+        return _train(config, dataset, Path(out), init, device, metadata, progress)
+
+
+def _train(
+    config: TrainingConfig,
+    dataset: CrystalDataset,
+    out: Path,
+    init: str | Path | None,
+    device: str,
+    metadata: dict[str, Any] | None,
+    progress: bool,
+) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, dataset, device)
     state, weights = out / "state.safetensors", out / "weights.safetensors"
@@ -471,7 +492,7 @@ def train(
             if trainer.step % config.save_every == 0 or trainer.step == config.steps:
                 trainer.save(state)
                 trainer.export(weights, metadata)
-    if not weights.exists() or load_model(weights)[1]["training"]["steps"] != trainer.step:
+    if not weights.exists() or load_model(weights)[1].get("training", {}).get("steps") != trainer.step:
         trainer.export(weights, metadata)  # the run was killed between the last two lines
     return weights
 

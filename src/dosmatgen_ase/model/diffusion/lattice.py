@@ -58,6 +58,11 @@ class LatticeProcess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        finite = all(isinstance(v, int | float) and math.isfinite(v) for v in (*self.mean, *self.std))
+        if not (len(self.mean) == len(self.std) == 6 and finite and min(self.std) > 0):
+            raise ValueError(f"{self}: mean and std must be six finite numbers each, std above 0")
+
     @classmethod
     def fit(cls, cell: Tensor, num_atoms: Tensor) -> LatticeProcess:
         """Standardisation from two or more cells, shape (n, 3, 3); a component that never varies gets 0.01."""
