@@ -203,7 +203,9 @@ def _reasons(candidates: list[CandidateDoc]) -> str:
 
 
 def _number(candidate: CandidateDoc) -> str:
-    return f'<span class="note">#{candidate.index}</span>'
+    told = "" if candidate.known_as is None else f", known as {candidate.known_as}"
+    told += ", found by search" if "search" in candidate.record else ""
+    return f'<span class="note">#{candidate.index}{escape(told)}</span>'
 
 
 def _picture(axes: Axes, meaning: str) -> str:

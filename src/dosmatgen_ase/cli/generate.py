@@ -138,6 +138,7 @@ def _ranked(
     """Relax, if asked, and rank the structures drawn into `out`; return the best."""
     import ase.io
 
+    from dosmatgen_ase.generate.generator import not_new
     from dosmatgen_ase.judge.ranking import best, score
     from dosmatgen_ase.judge.relaxation import relax_into
 
@@ -150,21 +151,25 @@ def _ranked(
         held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
         drawn = relax_into(relaxed, drawn, options.relax, progress=True, **held)
     sites, total, progress = request.site_targets, request.total_target, options.relax is not None
-    return best(score(drawn, sites, total, predictor=forward, ranking=ranking, progress=progress), n)
+    scored = score(drawn, sites, total, predictor=forward, ranking=ranking, progress=progress)
+    return best([atoms for atoms in scored if not_new(request, atoms) is None], n)  # some relax into known ones
 
 
 def _show(found: list[Atoms], out: Path, best_file: Path, request: Request, ranking: Ranking) -> None:
-    """Keep the best and print their table."""
+    """Keep the best and print their table, and the known crystal that has the DOS best."""
     from dosmatgen_ase.files import write_extxyz
+    from dosmatgen_ase.retrieval.index import default_index
 
     if best_file != out:
         for frame, atoms in enumerate(found):
             atoms.info["frame"] = frame
         write_extxyz(best_file, found)
+    known = default_index()
     table = Table(title=f"{len(found)} structures in {best_file}, best first")
     energies = ranking.energy > 0
     for name in ("frame", "formula", "with the DOS", "atoms", "Å³/atom", "predicted distance", "expected error"):
         table.add_column(name, justify="left" if name in ("formula", "with the DOS") else "right")
+    table.add_column("known as")
     if energies:
         table.add_column("eV/atom above hull", justify="right")
     for atoms in found:
@@ -172,11 +177,30 @@ def _show(found: list[Atoms], out: Path, best_file: Path, request: Request, rank
         given = ", ".join(f"{atoms[i].symbol} (site {i})" for i in request.site_targets) or "cell"
         figures = [str(len(atoms)), f"{atoms.get_volume() / len(atoms):.1f}"]
         figures += [figure(told["distance"]), figure(told["expected_error"])]
+        figures += [known.find(atoms) or "new"]
         figures += [figure(told["energy_above_hull"])] if energies else []
         table.add_row(str(atoms.info["frame"]), atoms.get_chemical_formula(), given, *figures)
     Console().print(table)
     typer.echo("frame: place in the file, as in ase.io.read(file, frame)")
     typer.echo("predicted distance: normalised L1 of the DOS that a forward model predicts, to the target")
+    typer.echo(f"known as: which of {len(known)} known crystals it is; dosmatgen search finds those with the DOS")
+    _show_nearest(request)
+
+
+def _show_nearest(request: Request) -> None:
+    """Say how near the nearest known crystal of the allowed elements is: what generated ones have to beat."""
+    from dosmatgen_ase.retrieval.query import search
+
+    wanted = request.total_target or request.site_targets
+    settings = request.settings
+    try:
+        hits = search(wanted, 1, elements=settings.elements, exclude_elements=settings.exclude_elements)
+    except ValueError:  # no known crystal can be compared
+        hits = []
+    for atoms in hits:
+        told = atoms.info["search"]
+        what = f"{told['material_id']} {atoms.get_chemical_formula()}, distance {figure(told['distance'])}"
+        typer.echo(f"nearest known crystal: {what} ({told['source']})")
 
 
 def _draw(found: list[Atoms], plot: Path, request: Request, forward: DOSPredictor) -> None:

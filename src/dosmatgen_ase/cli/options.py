@@ -151,6 +151,7 @@ SETTINGS: dict[str, _Setting] = {
     "exclude_elements": _Setting(CRYSTAL, str | None, "O,F", names_from_text),
     "composition": _Setting(CRYSTAL, str | None, "NiAu3"),
     "fixed_species": _Setting(CRYSTAL, list[str] | None, "0=Co", pins_from_text),
+    "new_only": _Setting(CRYSTAL, bool),
     "template": _Setting(START, Path | None, "FILE", lambda path: read_structure(path)),
     "strength": _Setting(START, float),
     "fixed_cell": _Setting(START, bool),

@@ -17,9 +17,10 @@ from dosmatgen_ase.flows.jobs import (
     TrainMaker,
 )
 from dosmatgen_ase.flows.schemas import CandidateDoc, DOSDoc, GenerationDoc, InverseDesignDoc, RelaxDoc, ScreeningDoc
+from dosmatgen_ase.flows.search import SearchMaker
 
 __all__ = [
     "CandidateDoc", "CompareDOSMaker", "DOSDoc", "DOSMaker", "GenerateMaker", "GenerationDoc", "InverseDesignDoc",
     "InverseDesignMaker", "LabelMaker", "PredictDOSMaker", "RelaxDoc", "RelaxMaker", "ScreenMaker", "ScreeningDoc",
-    "TrainMaker",
+    "SearchMaker", "TrainMaker",
 ]  # fmt: skip

@@ -27,6 +27,7 @@ from dosmatgen_ase.flows.jobs import (
     to_atoms,
 )
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, InverseDesignDoc, RelaxDoc, ScreeningDoc
+from dosmatgen_ase.flows.search import SearchMaker, with_known
 from dosmatgen_ase.parsing import DOSInput, site_numbers
 
 
@@ -45,6 +46,8 @@ class InverseDesignMaker(Maker):
         `DOSMaker` (Quantum ESPRESSO), `PredictDOSMaker` (no DFT), or a Maker whose output has a ``CompleteDos`` of
         pymatgen under ``vasp_objects["dos"]``, such as atomate2's ``UniformBandStructureMaker``, or atomate2's abinit
         ``BandStructureMaker(bs_maker=None)``.
+    search_maker
+        `SearchMaker`, whose known crystals are candidates beside the generated ones. None by default.
     """
 
     name: str = "inverse design"
@@ -53,6 +56,7 @@ class InverseDesignMaker(Maker):
     relax_maker: Maker | None = field(default_factory=RelaxMaker)
     dos_maker: Maker = field(default_factory=DOSMaker)
     compare_maker: CompareDOSMaker = field(default_factory=CompareDOSMaker)
+    search_maker: SearchMaker | None = None
 
     def make(self, dos: DOSInput, sites: Iterable[int] | None = None, template: Structure | None = None) -> Flow:
         """Make the flow; its output is an `InverseDesignDoc`.
@@ -75,9 +79,13 @@ class InverseDesignMaker(Maker):
         if template is not None:
             to_atoms(template)
         generation = self.generate_maker.make(dos, sites=sites, template=template)
-        screening = self.screen_maker.make(generation.output)
+        first: list[Job] = [generation]
+        if self.search_maker is not None:
+            known = self.search_maker.make(dos, sites=sites)
+            first += [known, with_known(generation.output, known.output)]
+        screening = self.screen_maker.make(first[-1].output)
         evaluation = evaluate_candidates(screening.output, self.relax_maker, self.dos_maker, self.compare_maker)
-        return Flow([generation, screening, evaluation], output=evaluation.output, name=self.name)
+        return Flow([*first, screening, evaluation], output=evaluation.output, name=self.name)
 
 
 @job  # without a schema: what is stored for this job is a reference to the output of the ranking

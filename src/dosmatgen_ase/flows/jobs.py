@@ -167,7 +167,8 @@ class ScreenMaker(Maker):
     drop_duplicates
         Keep the first of structures that pymatgen's StructureMatcher takes for one crystal.
     keep
-        Let only so many go on: those whose predicted DOS is nearest to the targets. None lets all go on.
+        Let only so many go on: those whose predicted DOS is nearest to the targets. None lets all go on. Known crystals
+        of a `SearchMaker`, which gives their number, go on besides.
     """
 
     name: str = "screen"
@@ -181,6 +182,7 @@ class ScreenMaker(Maker):
     def make(self, generation: GenerationDoc) -> ScreeningDoc:
         """Screen every structure of a generation."""
         from dosmatgen_ase.crystals.screening import KnownCrystals, screen
+        from dosmatgen_ase.retrieval.index import default_index
 
         generation = GenerationDoc.model_validate(generation)
         limits = {key: getattr(self, key) for key in ("min_distance", "min_volume_per_atom", "max_volume_per_atom")}
@@ -189,7 +191,7 @@ class ScreenMaker(Maker):
             targets=generation.targets,
             generation=generation.model_dump(include={"settings", "reason", "version"}),
         )
-        before = KnownCrystals()
+        before, known = KnownCrystals(), default_index()
         for structure, record in zip(generation.structures, generation.records, strict=True):
             atoms = to_atoms(structure)
             reason = screen(atoms, **limits).reason
@@ -199,7 +201,9 @@ class ScreenMaker(Maker):
                 else:
                     before.add(atoms, str(record["index"]))
             told = {"index": record["index"], "formula": structure.composition.reduced_formula, "reason": reason}
-            result.candidates.append(CandidateDoc(generated=structure, record=record, **told))
+            searched = record.get("search", {}).get("material_id")
+            name = searched or (known.find(atoms) if reason is None else None)
+            result.candidates.append(CandidateDoc(generated=structure, record=record, known_as=name, **told))
         if self.keep is not None and generation.targets:
             _keep_best(result, self.keep)
         return result
@@ -209,7 +213,7 @@ def _keep_best(screening: ScreeningDoc, keep: int) -> None:
     """Give a reason to all but the `keep` survivors whose predicted DOS is nearest to the targets."""
     from dosmatgen_ase.judge.ranking import score
 
-    survivors = screening.survivors
+    survivors = [candidate for candidate in screening.survivors if "search" not in candidate.record]
     crystals = [to_atoms(candidate.generated) for candidate in survivors]
     for i, atoms in enumerate(crystals):
         atoms.info["survivor"] = i

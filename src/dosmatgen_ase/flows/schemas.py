@@ -58,6 +58,7 @@ class CandidateDoc(BaseModel):
     formula: str
     generated: Crystal
     record: dict[str, Any] = Field(description="How the generator made it")
+    known_as: str | None = Field(default=None, description="The known crystal that it is, if it is one")
     predicted_distance: Figure = Field(default=None, description="Of the DOS predicted for it as generated")
     structure: Crystal | None = Field(default=None, description="As computed: relaxed, if it was, its symmetry exact")
     energy_per_atom: Figure = Field(default=None, description="eV/atom, of the calculator that relaxed")

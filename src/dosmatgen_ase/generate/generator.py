@@ -192,7 +192,13 @@ class DOSGenerator:
             held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
             with cpu_threads(self.threads):
                 scored = score(ordered, targets, total, ranking=ranking, relax=relax, progress=progress, **held)
-                ordered = best(scored, wanted)
+            new = [atoms for atoms in scored if not_new(request, atoms) is None]  # some relax into known ones
+            if len(new) < min(wanted, len(scored)):
+                told = f"{len(new)} of {len(scored)} structures are new once relaxed"
+                failure = RejectedError(f"{told}; raise oversample, or allow known ones")
+                failure.structures = new
+                raise failure
+            ordered = best(new, wanted)
         return ordered[0] if n is None else ordered
 
     @spelled
@@ -300,8 +306,8 @@ class DOSGenerator:
             drawn, calls = self._draw(plan.request, [size] * len(waiting), rngs, plan.config, plan.guidance)
             for i, atoms in zip(waiting, drawn, strict=True):
                 result = screen(atoms, max_volume_per_atom=plan.request.max_volume_per_atom)
-                reasons[i] = result.reason
-                if result.accepted:
+                reasons[i] = result.reason or not_new(plan.request, atoms)
+                if reasons[i] is None:
                     atoms.info["dosmatgen"] = {**plan.record, "index": i, "attempt": attempt, "network_calls": calls}
                     made[i] = atoms
         return made, {i: reason for i, reason in reasons.items() if i not in made}
@@ -360,6 +366,16 @@ def batches(sizes: Sequence[int]) -> list[list[int]]:
             planned.append(latest[size])
         latest[size].append(i)
     return planned
+
+
+def not_new(request: Request, atoms: Atoms) -> str | None:
+    """Why a structure is rejected where only new ones are wanted; None if it is not."""
+    if not request.settings.new_only:
+        return None
+    from dosmatgen_ase.retrieval.index import default_index
+
+    twin = default_index().find(atoms)
+    return None if twin is None else f"not new: the same crystal as {twin}"
 
 
 class RejectedError(RuntimeError):

@@ -256,6 +256,7 @@ class Request:
             "forbidden_elements": [
                 chemical_symbols[z] for z in range(1, MAX_ATOMIC_NUMBER + 1) if z not in self.allowed
             ],
+            **({"new_only": True} if self.settings.new_only else {}),  # records without it are older
         }
 
 

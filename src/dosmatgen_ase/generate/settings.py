@@ -42,6 +42,7 @@ class GenerationOptions(TypedDict, total=False):
     guidance_scale: float | None
     num_steps: int
     seed: int | None
+    new_only: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,8 @@ class GenerationSettings:
     seed : int, optional
         The same seed and settings give the same crystals, however many. By default every run differs, and tells its
         seed.
+    new_only : bool
+        Draw again what is a known crystal, by the index that ships, before relaxation and after it.
 
     Raises
     ------
@@ -115,6 +118,7 @@ class GenerationSettings:
     guidance_scale: float | None = None
     num_steps: int = 10
     seed: int | None = None
+    new_only: bool = False
 
     def __post_init__(self) -> None:
         if not parsing.is_real(self.strength) or not 0 <= self.strength <= 1:
@@ -122,8 +126,9 @@ class GenerationSettings:
         scale = self.guidance_scale
         if scale is not None and not (parsing.is_real(scale) and math.isfinite(scale) and scale >= 0):
             raise ValueError(f"guidance_scale={scale!r} must be a finite number, 0 or larger")
-        if self.fixed_cell not in (True, False):
-            raise TypeError(f"fixed_cell={self.fixed_cell!r} must be True or False")
+        for name in ("fixed_cell", "new_only"):
+            if getattr(self, name) not in (True, False):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
         sites = None if self.sites is None else parsing.site_numbers(self.sites, "sites")
         held = parsing.site_numbers(() if self.fixed_sites is None else self.fixed_sites, "fixed_sites")
         free = parsing.site_numbers(() if self.free_species is None else self.free_species, "free_species")
@@ -136,6 +141,7 @@ class GenerationSettings:
             fixed_sites=held,
             free_species=free,
             fixed_cell=bool(self.fixed_cell),
+            new_only=bool(self.new_only),
             composition=parsing.formula_counts(self.composition),
             elements=parsing.element_list(self.elements, "elements"),
             exclude_elements=parsing.element_list(self.exclude_elements, "exclude_elements"),
