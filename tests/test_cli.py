@@ -102,8 +102,10 @@ def test_generates_ranks_and_draws(weights: Path, tmp_path: Path) -> None:
     assert plot.read_bytes()[:4] == b"\x89PNG"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.extxyz", "out.png"]
 
-    rows = re.findall(r"│\s*(\d+) │ (\w+)\s*│ (\w+) \(site 0\)\s*│\s*(\d+) │\s*([\d.]+) │\s*([\d.]+) │", result.output)
+    rows = re.findall(r"│\s*(\d+) │ (\w+)\s*│ (\w+) 0\s*│\s*(\d+) │\s*([\d.]+) │\s*([\d.]+) │", result.output)
     assert sorted(int(row[0]) for row in rows) == [0, 1, 2]
+    assert result.output.count("│ new ") == 3
+    assert re.search(r"nearest known crystal: mp-\d+ \w+, distance 0\.\d\d \((computed|predicted)\)", result.output)
     distances = [float(row[-1]) for row in rows]
     assert distances == sorted(distances)
     predictor = DOSPredictor.load(weights / "predictor.safetensors")
@@ -157,7 +159,7 @@ def test_a_total_target_is_compared_with_the_total(weights: Path, tmp_path: Path
     assert result.exit_code == 0, result.output
     assert ase.io.read(out).info["dosmatgen"]["total_target"]
     # Two sites of about 1 state/eV for 4 states/eV of the target (the random network adds little).
-    assert float(re.search(r"([\d.]+) │ +[\d.]+ │\n", result.output)[1]) == pytest.approx(0.5, abs=0.1)
+    assert float(re.search(r"([\d.]+) │ +[\d.]+ │ new", result.output)[1]) == pytest.approx(0.5, abs=0.1)
 
 
 def test_the_same_command_goes_on_where_it_stopped(weights: Path, tmp_path: Path) -> None:

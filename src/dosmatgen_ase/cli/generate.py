@@ -167,23 +167,23 @@ def _show(found: list[Atoms], out: Path, best_file: Path, request: Request, rank
     known = default_index()
     table = Table(title=f"{len(found)} structures in {best_file}, best first")
     energies = ranking.energy > 0
-    for name in ("frame", "formula", "with the DOS", "atoms", "Å³/atom", "predicted distance", "expected error"):
-        table.add_column(name, justify="left" if name in ("formula", "with the DOS") else "right")
+    for name in ("frame", "formula", "sites", "atoms", "Å³/atom", "predicted distance", "expected error"):
+        table.add_column(name, justify="left" if name in ("formula", "sites") else "right")
     table.add_column("known as")
     if energies:
         table.add_column("eV/atom above hull", justify="right")
     for atoms in found:
         told = atoms.info["scores"]
-        given = ", ".join(f"{atoms[i].symbol} (site {i})" for i in request.site_targets) or "cell"
+        given = ", ".join(f"{atoms[i].symbol} {i}" for i in request.site_targets) or "all"
         figures = [str(len(atoms)), f"{atoms.get_volume() / len(atoms):.1f}"]
         figures += [figure(told["distance"]), figure(told["expected_error"])]
         figures += [known.find(atoms) or "new"]
         figures += [figure(told["energy_above_hull"])] if energies else []
         table.add_row(str(atoms.info["frame"]), atoms.get_chemical_formula(), given, *figures)
     Console().print(table)
-    typer.echo("frame: place in the file, as in ase.io.read(file, frame)")
+    typer.echo("frame: place in the file, as in ase.io.read(file, frame); sites: those with the DOS")
     typer.echo("predicted distance: normalised L1 of the DOS that a forward model predicts, to the target")
-    typer.echo(f"known as: which of {len(known)} known crystals it is; dosmatgen search finds those with the DOS")
+    typer.echo(f"known as: which of {len(known)} known crystals it is, if any")
     _show_nearest(request)
 
 
