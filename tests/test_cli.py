@@ -224,7 +224,7 @@ GENERATE: list[tuple[Callable[[Path, Path], list[object]], int, str]] = [
     (lambda tmp, w: [written(tmp, "down.dat", "0 1\n1 -5\n2 1\n")], 1, "must not be negative"),
     (lambda tmp, w: [written(tmp, "nan.dat", "0 nan\n1 nan\n2 nan\n")], 1, "nothing is known in this DOS"),
     (lambda tmp, w: [written(tmp, "inf.dat", "0 1\n1 inf\n2 1\n")], 1, "NaN or infinite"),
-    (lambda tmp, w: [written(tmp, "shape.dat", "0 1\n1\n2 1\n")], 1, "line 2: 1 columns; keep two"),
+    (lambda tmp, w: [written(tmp, "shape.dat", "0 1\n1\n2 1\n")], 1, "line 2: 1 column, but 2 in line 1"),
     (lambda tmp, w: [written(tmp, "order.dat", "0 1\n2 1\n1 1\n")], 1, "strictly increasing"),
     (lambda tmp, w: [written(tmp, "far.dat", "50 1\n51 1\n52 1\n")], 1, "falls on the grid"),
     (lambda tmp, w: [written(tmp, "bad.xml", "<modeling>")], 1, "is not a complete vasprun.xml"),

@@ -26,7 +26,7 @@ from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 from dosmatgen_ase.model.conditioning import Guidance
 
 ENERGIES = np.linspace(-8, 4, 61)
-CURVE = TargetDOS.from_arrays(ENERGIES, np.exp(-(ENERGIES**2)))
+CURVE = TargetDOS.from_arrays(ENERGIES, 3 * np.exp(-(ENERGIES**2)))
 TARGETS = [CURVE, CURVE.window(-2, 2), TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1))]
 TOTAL = TargetDOS.from_arrays(ENERGIES, np.ones_like(ENERGIES), kind="total")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dosmatgen_ase.crystals.screening import KnownCrystals, screen_many
     from dosmatgen_ase.dft.espresso import compute_dos
-    from dosmatgen_ase.dos import EnergyGrid, TargetDOS
+    from dosmatgen_ase.dos import DOSWarning, EnergyGrid, TargetDOS
     from dosmatgen_ase.forward.predictor import predict_dos
     from dosmatgen_ase.generate.generator import DOSGenerator
     from dosmatgen_ase.judge.ranking import Ranking
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DOSGenerator",
     "DOSIndex",
+    "DOSWarning",
     "EnergyGrid",
     "KnownCrystals",
     "Ranking",
@@ -41,6 +42,7 @@ __all__ = [
 _HOME = {
     "DOSGenerator": "generate.generator",
     "DOSIndex": "retrieval.index",
+    "DOSWarning": "dos",
     "EnergyGrid": "dos",
     "KnownCrystals": "crystals.screening",
     "Ranking": "judge.ranking",

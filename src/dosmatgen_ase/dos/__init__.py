@@ -10,10 +10,12 @@ Conventions, followed by every part of the package:
 
 numpy is all that importing this folder needs; scipy, ASE and pymatgen are imported by the functions that use them.
 
-Reading order: `grid`, `broadening`, `target` (the class), `readers` (one module a format), `distances`.
+Reading order: `grid`, `broadening`, `target` (the class), `readers` (one module a format), `checks`
+(zero of energy, number of states), `distances`.
 """
 
 from dosmatgen_ase.dos.broadening import resample, scale_sites_to_total
+from dosmatgen_ase.dos.checks import DOSWarning, on_common_zero
 from dosmatgen_ase.dos.distances import (
     band_centre_difference,
     fingerprint_similarity,
@@ -34,6 +36,7 @@ __all__ = [
     "MODEL_SIGMA",
     "NEAR_GAP",
     "Array",
+    "DOSWarning",
     "EnergyGrid",
     "Mask",
     "TargetDOS",
@@ -44,6 +47,7 @@ __all__ = [
     "mean_distance",
     "normalised_l1",
     "normalised_l1_arrays",
+    "on_common_zero",
     "resample",
     "scale_sites_to_total",
     "wasserstein",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from dosmatgen_ase.dos.checks import pair_on_common_zero
 from dosmatgen_ase.dos.grid import MODEL_GRID, MODEL_SIGMA, Array, Mask, cell_widths, inside_window
 from dosmatgen_ase.dos.target import TargetDOS
 
@@ -45,7 +46,7 @@ def normalised_l1(dos: TargetDOS, target: TargetDOS, *, window: tuple[float, flo
     Parameters
     ----------
     dos, target : TargetDOS
-        Of the same kind.
+        Of the same kind. Zero is the highest occupied level of each (`checks.pair_on_common_zero`).
     window : (lo, hi), optional
         eV; the whole grid by default, `NEAR_GAP` for the near-gap figure.
 
@@ -132,6 +133,7 @@ def _on_common_grid(
 ) -> tuple[Array, Array, Mask, Array]:
     if dos.kind != target.kind:
         raise ValueError(f"a {dos.kind} DOS cannot be compared with a {target.kind} DOS: give two of one kind")
+    dos, target = pair_on_common_zero(dos, target)
     sigma = max(MODEL_SIGMA, dos.sigma or 0.0, target.sigma or 0.0)
     first, second = dos.on_grid(MODEL_GRID, sigma), target.on_grid(MODEL_GRID, sigma)
     known = first.known & second.known

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dosmatgen_ase.dos.broadening import resample
+from dosmatgen_ase.dos.edges import gap_around_zero
 from dosmatgen_ase.dos.grid import (
     MODEL_GRID,
     MODEL_SIGMA,
@@ -254,6 +255,82 @@ class TargetDOS:
         """The same DOS with `energy` (eV) added to every energy."""
         return replace(self, energies=self.energies + energy, provenance=self._with_step(f"shifted by {energy:g} eV"))
 
+    def aligned(self, vbm: float | None = None) -> TargetDOS:
+        """The same DOS with the zero of this package: a gap's lower end, the valence-band maximum, or the Fermi level.
+
+        A code that puts the Fermi level somewhere into the gap, and calls it zero, gives a DOS of reference "fermi"
+        that cannot be compared with one of reference "vbm". Here its zero is moved to the valence-band maximum. A
+        metal, and a DOS of reference "vbm", is returned as it is.
+
+        Parameters
+        ----------
+        vbm : float, optional
+            The valence-band maximum (eV) on the present scale. By default the highest state below the gap in which zero
+            lies; for the DOS of one site it is that site's, which may lie below the crystal's.
+
+        Raises
+        ------
+        ValueError
+            If it is not known at zero and so does not show whether there is a gap: give `vbm`, or set `reference`.
+        """
+        if vbm is None:
+            if self.reference == "vbm":
+                return self
+            if not self.known[np.argmin(np.abs(self.energies))] or not self.energies[0] <= 0 <= self.energies[-1]:
+                raise ValueError(
+                    f"{self!r} is not known at 0 eV, so its gap cannot be seen: give aligned(vbm=...), or reference="
+                )
+            gap = gap_around_zero(self.energies, self.values, self.known, self.sigma)
+            if gap is None:
+                return self
+            vbm = gap[0]
+        if not math.isfinite(vbm):
+            raise ValueError(f"vbm must be an energy in eV, not {vbm}")
+        step = f"zero moved by {vbm:.3f} eV to the valence-band maximum"
+        return replace(self, energies=self.energies - vbm, reference="vbm", provenance=self._with_step(step))
+
+    def scaled(
+        self, factor: float | None = None, *, electrons: float | None = None, lo: float = -math.inf, hi: float = 0.0
+    ) -> TargetDOS:
+        """The same DOS times a factor, or with a given number of states: for values in arbitrary units.
+
+        Parameters
+        ----------
+        factor : float, optional
+            ``2 * dos`` is the same as ``dos.scaled(2)``.
+        electrons : float, optional
+            Number of states that the known energies between `lo` and `hi` (eV) shall hold.
+
+        Raises
+        ------
+        TypeError
+            If not exactly one of `factor` and `electrons` is given.
+        ValueError
+            If it is not a finite number above 0, or there are no states between `lo` and `hi`.
+        """
+        if (factor is None) == (electrons is None):
+            raise TypeError("scaled() takes a factor or electrons=, one of them")
+        given = factor if electrons is None else electrons
+        if isinstance(given, bool) or not isinstance(given, int | float | np.number):
+            raise TypeError(f"a DOS is scaled by a number, not by {given!r}")
+        if not (math.isfinite(given) and given > 0):
+            raise ValueError(f"a DOS is scaled by a finite number above 0, not by {given}")
+        if electrons is not None:
+            states = self.total_states(lo, hi)
+            if not states > 0:
+                raise ValueError(f"{self!r} holds no states between {lo:g} and {hi:g} eV: choose other lo and hi")
+            factor = electrons / states
+        values = self.values * float(factor)  # type: ignore[arg-type]
+        return replace(self, values=values, provenance=self._with_step(f"values times {factor:.6g}"))
+
+    def __mul__(self, factor: float) -> TargetDOS:
+        if isinstance(factor, bool) or not isinstance(factor, int | float | np.number):
+            return NotImplemented
+        return self.scaled(float(factor))
+
+    __rmul__ = __mul__
+    __array_ufunc__ = None  # so that numpy's numbers leave the product to this class
+
     def _with_step(self, step: str) -> dict[str, Any]:
         return {**self.provenance, "steps": [*self.provenance.get("steps", []), step]}
 
@@ -419,28 +496,57 @@ class TargetDOS:
 
     @classmethod
     def from_text(
-        cls, path: str | PathLike[str], *, columns: tuple[int, int] | None = None, kind: str = "site"
+        cls,
+        path: str | PathLike[str],
+        *,
+        columns: Sequence[int | str] | None = None,
+        kind: str | None = None,
+        reference: str | None = None,
+        spin: str | None = None,
+        efermi: float | None = None,
+        units: str | None = None,
+        sigma: float | None = None,
     ) -> TargetDOS:
-        """Read energies (eV) and values (states/eV) from text or CSV.
+        """Read energies and values from columns of text or CSV.
 
-        Columns are separated by blanks, commas or semicolons. Lines that start with ``#``, ``!``, ``%`` or ``@`` and
-        header lines before the first numbers are skipped. A value written as ``nan`` is unknown.
+        Known by their headers are the files of Quantum ESPRESSO (``.dos``, ``.pdos_tot``, ``.pdos_atm#``, whose other
+        orbitals are added), FHI-aims, OptaDOS, VASPKIT, sumo and pyprocar. Of another file the reader takes what header
+        and names of columns say (energies relative to the Fermi level or the valence-band maximum, units, spins,
+        integrals); the rest is assumed: ``provenance["assumed"]`` lists it.
+
+        Columns are separated by blanks, commas or semicolons; decimal commas and Fortran's exponents are understood.
+        Lines that start with ``#``, ``!``, ``%``, ``@`` or ``&``, comments after the numbers, and lines of words before
+        the first numbers are no rows. A value written as ``nan`` is unknown. Spins are added, also where down is drawn
+        downwards, or stands in a second block, in a second row at each energy, or in the file beside this one.
 
         Parameters
         ----------
         path : path
-        columns : (int, int), optional
-            Which columns (from 0) hold energy and DOS; needed where a file has more than two.
-        kind : {"site", "total"}
+        columns : sequence of int or str, optional
+            Numbers (from 0) or names of the column of the energy and of those that add up to the DOS.
+        kind : {"site", "total"}, optional
+        reference : {"fermi", "vbm"}, optional
+            What zero energy is in the file; with `efermi`, what that is.
+        spin : {"summed", "one", "separate"}, optional
+            The DOS holds both spins; or one of two that are alike, to be doubled; or both, in columns or rows of their
+            own.
+        efermi : float, optional
+            Energy (eV) on the scale of the file that becomes zero.
+        units : {"eV", "meV", "Ry", "Ha"}, optional
+            Unit of the energies; the DOS is then in states per that unit.
+        sigma : float, optional
+            Broadening, as in the class.
 
         Raises
         ------
         FileNotFoundError, ValueError
-            If the file cannot be read as such; the message names the line.
+            If the file cannot be read as such, or does not tell its zero; the message names the line, or the option.
         """
+        from dosmatgen_ase.dos.readers.common import Request
         from dosmatgen_ase.dos.readers.text import read_text
 
-        return read_text(path, columns, kind)
+        target = read_text(path, Request(None, reference, sigma, kind, columns, spin, efermi, units))
+        return target if sigma is None else replace(target, sigma=sigma)
 
     @classmethod
     def from_file(
@@ -451,8 +557,12 @@ class TargetDOS:
         reference: str | None = None,
         sigma: float | None = None,
         kind: str | None = None,
+        columns: Sequence[int | str] | None = None,
+        spin: str | None = None,
+        efermi: float | None = None,
+        units: str | None = None,
     ) -> TargetDOS:
-        """Read a file of any known form, told by its content: vasprun.xml, JSON, .npz or two-column text.
+        """Read a file of any known form, told by its content: vasprun.xml, JSON, .npz or columns of text.
 
         JSON is `to_dict`, a pymatgen ``Dos`` dict or what ``dosmatgen dft`` wrote; .npz holds ``energies``, ``total``,
         ``pdos`` (sites, l, G), ``emax`` and ``gap`` of one structure with Loewdin projections. XML, JSON and text may
@@ -465,6 +575,8 @@ class TargetDOS:
             Site index, where the file holds site projections; by default the total DOS.
         reference, sigma, kind : optional
             State what the file does not say; they replace what was read (nothing is shifted or broadened).
+        columns, spin, efermi, units : optional
+            For columns of text, as in `from_text`.
 
         Raises
         ------
@@ -474,4 +586,4 @@ class TargetDOS:
         from dosmatgen_ase.dos.readers.common import Request
         from dosmatgen_ase.dos.readers.file import read_file
 
-        return read_file(path, Request(site, reference, sigma, kind))
+        return read_file(path, Request(site, reference, sigma, kind, columns, spin, efermi, units))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dosmatgen_ase.crystals.screening import KnownCrystals, screen_given
-from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, mean_distance
+from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, mean_distance, on_common_zero
 from dosmatgen_ase.forward.predictor import DOSPredictor, SitePrediction, default_predictor
 from dosmatgen_ase.judge.relaxation import relax as relax_atoms
 from dosmatgen_ase.judge.stability import chgnet_energies, load_hull
@@ -122,6 +122,7 @@ def score(
     ranking = ranking or Ranking()
     if ranking.distance and not sites and total is None:
         raise ValueError("there is no DOS to rank by: give one, or Ranking(distance=0, energy=1)")
+    sites, total = on_common_zero(sites), None if total is None else on_common_zero({0: total})[0]
     found = [atoms.copy() for atoms in candidates]
     if relax is not None:
         found = relax_atoms(

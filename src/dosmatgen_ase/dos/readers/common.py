@@ -58,6 +58,15 @@ class Request:
     reference: str | None = None
     sigma: float | None = None
     kind: str | None = None
+    columns: Sequence[int | str] | None = None
+    spin: str | None = None
+    efermi: float | None = None
+    units: str | None = None
+
+    @property
+    def for_text_alone(self) -> str:
+        """A stated field that only columns of text can need; empty if there is none."""
+        return next((name for name in ("columns", "spin", "efermi", "units") if getattr(self, name) is not None), "")
 
 
 @dataclass(frozen=True)

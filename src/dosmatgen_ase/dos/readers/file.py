@@ -29,6 +29,8 @@ def read_file(path: str | PathLike[str], request: Request) -> TargetDOS:
     """What `TargetDOS.from_file` does: the first format of `FORMATS` that recognises the content reads it."""
     content = Content(str(path), read_bytes(path))
     chosen = next(form for form in FORMATS if form.recognises(content))
+    if (name := request.for_text_alone) and chosen is not FORMATS[-1]:
+        raise ValueError(f"{path} is {chosen.name}, not columns of text: leave out {name} (--{name})")
     target = chosen.read(content, request)
     stated = {name: getattr(request, name) for name in ("reference", "sigma", "kind")}
     return replace(target, **{name: value for name, value in stated.items() if value is not None})
@@ -37,7 +39,7 @@ def read_file(path: str | PathLike[str], request: Request) -> TargetDOS:
 def _read_columns(content: Content, request: Request) -> TargetDOS:
     if request.site is not None:
         raise ValueError(f"{content.name} is a two-column file with one DOS: leave out site")
-    return parse_text(content.data, content.name, None, "site")
+    return parse_text(content.data, content.name, request)
 
 
 # To add a format: one line here, before the last, which takes what nothing else knows.

@@ -1,0 +1,312 @@
+"""What the columns of a text file are: of the programs that are known, by their headers, and of any other table.
+
+A `Layout` says which columns hold the DOS, whose it is and where the zero of energy lies. What it leaves open is
+assumed by `text`, which says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dosmatgen_ase.dos.readers.numbers import Table
+
+UP = re.compile(r"(?:^|[^a-z])(?:up|alpha|majority)(?:[^a-z]|$)|dosup|spin[\s_-]*(?:up|1)|↑")
+DOWN = re.compile(r"(?:^|[^a-z])(?:down|dn|dw|dwn|beta|minority)(?:[^a-z]|$)|dosd[wn]|spin[\s_-]*(?:down|dn|2)|↓")
+INTEGRATED = re.compile(r"^i\w?dos|^int|integr|cumul|^nelec|^n\(e\)")
+ENERGY = re.compile(r"e(?:[^a-z]|$)|en(?:ergy|ergies|g)?(?:[^a-z]|$)")
+TOTAL = re.compile(r"(?:l|t|p)?dos(?:[^a-z]|$)|tot|sum")
+ORBITAL = re.compile(r"(?:\d?[spdf]|[pdf][xyz0-9_^+-][xyzr0-9_^+-]*|l=\d|x2-y2)")
+NOT_ELECTRONIC = re.compile(r"phonon|vibration|frequenc|wave ?number|\bTHz\b|cm\^?-1|\bcoop\b|\bcohp\b", re.IGNORECASE)
+PER_VOLUME = re.compile(
+    r"/\s*(?:Å|A|Ang|Angstrom|bohr)\s*\^?\s*3|(?:Å|A|Ang)\s*\^\s*-?3|per volume|/volume|cm\^?-3", re.IGNORECASE
+)
+HARTREE = 27.211386245988
+ENERGY_UNITS = {"ev": 1.0, "mev": 1e-3, "ha": HARTREE, "hartree": HARTREE, "ry": HARTREE / 2, "rydberg": HARTREE / 2}
+"""eV (CODATA 2018) of the units that energies are written in."""
+
+FERMI_ZERO = re.compile(
+    r"E\s*[-−]\s*E_?\{?f(?:ermi)?\b|"
+    r"(?:relative|referenced?|aligned|shifted|respect) (?:\w+ ){0,3}(?:the )?(?:E_?f|fermi)|"
+    r"(?:fermi(?: level| energy)?|E_?F(?:ermi)?) (?:is )?(?:at|set to|=|:) ?(?:zero|0(?:\.0*)?(?: ?eV)?)(?![.\d])",
+    re.IGNORECASE,
+)
+VBM_ZERO = re.compile(
+    r"E\s*[-−]\s*E_?\{?v(?:bm|b)?\b|(?:relative|referenced?|aligned|shifted|respect) (?:\w+ ){0,3}(?:the )?"
+    r"(?:E_?v\b|vbm|valence)|vbm (?:is )?(?:at|set to|=) ?(?:zero|0(?:\.0*)?(?: ?eV)?)(?![.\d])",
+    re.IGNORECASE,
+)
+FERMI_VALUE = re.compile(
+    r"(?:E_?\{?fermi\}?|fermi[\s_-]*(?:level|energy)?|\bE_?F)(?:\s*\(\w+\))?\s*(?:is|at|[=:])\s*([+-]?\d+\.?\d*(?:[eE][+-]?\d+)?)",
+    re.IGNORECASE,
+)
+OTHER_ZERO = re.compile(
+    r"\b(vacuum|homo|mid-?gap|core[ -]level|n\.?h\.?e|s\.?h\.?e|average potential|absolute (?:scale|energ\w+)|cbm|"
+    r"conduction[ -]band minimum)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Columns, kind and zero of energy of a file.
+
+    Attributes
+    ----------
+    source : str
+        What wrote it; "text" if that is not known.
+    columns : tuple of int
+        Energy, then the columns that add up to the DOS. Empty: not known.
+    kind : str or None
+    zero : float or None
+        Energy (eV) of the Fermi level on the scale of the file; None: not known.
+    reference : str
+        What that zero is.
+    absolute : str
+        Why `zero` must be given, if it must: the energies are certainly not relative to it.
+    periodic : bool
+        Whether it was computed band by band, so that energies above the last state are unknown.
+    first_pile : bool
+        Whether the states below the window are piled up in the first energy, as VASP does.
+    unit : float
+        eV of the unit of energy.
+    notes, assumed : tuple of str
+        What is to be told, and what the file does not say.
+    partner : path or None
+        File of the other spin.
+    siblings : tuple of paths
+        Further files whose columns add up with this one's to the DOS of one site.
+    """
+
+    source: str = "text"
+    columns: tuple[int, ...] = ()
+    kind: str | None = None
+    zero: float | None = None
+    reference: str = "fermi"
+    absolute: str = ""
+    periodic: bool = False
+    first_pile: bool = False
+    unit: float | None = None
+    notes: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+    partner: Path | None = None
+    siblings: tuple[Path, ...] = field(default=())
+
+
+def layout_of(table: Table, path: Path) -> Layout:
+    """What the file is, by its header (and, where programs split a DOS over files, by its name).
+
+    Raises
+    ------
+    ValueError
+        If it is known to hold something else than a DOS in states/eV.
+    """
+    if found := NOT_ELECTRONIC.search(f"{table.text} {' '.join(table.names)}"):
+        raise ValueError(f"{table.name}: {found[0]!r} in its header says that it is not an electronic DOS")
+    if PER_VOLUME.search(table.text):
+        raise ValueError(f"{table.name}: its DOS is per volume: multiply it by that of the cell, and change the header")
+    for recognise in (_espresso, _aims, _optados, _vaspkit, _pyprocar, _sumo):
+        if layout := recognise(table, path):
+            return layout
+    return _unknown(table)
+
+
+# -- columns by their names --------------------------------------------------------------------------------------------
+
+
+def named_columns(names: Sequence[str]) -> tuple[int, ...]:
+    """Energy and the columns that add up to the DOS, by their names; empty if the names do not tell.
+
+    Integrated columns are left out; columns of a total are preferred to those of orbitals; spins are added.
+    """
+    if len(names) < 2:
+        return ()
+    low = [re.sub(r"[(\[](?:e|ev|states[^)\]]*|1/ev|arb[^)\]]*)[)\]]", "", name.lower()).strip() for name in names]
+    if not ENERGY.match(low[0]):
+        return ()
+    values = [i for i in range(1, len(low)) if not INTEGRATED.search(low[i])]
+    if len(values) == 1:
+        return (0, values[0])
+    bare = [re.sub(r"[(\[_\s-]*(?:spin)?[\s_-]*(?:up|down|dn|dw|dwn)[)\]]?$", "", name).strip(" _-([") for name in low]
+    totals = [i for i in values if TOTAL.match(bare[i]) or not bare[i] or bare[i] == "spin"]
+    orbitals = [i for i in values if ORBITAL.fullmatch(bare[i])]
+    if one_or_both_spins(totals, low):
+        return (0, *totals)
+    if not totals and len(orbitals) == len(values):
+        return (0, *orbitals)
+    return (0, *values) if one_or_both_spins(values, low) and len(values) == 2 else ()
+
+
+def one_or_both_spins(columns: Sequence[int], names: Sequence[str]) -> bool:
+    """Whether columns are a single one, or one of each spin."""
+    if len(columns) == 2:
+        return bool(UP.search(names[columns[0]]) and DOWN.search(names[columns[1]]))
+    return len(columns) == 1
+
+
+# -- programs ----------------------------------------------------------------------------------------------------------
+
+
+def _espresso(table: Table, path: Path) -> Layout | None:
+    """``dos.x`` and ``projwfc.x`` of Quantum ESPRESSO; dos.x tells the Fermi level, energies are absolute in both."""
+    head = table.text
+    if re.search(r"\bik\s+E \(eV\)", head):
+        raise ValueError(f"{table.name} is resolved by k-point: run projwfc.x without kresolveddos")
+    if not re.search(r"E \(eV\)\s+l?dos(?:up)?\(E\)", head):
+        return None
+    spins = 2 if re.search(r"dosup\(E\)", head) else 1
+    if "Int dos(E)" in head:
+        columns, kind, source = tuple(range(spins + 1)), "total", "Quantum ESPRESSO dos.x"
+        if table.rows.shape[1] != spins + 2:
+            raise ValueError(f"{table.name}: dos.x writes {spins + 2} columns here, not {table.rows.shape[1]}")
+    elif "ldos" in head:
+        columns, kind, source = tuple(range(spins + 1)), "site", "Quantum ESPRESSO projwfc.x"
+    else:
+        noncollinear = bool(re.search(r"E \(eV\)\s+dos\(E\)", head))
+        columns = (0, 1) if noncollinear else tuple(range(spins + 1))
+        kind, source = "total", "Quantum ESPRESSO projwfc.x"
+    numbers = re.search(r"EFermi\s*=\s*([-+.\d\s]+)", head)
+    levels = numbers[1].split() if numbers else []
+    if len(levels) > 1:
+        raise ValueError(f"{table.name} has two Fermi levels, of a fixed moment: give efermi= (--efermi) for its zero")
+    siblings: tuple[Path, ...] = ()
+    if kind == "site" and (found := re.search(r"\.pdos_atm#\d+\(\w+\)_wfc#", path.name)):
+        others = path.parent.iterdir() if path.parent.is_dir() else ()
+        start = path.name[: found.end()]
+        siblings = tuple(sorted(o for o in others if o.name.startswith(start) and o.name != path.name))
+    return Layout(
+        source, columns, kind, float(levels[0]) if levels else None, periodic=True, unit=1.0, siblings=siblings,
+        absolute="Quantum ESPRESSO writes absolute energies, and no Fermi level in this file",
+    )  # fmt: skip
+
+
+def _aims(table: Table, path: Path) -> Layout | None:
+    """FHI-aims: relative to the chemical potential, but to the vacuum in ``*_raw.dat``."""
+    head = table.text
+    if "FHI-aims" not in head:
+        return None
+    total = bool(re.search(r"total density of states", head, re.IGNORECASE))
+    spins = 2 if total and "spin down" in head else 1
+    raw = "vacuum" in head
+    beside = path.with_name(path.name.replace("_raw", ""))
+    fix = f"read {beside.name}, or " if raw and beside != path and beside.is_file() else ""
+    notes: tuple[str, ...] = ()
+    kind = "total" if total else "site"
+    if not total and re.search(r"species_proj|_l_proj_dos", path.name):
+        notes = ("a DOS of a species: the sum over its atoms",)
+    partner = None
+    if re.search(r"spin-(?:up|down)", head):
+        partner = _other_spin(path, (("spin_up", "spin_down"), ("spin_up", "spin_dn")))
+    return Layout(
+        "FHI-aims", tuple(range(spins + 1)), kind, None if raw else 0.0, periodic=True, unit=1.0, assumed=notes,
+        absolute=f"its energies are relative to the vacuum: {fix}" if raw else "", partner=partner,
+    )  # fmt: skip
+
+
+def _optados(table: Table, path: Path) -> Layout | None:
+    """OptaDOS: the zero depends on SET_EFERMI_ZERO, which the file does not tell."""
+    if not re.search(r"O\s?p\s?t\s?a\s?D\s?O\s?S", table.text):
+        return None
+    text = "\n".join(table.header)
+    common = {"periodic": True, "unit": 1.0}
+    if not re.search(r"partial|projected", text, re.IGNORECASE):
+        both = bool(re.search(r"down[- ]spin", text, re.IGNORECASE)) and table.rows.shape[1] > 3
+        return Layout("OptaDOS", (0, 1, 2) if both else (0, 1), "total", **common)  # type: ignore[arg-type]
+    blocks = re.split(r"Column:?\s*(\d+)\s*contains:?", text)
+    atoms = [sorted(set(re.findall(r"\b([A-Z][a-z]?)\s+(\d+)\b", block))) for block in blocks[2::2]]
+    if len(atoms) == table.rows.shape[1] - 1 and all(len(a) == 1 and a == atoms[0] for a in atoms):
+        return Layout("OptaDOS", tuple(range(table.rows.shape[1])), "site", **common)  # type: ignore[arg-type]
+    return Layout("OptaDOS", (0, 1) if table.rows.shape[1] == 2 else (), "site", **common)  # type: ignore[arg-type]
+
+
+def _vaspkit(table: Table, path: Path) -> Layout | None:
+    """VASPKIT's ``TDOS.dat`` and ``PDOS_*.dat``: relative to the Fermi level; spin down is negative."""
+    names = [name.lower() for name in table.names]
+    total = len(names) > 1 and names[0] == "energy" and names[1] in ("tdos", "tdos-up")
+    orbitals = len(names) > 3 and names[0] == "energy" and names[1] == "s" and names[-1] in ("tot", "total")
+    if not (total or orbitals):
+        return None
+    if re.match(r"I(?:TDOS|PDOS|DOS)", path.name):
+        raise ValueError(f"{table.name} is an integrated DOS: give {path.name[1:]}")
+    columns = named_columns(table.names)
+    assumed: tuple[str, ...] = ("zero at the Fermi level, as VASPKIT writes unless told otherwise",)
+    partner = None
+    if orbitals:
+        partner = _other_spin(path, (("_UP", "_DW"), ("_UP", "_DN"), ("_up", "_dw")))
+        if (element := re.match(r"PDOS_([A-Z][a-z]?)(?:_|\.)", path.name)) and element[1] not in ("A", "SUM"):
+            assumed += (f"one {element[1]} in the cell, as the file adds all {element[1]} atoms",)
+    return Layout(
+        "VASPKIT", columns, "total" if total else "site", 0.0, periodic=True, first_pile=True, unit=1.0,
+        assumed=assumed, partner=partner,
+    )  # fmt: skip
+
+
+def _sumo(table: Table, path: Path) -> Layout | None:
+    """sumo's ``*_dos.dat``: relative to the Fermi level; spin down is negative."""
+    names = table.names
+    if not (path.stem.endswith("_dos") and len(names) > 1 and names[0] == "energy"):
+        return None
+    bare = [re.sub(r"\((?:up|down)\)$", "", name) for name in names[1:]]
+    total = set(bare) == {"dos"}
+    if not total and not all(ORBITAL.fullmatch(name) or name in ("f_3", "f_2", "f_1") for name in bare):
+        return None
+    element = path.stem.removesuffix("_dos").split("_")[-1]
+    assumed: tuple[str, ...] = ("zero at the Fermi level, as sumo writes unless told otherwise",)
+    if not total:
+        assumed += (f"one {element} in the cell, as the file adds all {element} atoms",)
+    kind, columns = "total" if total else "site", tuple(range(len(names)))
+    return Layout("sumo", columns, kind, 0.0, periodic=True, first_pile=True, unit=1.0, assumed=assumed)
+
+
+def _pyprocar(table: Table, path: Path) -> Layout | None:
+    """pyprocar's export: relative to the Fermi level; spin down is negative."""
+    names = list(table.names)
+    spins = [i for i, name in enumerate(names) if re.fullmatch(r"dosTotalSpin-\d", name)]
+    channels = [i for i, name in enumerate(names) if name.startswith("spinChannel-")]
+    if "energies" not in names or not (spins or channels):
+        return None
+    energy = names.index("energies")
+    what = {re.sub(r"^spinChannel-\d", "", names[i]) for i in channels}
+    columns, kind = ((energy, *spins), "total") if spins and not channels else ((), "site")
+    if len(what) == 1:
+        columns = (energy, *channels)
+    assumed = ("zero at the Fermi level, as pyprocar writes unless told otherwise",)
+    return Layout("pyprocar", columns, kind, 0.0, periodic=True, first_pile=True, unit=1.0, assumed=assumed)
+
+
+def _other_spin(path: Path, pairs: Sequence[tuple[str, str]]) -> Path | None:
+    """File of the other spin beside `path`; None where its name has no mark of a spin.
+
+    The first name that could be meant is returned where there is no such file.
+    """
+    candidates = [path.with_name(path.name.replace(a, b)) for up, down in pairs for a, b in ((up, down), (down, up))]
+    candidates = [other for other in candidates if other != path]
+    return next((other for other in candidates if other.is_file()), candidates[0] if candidates else None)
+
+
+# -- any other table ---------------------------------------------------------------------------------------------------
+
+
+def _unknown(table: Table) -> Layout:
+    """A table that no program is known for: what its header says."""
+    text = f"{table.text} "
+    unit = None
+    if table.names and (found := re.search(r"[(\[]\s*([A-Za-z]+)\s*[)\]]", table.names[0])):
+        unit = ENERGY_UNITS.get(found[1].lower())
+        if unit is None and not re.fullmatch(r"e|ef|efermi|fermi", found[1], re.IGNORECASE):
+            raise ValueError(f"{table.name}: energies in {found[1]!r}: give them in eV, meV, Ry or Ha")
+    columns = named_columns(table.names)
+    kind = "total" if re.search(r"\btotal[ _-]dos|\btdos\b|total density of states", text, re.IGNORECASE) else None
+    common = {"columns": columns, "kind": kind, "unit": unit}
+    if VBM_ZERO.search(text):
+        return Layout(zero=0.0, reference="vbm", **common)  # type: ignore[arg-type]
+    if FERMI_ZERO.search(text):
+        return Layout(zero=0.0, **common)  # type: ignore[arg-type]
+    if found := OTHER_ZERO.search(text):
+        return Layout(absolute=f"its header names another zero of energy ({found[0]})", **common)  # type: ignore[arg-type]
+    if (found := FERMI_VALUE.search(text)) and float(found[1]) != 0.0:
+        told = f"its header has a Fermi level of {found[1]} eV, but not whether its energies are relative to it"
+        return Layout(absolute=told, **common)  # type: ignore[arg-type]
+    return Layout(zero=0.0 if found else None, **common)  # type: ignore[arg-type]
