@@ -1,7 +1,8 @@
-"""The application that the commands hang on, and the one place where an error becomes one line."""
+"""The application that the commands hang on, and the one place where an error or a warning becomes one line."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +22,9 @@ class OneLineErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _one_line(warnings.showwarning)
+                return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt as stop:  # of Ctrl-C, or of a command that says what is kept
@@ -36,6 +39,18 @@ class OneLineErrors(TyperGroup):
             unexpected = f"unexpected {type(error).__name__}, run dosmatgen --debug to see where: "
             _say(f"error: {'' if isinstance(error, EXPECTED) else unexpected}{error}", "red")
             raise typer.Exit(1) from None
+
+
+def _one_line(others: Any) -> Any:
+    """Show the package's own warnings as one line each, and leave the `others` to Python."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if category.__module__.startswith("dosmatgen_ase."):
+            _say(f"warning: {message}", "yellow")
+        else:
+            others(message, category, *place, **more)
+
+    return show
 
 
 def _say(line: str, style: str) -> None:

@@ -545,8 +545,7 @@ class TargetDOS:
         from dosmatgen_ase.dos.readers.common import Request
         from dosmatgen_ase.dos.readers.text import read_text
 
-        target = read_text(path, Request(None, reference, sigma, kind, columns, spin, efermi, units))
-        return target if sigma is None else replace(target, sigma=sigma)
+        return read_text(path, Request(None, reference, sigma, kind, columns, spin, efermi, units))
 
     @classmethod
     def from_file(

@@ -209,6 +209,9 @@ def _slow(body: str, style: _Style, name: str, start: int) -> tuple[Array, np.nd
 
 
 def _value(word: str, style: _Style, where: str) -> float:
+    infinite = f"{where}: {word[:40]!r} is infinite: write nan where the DOS is unknown"
+    if word.lower().lstrip("+-").startswith("inf"):
+        raise ValueError(infinite)
     try:
         value = style.number(word)
     except ValueError:
@@ -221,7 +224,7 @@ def _value(word: str, style: _Style, where: str) -> float:
             told += ": separate columns by blanks or semicolons, and write decimal points"
         raise ValueError(told) from None
     if np.isinf(value):
-        raise ValueError(f"{where}: {word[:40]!r} is infinite: write nan where the DOS is unknown")
+        raise ValueError(infinite)
     return value
 
 

@@ -54,12 +54,12 @@ def parse_text(content: bytes, path: str | PathLike[str], request: Request) -> T
     kind = request.kind or layout.kind or "site"
     if kind != (request.kind or layout.kind):
         assumed.append("the DOS of one site")
-    record: dict[str, Any] = {"source": f"{layout.source} {Path(path).name}", "steps": [*steps, *note]}
     if layout.source == "text" and values[known].size and values[known].max() in (1.0, 100.0):
-        assumed.append(f"states/eV, although the largest value is {values[known].max():g} sharp")
-    if assumed:
-        record["assumed"] = assumed
-    target = named(table.name, TargetDOS, energies, values, known, reference, None, kind, record)
+        assumed.append(
+            f"states/eV, although the largest value is {values[known].max():g} sharp (scale it: --electrons)"
+        )
+    told = record(f"{layout.source} {Path(path).name}", [*steps, *note], assumed)
+    target = named(table.name, TargetDOS, energies, values, known, reference, request.sigma, kind, told)
     settled = request.reference is None and request.efermi is None and layout.periodic and kind == "total"
     return target.aligned() if settled else target
 
@@ -83,9 +83,7 @@ def _check(request: Request) -> None:
 # -- columns -----------------------------------------------------------------------------------------------------------
 
 
-def _columns(
-    table: Table, layout: Layout, request: Request, steps: list[str], assumed: list[str]
-) -> tuple[int, ...]:
+def _columns(table: Table, layout: Layout, request: Request, steps: list[str], assumed: list[str]) -> tuple[int, ...]:
     """Numbers of the columns of energy and DOS."""
     count = table.rows.shape[1]
     if count < 2:
@@ -167,7 +165,7 @@ def _ask_for_columns(table: Table) -> str:
 
 def _drawn_down(values: Array) -> bool:
     """Whether values are those of a spin drawn downwards: what smearing makes negative is far less than the rest."""
-    return bool(-values[values < 0].sum() > 2 * values[values > 0].sum())
+    return bool(-values[values < 0].sum() > 5 * values[values > 0].sum())
 
 
 def _curve(
