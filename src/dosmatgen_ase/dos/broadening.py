@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -12,6 +13,9 @@ KNOWN_WEIGHT = 0.84
 """Share of the broadening kernel that must lie on known input for a bin to be known. At an edge this means that the
 input reaches one standard deviation of the *extra* broadening beyond the bin (the normal distribution holds 0.841
 below +1 sigma)."""
+
+PIECE = 4096
+"""Energies whose weights are in memory at a time."""
 
 MIN_COVERAGE = 0.7
 """Least share of the total DOS that Loewdin projections must cover for their split over the sites to be trusted."""
@@ -43,20 +47,25 @@ def resample(
     """
     extra = math.sqrt(max(grid_sigma**2 - sigma**2, 0.0))
     # Below a tenth of a step the extra broadening is not seen on the grid, and its kernel would need a very fine mesh.
-    matrix = _resampling_matrix(energies, grid.energies, extra if extra > 0.1 * grid.step else 0.0)
-    weight = known @ matrix.T
-    sums = np.where(known, values, 0.0) @ matrix.T
+    shape = (*np.broadcast_shapes(np.shape(values), known.shape)[:-1], grid.size)
+    weight: Array = np.zeros(shape)
+    sums: Array = np.zeros(shape)
+    for part, bins, matrix in _resampling_matrix(energies, grid.energies, extra if extra > 0.1 * grid.step else 0.0):
+        weight[..., bins] += known[..., part] @ matrix.T
+        sums[..., bins] += np.where(known[..., part], values[..., part], 0.0) @ matrix.T
     inside = weight >= KNOWN_WEIGHT
     return np.where(inside, sums / np.where(inside, weight, 1.0), 0.0), inside
 
 
-def _resampling_matrix(energies: Array, centres: Array, width: float) -> Array:
+def _resampling_matrix(energies: Array, centres: Array, width: float) -> Iterator[tuple[slice, slice, Array]]:
     """Weights (O, G) that turn values at `energies` into Gaussian averages of standard deviation `width` at `centres`.
 
     The input is read as piecewise linear, zero outside its range. Rows sum to the share of the kernel inside the range.
+    It comes in pieces, each with the slices of energies and of centres that it is for, so that a million energies fit
+    memory: what they give is to be added.
     """
     if width == 0.0:
-        points, kernel = centres, np.eye(centres.size)
+        points, lengths = centres, np.ones(centres.size)
     else:
         # Split coarse intervals so that the sum over points is the integral: half a width for the Gaussian's shape.
         parts = np.maximum(np.ceil(np.diff(energies) / (0.5 * width) - 1e-9), 1).astype(int)
@@ -64,17 +73,30 @@ def _resampling_matrix(energies: Array, centres: Array, width: float) -> Array:
         parts[outside] = 1
         starts = np.concatenate([[0], np.cumsum(parts)])
         points = np.interp(np.arange(starts[-1] + 1), starts, energies)
-        kernel = np.exp(-0.5 * ((centres[:, None] - points) / width) ** 2) / (math.sqrt(2 * math.pi) * width)
-        kernel *= cell_widths(points)
+        lengths = cell_widths(points)
     # Each point takes its value from its two neighbours in the input (hat functions).
     left = np.clip(np.searchsorted(energies, points, side="right") - 1, 0, energies.size - 2)
     share = (points - energies[left]) / (energies[left + 1] - energies[left])
     inside = (share > -1e-9) & (share < 1 + 1e-9)
     share = np.clip(share, 0.0, 1.0)
-    columns = np.zeros((energies.size, centres.size))
-    np.add.at(columns, left, (kernel * (inside * (1 - share))).T)
-    np.add.at(columns, left + 1, (kernel * (inside * share)).T)
-    return columns.T
+    for start in range(0, points.size, PIECE):
+        piece = slice(start, start + PIECE)
+        whole = points.size <= PIECE
+        first, end = (0, energies.size) if whole else (int(left[piece][0]), int(left[piece][-1]) + 2)
+        # Beyond 8 widths the kernel is 1e-14.
+        near = slice(0, centres.size)
+        if not whole:
+            reach = (points[piece][0] - 8 * width, points[piece][-1] + 8 * width)
+            near = slice(*np.searchsorted(centres, reach).tolist())
+        if width == 0.0:
+            kernel = np.eye(centres.size)[:, piece]
+        else:
+            distance = (centres[near, None] - points[piece]) / width
+            kernel = np.exp(-0.5 * distance**2) / (math.sqrt(2 * math.pi) * width) * lengths[piece]
+        columns = np.zeros((end - first, kernel.shape[0]))
+        for neighbour, weight in ((left, inside * (1 - share)), (left + 1, inside * share)):
+            np.add.at(columns, neighbour[piece] - first, (kernel * weight[piece]).T)
+        yield slice(first, end), near, columns.T
 
 
 def scale_sites_to_total(

@@ -17,6 +17,9 @@ GAP_DOS = 1e-3
 MIN_GAP = 0.1
 """Band gap (eV) below which a DOS read from elsewhere counts as metallic: narrower gaps drown in its grid spacing."""
 
+MAX_STEP = 100.0
+"""Largest distance (eV) of neighbouring energies: farther apart they are no DOS in eV."""
+
 NEAR_GAP = (-2.0, 2.0)
 """Energy window (eV) of the near-gap figures."""
 

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from dosmatgen_ase.dos.broadening import resample
 from dosmatgen_ase.dos.edges import gap_around_zero
 from dosmatgen_ase.dos.grid import (
+    MAX_STEP,
     MODEL_GRID,
     MODEL_SIGMA,
     Array,
@@ -81,8 +82,13 @@ class TargetDOS:
             )
         if energies.size < 2:
             raise ValueError(f"a DOS needs at least 2 energies, not {energies.size}")
-        if not np.isfinite(energies).all() or (np.diff(energies) <= 0).any():
+        with np.errstate(over="ignore", invalid="ignore"):
+            steps = np.diff(energies)
+        if not np.isfinite(energies).all() or (steps <= 0).any():
             raise ValueError("energies must be finite and strictly increasing: sort them and drop repeated ones")
+        if (widest := float(steps.max())) > MAX_STEP:
+            told = f"neighbouring energies are {widest:g} eV apart, at most {MAX_STEP:g} make a DOS"
+            raise ValueError(f"{told}: are the energies in eV?")
         if not known.any():
             raise ValueError("nothing is known in this DOS: at least one energy must be known")
         if not np.isfinite(values[known]).all():

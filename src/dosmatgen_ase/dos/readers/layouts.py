@@ -65,13 +65,15 @@ class Layout:
     reference : str
         What that zero is.
     absolute : str
-        Why `zero` must be given, if it must: the energies are certainly not relative to it.
+        Why `zero` must be given, if it must: the beginning of a message that says how.
     periodic : bool
         Whether it was computed band by band, so that energies above the last state are unknown.
     first_pile : bool
         Whether the states below the window are piled up in the first energy, as VASP does.
     unit : float
         eV of the unit of energy.
+    per : float
+        eV of the unit of energy that states are counted per; by default the same.
     notes, assumed : tuple of str
         What is to be told, and what the file does not say.
     partner : path or None
@@ -89,6 +91,7 @@ class Layout:
     periodic: bool = False
     first_pile: bool = False
     unit: float | None = None
+    per: float | None = None
     notes: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     partner: Path | None = None
@@ -124,19 +127,21 @@ def named_columns(names: Sequence[str]) -> tuple[int, ...]:
     if len(names) < 2:
         return ()
     low = [re.sub(r"[(\[](?:e|ev|states[^)\]]*|1/ev|arb[^)\]]*)[)\]]", "", name.lower()).strip() for name in names]
-    if not ENERGY.match(low[0]):
+    energies = [i for i, name in enumerate(low) if ENERGY.match(name)]
+    if not energies or (energies[0] != 0 and len(energies) > 1):
         return ()
-    values = [i for i in range(1, len(low)) if not INTEGRATED.search(low[i])]
+    energy = energies[0]
+    values = [i for i in range(len(low)) if i != energy and not INTEGRATED.search(low[i])]
     if len(values) == 1:
-        return (0, values[0])
+        return (energy, values[0])
     bare = [re.sub(r"[(\[_\s-]*(?:spin)?[\s_-]*(?:up|down|dn|dw|dwn)[)\]]?$", "", name).strip(" _-([") for name in low]
     totals = [i for i in values if TOTAL.match(bare[i]) or not bare[i] or bare[i] == "spin"]
     orbitals = [i for i in values if ORBITAL.fullmatch(bare[i])]
     if one_or_both_spins(totals, low):
-        return (0, *totals)
+        return (energy, *totals)
     if not totals and len(orbitals) == len(values):
-        return (0, *orbitals)
-    return (0, *values) if one_or_both_spins(values, low) and len(values) == 2 else ()
+        return (energy, *orbitals)
+    return (energy, *values) if one_or_both_spins(values, low) and len(values) == 2 else ()
 
 
 def one_or_both_spins(columns: Sequence[int], names: Sequence[str]) -> bool:
@@ -178,7 +183,7 @@ def _espresso(table: Table, path: Path) -> Layout | None:
         siblings = tuple(sorted(o for o in others if o.name.startswith(start) and o.name != path.name))
     return Layout(
         source, columns, kind, float(levels[0]) if levels else None, periodic=True, unit=1.0, siblings=siblings,
-        absolute="Quantum ESPRESSO writes absolute energies, and no Fermi level in this file",
+        absolute="Quantum ESPRESSO writes absolute energies, and no Fermi level in this file: ",
     )  # fmt: skip
 
 
@@ -226,6 +231,7 @@ def _vaspkit(table: Table, path: Path) -> Layout | None:
     names = [name.lower() for name in table.names]
     total = len(names) > 1 and names[0] == "energy" and names[1] in ("tdos", "tdos-up")
     orbitals = len(names) > 3 and names[0] == "energy" and names[1] == "s" and names[-1] in ("tot", "total")
+    orbitals = orbitals and (path.name.startswith("PDOS") or "dxy" in names)
     if not (total or orbitals):
         return None
     if re.match(r"I(?:TDOS|PDOS|DOS)", path.name):
@@ -293,20 +299,21 @@ def _unknown(table: Table) -> Layout:
     """A table that no program is known for: what its header says."""
     text = f"{table.text} "
     unit = None
-    if table.names and (found := re.search(r"[(\[]\s*([A-Za-z]+)\s*[)\]]", table.names[0])):
+    if table.names and (found := re.search(r"[(\[]\s*([A-Za-z/]+)\s*[)\]]", table.names[0])):
         unit = ENERGY_UNITS.get(found[1].lower())
         if unit is None and not re.fullmatch(r"e|ef|efermi|fermi", found[1], re.IGNORECASE):
             raise ValueError(f"{table.name}: energies in {found[1]!r}: give them in eV, meV, Ry or Ha")
+    per = 1.0 if re.search(r"(?:states|1|electrons)\s*/\s*eV|eV\s*\^?-1|(?:states|electrons) per eV", text) else None
     columns = named_columns(table.names)
     kind = "total" if re.search(r"\btotal[ _-]dos|\btdos\b|total density of states", text, re.IGNORECASE) else None
-    common = {"columns": columns, "kind": kind, "unit": unit}
+    common = {"columns": columns, "kind": kind, "unit": unit, "per": per}
     if VBM_ZERO.search(text):
         return Layout(zero=0.0, reference="vbm", **common)  # type: ignore[arg-type]
     if FERMI_ZERO.search(text):
         return Layout(zero=0.0, **common)  # type: ignore[arg-type]
     if found := OTHER_ZERO.search(text):
-        return Layout(absolute=f"its header names another zero of energy ({found[0]})", **common)  # type: ignore[arg-type]
+        return Layout(absolute=f"its header names another zero of energy ({found[0]}): ", **common)  # type: ignore[arg-type]
     if (found := FERMI_VALUE.search(text)) and float(found[1]) != 0.0:
-        told = f"its header has a Fermi level of {found[1]} eV, but not whether its energies are relative to it"
+        told = f"its header has a Fermi level of {found[1]} eV, but not whether its energies are relative to it: "
         return Layout(absolute=told, **common)  # type: ignore[arg-type]
     return Layout(zero=0.0 if found else None, **common)  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ def decoded(content: bytes, name: str) -> str:
         text = content.decode("latin-1")
     if re.search(r"[\x00-\x08\x0e-\x1a\x7f-\x84\x86-\x9f]", text):
         raise ValueError(f"{name} is neither vasprun.xml, JSON, .npz nor two-column text")
-    return text.translate(PLAIN)
+    return text.translate(PLAIN).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_table(content: bytes, name: str) -> Table:
@@ -177,10 +177,12 @@ def _bare(line: str) -> str:
 
 def _fast(body: str, style: _Style, start: int) -> tuple[Array, np.ndarray] | None:
     """Rows of a plain table, by numpy's parser; None if it is not plain."""
-    if style.decimal_comma or re.search(r"[!%@&\"']|//|inf", body, re.IGNORECASE):
+    if style.decimal_comma or re.search(r"[%@&\"']|inf", body, re.IGNORECASE):
         return None
+    if re.search(r"[!#/]", body):
+        body = re.sub(r"[ \t]*(?:[#!]|//).*", "", body)
     try:
-        rows = np.loadtxt(io.StringIO(body), delimiter=style.separator, comments="#", ndmin=2)
+        rows = np.loadtxt(io.StringIO(body), delimiter=style.separator, comments=None, ndmin=2)
     except ValueError:
         return None
     if np.isinf(rows).any():
@@ -188,7 +190,7 @@ def _fast(body: str, style: _Style, start: int) -> tuple[Array, np.ndarray] | No
     count = body.count("\n") + (not body.endswith("\n"))
     if count == len(rows):
         return rows, np.arange(start, start + count)
-    kept = [i for i, line in enumerate(io.StringIO(body), start=start) if line.split("#")[0].strip()]
+    kept = [i for i, line in enumerate(io.StringIO(body), start=start) if line.strip()]
     return (rows, np.array(kept)) if len(kept) == len(rows) else None
 
 

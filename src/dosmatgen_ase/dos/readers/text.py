@@ -16,6 +16,9 @@ from dosmatgen_ase.dos.readers.numbers import Table, counted, read_table
 from dosmatgen_ase.dos.target import TargetDOS
 
 SPINS = ("summed", "one", "separate")
+MAX_ENERGY = 1e6
+"""eV; the deepest level of any atom lies at 1e5."""
+
 SAME = 0.2
 """Relative difference below which two values at every energy may be one, written twice."""
 
@@ -176,14 +179,18 @@ def _curve(
     if unit is None:
         unit = 1.0
         assumed.append("eV and states/eV")
-    elif unit != 1.0:
-        steps.append(f"energies and DOS converted from units of {unit:g} eV")
+    per = layout.per if layout.per is not None and not request.units else unit
+    if unit != 1.0:
+        steps.append(f"energies converted from units of {unit:g} eV, the DOS from states per {per:g} eV")
     energies = table.rows[:, columns[0]] * unit
     if np.isnan(energies).any():
         line = table.lines[np.flatnonzero(np.isnan(energies))[0]]
         raise ValueError(f"{table.name}, line {line}: there is no energy")
-    parts = table.rows[:, list(columns[1:])].T / unit
-    values = _spins_added(table, columns, parts, request, steps)
+    if (far := np.flatnonzero(np.abs(energies) > MAX_ENERGY)).size:
+        told = f"{energies[far[0]]:g} eV is no energy of an electron: are the energies in eV (--units)?"
+        raise ValueError(f"{table.name}, line {table.lines[far[0]]}: {told}")
+    parts = table.rows[:, list(columns[1:])].T / per
+    values = _spins_added(table, columns, parts, layout, request, steps)
     energies, values = _sorted(table, energies, values, layout, request, steps)
     low = [table.names[i].lower() for i in columns[1:]] if table.names else [""]
     if len(columns) == 2 and request.spin is None and layout.partner is None:
@@ -200,11 +207,14 @@ def _curve(
     return energies, values
 
 
-def _spins_added(table: Table, columns: tuple[int, ...], parts: Array, request: Request, steps: list[str]) -> Array:
+def _spins_added(
+    table: Table, columns: tuple[int, ...], parts: Array, layout: Layout, request: Request, steps: list[str]
+) -> Array:
     """Sum of the columns (C, N), those that are drawn downwards turned up."""
     down = [i for i, part in enumerate(parts) if _drawn_down(part[np.isfinite(part)])]
     repeated = np.unique(table.rows[:, columns[0]]).size < len(table.rows)  # the other spin may stand in other rows
-    if down and len(parts) == 1 and request.spin != "one" and not repeated:
+    alone = len(parts) == 1 and request.spin != "one" and layout.partner is None
+    if down and alone and not repeated:
         raise ValueError(
             f"{table.name}: the DOS is negative: a spin drawn downwards is half of it: give both spins "
             '(columns=(0, 1, 2), --columns), or say spin="one" (--spin one) if both are alike'
@@ -304,7 +314,7 @@ def _zero(name: str, layout: Layout, request: Request, assumed: list[str]) -> tu
         return layout.zero or 0.0, request.reference
     if layout.absolute and layout.zero is None:
         raise ValueError(
-            f"{name}: {layout.absolute}: give the Fermi level on its scale as efermi= (--efermi), or say "
+            f"{name}: {layout.absolute}give the Fermi level on its scale as efermi= (--efermi), or say "
             'reference="fermi" or "vbm" (--reference) if its energies are relative to that'
         )
     if layout.zero is None:
