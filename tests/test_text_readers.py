@@ -80,7 +80,8 @@ def aims_total() -> Written:
 
 def aims_atom() -> Written:
     head = (
-        "# aims_uuid : 0123\n# spin-{} angular momentum projected density of states for species Ni as calculated by FHI-aims\n"
+        "# aims_uuid : 0123\n"
+        "# spin-{} angular momentum projected density of states for species Ni as calculated by FHI-aims\n"
         "# The energy reference for this output is the chemical potential, mu =       -4.532100 eV\n"
         "#      Energy (eV)         total dos       l= 0             l= 1             l= 2\n"
     )
@@ -220,7 +221,7 @@ def test_vacuum_scale_of_aims_is_not_ignored(tmp_path: Path) -> None:
     text, _, _ = aims_total()
     raw = text.replace("average chemical potential, mu =       -4.532100 eV", "vacuum level")
     (tmp_path / "KS_DOS_total.dat").write_text(text)
-    with pytest.raises(ValueError, match="relative to the vacuum: read KS_DOS_total.dat, or give the Fermi level"):
+    with pytest.raises(ValueError, match=r"relative to the vacuum: read KS_DOS_total\.dat, or give the Fermi level"):
         read(tmp_path, raw, "KS_DOS_total_raw.dat")
     assert read(tmp_path, raw, "KS_DOS_total_raw.dat", efermi=-4.0).energies == pytest.approx(ENERGIES + 4.0)
 
@@ -315,7 +316,7 @@ def test_smearing_and_a_spin_drawn_downwards_are_told_apart(tmp_path: Path) -> N
     assert "negative values" in smeared.provenance["steps"][-1]
     both = read(tmp_path, "E up down\n" + rows(ENERGIES, level, -level))
     assert both.total_states() == pytest.approx(2.0, abs=2e-3)
-    with pytest.raises(ValueError, match="dos.dat: the DOS is negative: a spin drawn downwards is half of it"):
+    with pytest.raises(ValueError, match=r"dos\.dat: the DOS is negative: a spin drawn downwards is half of it"):
         read(tmp_path, rows(ENERGIES, -UP))
     assert read(tmp_path, rows(ENERGIES, -UP), spin="one").values == pytest.approx(2 * UP, abs=1e-5)
     with pytest.raises(ValueError, match=r"dos.dat: the DOS is -.* must not be negative"):

@@ -65,7 +65,7 @@ def _resampling_matrix(energies: Array, centres: Array, width: float) -> Iterato
     memory: what they give is to be added.
     """
     if width == 0.0:
-        points, lengths = centres, np.ones(centres.size)
+        points, lengths = centres, np.ones_like(centres)
     else:
         # Split coarse intervals so that the sum over points is the integral: half a width for the Gaussian's shape.
         parts = np.maximum(np.ceil(np.diff(energies) / (0.5 * width) - 1e-9), 1).astype(int)

@@ -153,7 +153,7 @@ def _states_that_fit_nothing(dos: TargetDOS, num_atoms: tuple[int, int]) -> str:
     most = {symbol: rows[1][below.size - 1] for symbol, rows in table["elements"].items()}
     whole = bool(dos.known[inside_window(dos.energies, (start, 0.0))].all()) and known[-1] > -0.2
     fewer, more = num_atoms[0] * (1 - SLACK), num_atoms[1] * (1 + SLACK)
-    limits = {symbol: (fewer * fewest[symbol] - 0.05, more * most[symbol] + 0.05) for symbol in most}
+    limits = {symbol: (fewer * fewest[symbol] - 0.005, more * most[symbol] + 0.05) for symbol in most}
     if any((not whole or low <= held) and held <= high for low, high in limits.values()):
         return ""
     nearest = min(limits, key=lambda s: min(abs(held - limits[s][0]), abs(held - limits[s][1])))

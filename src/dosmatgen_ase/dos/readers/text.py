@@ -107,7 +107,7 @@ def _columns(table: Table, layout: Layout, request: Request, steps: list[str], a
             steps.append(f"integrated DOS in columns {', '.join(map(str, left))} left out")
         if not columns:
             raise ValueError(_ask_for_columns(table))
-    elif np.any(np.diff(table.rows[:, 0]) < 0) and np.all(np.diff(table.rows[:, 1]) > 0):
+    elif np.any(table.rows[1:, 0] < table.rows[:-1, 0]) and np.all(table.rows[1:, 1] > table.rows[:-1, 1]):
         raise ValueError(
             f"{table.name}: column 1 increases and column 0 does not: if column 1 is the energy, say columns=(1, 0) "
             "(--columns 1,0); else sort the rows"
@@ -239,9 +239,9 @@ def _sorted(
 ) -> tuple[Array, Array]:
     """Rows in the order of energy; two at every energy are two spins, added."""
     lines = table.lines
-    if np.any(np.diff(energies) < 0):
+    if np.any(energies[1:] < energies[:-1]):
         order = np.argsort(energies, kind="stable")
-        blocks = np.count_nonzero(np.diff(energies) < 0) == 1 and len(energies) % 2 == 0
+        blocks = np.count_nonzero(energies[1:] < energies[:-1]) == 1 and len(energies) % 2 == 0
         blocks = blocks and np.array_equal(energies[: len(energies) // 2], energies[len(energies) // 2 :])
         energies, values, lines = energies[order], values[order], lines[order]
         if not blocks:
