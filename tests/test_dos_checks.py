@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import warnings
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from dosmatgen_ase import DOSGenerator, DOSWarning, TargetDOS
+from dosmatgen_ase.cli import app
 from dosmatgen_ase.dos import Array, normalised_l1, on_common_zero
 from dosmatgen_ase.dos.checks import STATES, doubts, states_below_zero
 from dosmatgen_ase.judge.ranking import predicted_for_targets, score
@@ -263,3 +266,43 @@ def test_no_label_is_doubted() -> None:
     for i in rows:
         for dos in labels.targets(int(i)):
             assert not any("holds so many" in message for message in doubts(dos))
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def told_by(*arguments: object) -> tuple[str, str]:
+    """Standard output and error of a command that succeeds."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_the_command_line_reads_text_as_it_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "table.txt"
+    path.write_text("".join(f"{e + 2.0:.3f} {v:.5f} {v / 3:.5f} 7\n" for e, v in zip(E, METAL.values, strict=True)))
+    out, errors = told_by(
+        "dos", path, "--columns", "0,1,2", "--efermi", 2, "--kind", "total", "--units", "eV", "--electrons", 11
+    )
+    assert errors == ""
+    assert "total DOS of the cell" in out
+    assert "11.000" in out
+    path.write_text("".join(f"{e:.3f} {v:.5f}\n" for e, v in zip(E, METAL.values, strict=True)))
+    out, errors = told_by("dos", path, "--spin", "one")
+    assert len(errors.splitlines()) == 1
+    assert "assumed: zero of energy at the Fermi level; energy in column 0, DOS in column 1; eV and states/eV" in errors
+    assert f"{2 * METAL.total_states(hi=0.0):.3f}" in out
+
+
+def test_the_command_line_aligns_and_shows_warnings_as_lines(tmp_path: Path, tiny_weights: Path) -> None:
+    path = tmp_path / "gapped.json"
+    path.write_text(json.dumps(gapped(-1.5).to_dict()))
+    out, _ = told_by("dos", path, "--align")
+    assert "valence-band maximum (reference=vbm)" in out
+    quick = ("-n", 1, "--num-atoms", 2, "--num-steps", 2, "--seed", 0, "--weights", tiny_weights)
+    _, errors = told_by("generate", path, "-o", tmp_path / "a.extxyz", *quick)
+    lines = [line for line in errors.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 1
+    assert "dos.aligned() (--align) moves it by 1.5" in lines[0]
+    _, errors = told_by("generate", path, "-o", tmp_path / "b.extxyz", "--align", *quick)
+    assert "warning" not in errors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -28,7 +29,8 @@ DosFile = Annotated[
     Path,
     typer.Argument(
         metavar="DOS_FILE",
-        help="vasprun.xml, pymatgen or TargetDOS JSON, .npz, or two columns: energy (eV), DOS (states/eV).",
+        help="vasprun.xml, DOSCAR, pymatgen or TargetDOS JSON, .npz, files of other programs, or columns of text: "
+        "energy (eV), DOS (states/eV).",
         show_default=False,
     ),
 ]
@@ -42,6 +44,11 @@ Structures = Annotated[
     list[Path],
     typer.Argument(metavar="FILES", help="Files that ASE reads, with one structure or many.", show_default=False),
 ]
+
+
+def column_from_text(text: str) -> int | str:
+    """Number or name of a column."""
+    return int(text) if re.fullmatch(r"\s*\d{1,6}\s*", text) else text.strip()
 
 
 # -- options that are declared once and stand in several commands ------------------------------------------------------
@@ -105,13 +112,48 @@ class TargetOptions:
         str | None,
         typer.Option(help="What zero energy is, if the file does not say: fermi or vbm.", rich_help_panel=TARGET_PANEL),
     ] = None
+    efermi: Annotated[
+        float | None,
+        typer.Option(help="Energy (eV) in columns of text that is to be zero.", rich_help_panel=TARGET_PANEL),
+    ] = None
+    align: Annotated[
+        bool,
+        typer.Option(
+            "--align", help="Move zero to the valence-band maximum, below the gap.", rich_help_panel=TARGET_PANEL
+        ),
+    ] = False
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1",
+            help="Columns of text: energy, then those that add up to the DOS. Numbers from 0, or names.",
+            rich_help_panel=TARGET_PANEL,
+        ),
+    ] = None
+    spin: Annotated[
+        str | None,
+        typer.Option(
+            help="What columns of text hold: summed (both spins), one (of two that are alike), separate (up and down).",
+            rich_help_panel=TARGET_PANEL,
+        ),
+    ] = None
+    units: Annotated[
+        str | None, typer.Option(help="Of energies in text: eV, meV, Ry or Ha.", rich_help_panel=TARGET_PANEL)
+    ] = None
+    electrons: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale the DOS so that it holds so many states below 0 eV, if its unit is arbitrary.",
+            rich_help_panel=TARGET_PANEL,
+        ),
+    ] = None
     sigma: Annotated[
         float | None,
         typer.Option(help="Gaussian broadening of the file, standard deviation in eV.", rich_help_panel=TARGET_PANEL),
     ] = None
     kind: Annotated[
         str | None,
-        typer.Option(help="Whose DOS a two-column file holds: site or total.", rich_help_panel=TARGET_PANEL),
+        typer.Option(help="Whose DOS it is, if the file does not say: site or total.", rich_help_panel=TARGET_PANEL),
     ] = None
     window: Annotated[
         tuple[float, float] | None,
@@ -124,12 +166,24 @@ class TargetOptions:
 
     def read(self, dos_file: Path) -> TargetDOS:
         """Read the DOS that a command is about, cut to its window; say on the standard error what was assumed."""
-        from dosmatgen_ase.dos import TargetDOS
+        from dosmatgen_ase.dos import DOSWarning, TargetDOS
 
-        target = TargetDOS.from_file(dos_file, self.site, reference=self.reference, sigma=self.sigma, kind=self.kind)
-        for sentence in target.provenance.get("assumed", []):
-            typer.echo(f"{dos_file}: {sentence}", err=True)
-        return target if self.window is None else target.window(*self.window)
+        warnings.simplefilter("default", DOSWarning)  # the application shows them
+        names = ("reference", "sigma", "kind", "spin", "efermi", "units")
+        columns = None if self.columns is None else [column_from_text(part) for part in self.columns.split(",")]
+        target = TargetDOS.from_file(
+            dos_file, self.site, columns=columns, **{name: getattr(self, name) for name in names}
+        )
+        if self.align:
+            target = target.aligned()
+        if self.window is not None:
+            target = target.window(*self.window)
+        if self.electrons is not None:
+            target = target.scaled(electrons=self.electrons)
+        target.on_grid()  # what the model cannot see is an error before anything is said
+        if assumed := target.provenance.get("assumed"):
+            typer.echo(f"{dos_file}: assumed: {'; '.join(assumed)} (see --help: {TARGET_PANEL})", err=True)
+        return target
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,7 @@ class DOSGenerator:
         n = whole_number(n, "n", 1)
         request.check_template(self.model.denoiser.config.cutoff)
         guidance, config = request.sampling(SamplerConfig(num_steps=settings.num_steps), settings.guidance_scale)
+        request.warn_of_doubts()
         stream = None if out is None else Stream(Path(out))
         seed = settings.seed
         if seed is None and stream is not None:

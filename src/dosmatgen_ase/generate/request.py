@@ -15,7 +15,8 @@ from ase.data import chemical_symbols
 from dosmatgen_ase.crystals.batch import CrystalBatch
 from dosmatgen_ase.crystals.reduction import niggli_operation, plane_spacings
 from dosmatgen_ase.crystals.screening import MAX_VOLUME_PER_ATOM, digest, right_handed
-from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
+from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, on_common_zero
+from dosmatgen_ase.dos.checks import warn_of_doubts
 from dosmatgen_ase.generate.constraints import Constraints
 from dosmatgen_ase.generate.sampler import SamplerConfig
 from dosmatgen_ase.generate.settings import GenerationSettings
@@ -85,6 +86,8 @@ class Request:
             With both culprits named where two arguments contradict each other.
         """
         total, targets = split_targets(dos, settings.sites)
+        targets = on_common_zero(targets)
+        total = None if total is None else on_common_zero({0: total})[0]
         composition, allowed = _lists(settings)
         template = None if settings.template is None else right_handed(settings.template)
         held = set(settings.fixed_sites or ())
@@ -119,6 +122,12 @@ class Request:
         )
         request._check_species()
         return request
+
+    def warn_of_doubts(self) -> None:
+        """Issue a `DOSWarning` for what a target probably has wrong."""
+        targets = dict(enumerate([*self.site_targets.values(), *([self.total_target] if self.total_target else [])]))
+        sizes = self.sizes or (1, MAX_ATOMS)
+        warn_of_doubts(targets, (min(sizes), max(sizes)), stacklevel=5)
 
     def _check_species(self) -> None:
         for i, z in self.pinned_species().items():
