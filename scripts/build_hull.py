@@ -1,14 +1,20 @@
-"""Rebuild the hull that `energy_above_hull` uses, from `data/structures.parquet`, all of it with CHGNet 0.3.0.
+"""Rebuild or enlarge the hull that `energy_above_hull` uses, all of it with CHGNet 0.3.0.
 
-    python scripts/build_hull.py                  # hours of CPU time on one core; every energy found is kept
+    python scripts/build_hull.py                  # from data/structures.parquet alone: hours of one core
     python scripts/build_hull.py --minutes 30     # goes on where it was, and writes the hull as far as it got
+    python scripts/build_hull.py --onto src/dosmatgen_ase/references/hull.npz --structures LARGE.parquet
 
-1. The energy of every near-stable structure as it stands, and of a reference crystal for each element that they lack.
-2. Those within `--margin` of the hull of these energies are relaxed with the defaults of `dosmatgen_ase.relax`:
-   elements first, then small cells before large ones, as these are the cheapest and bound the hulls of many systems.
-3. The lowest energy of every formula is written, if step 1 is complete. The energies on the way are kept in
-   `data/cache/hull.jsonl`, where `benchmarks/stability.py` adds its own: "relaxed" is None where the relaxation did not
-   converge, for both.
+The hull that ships was made by the first command, and enlarged by the third with a table of cells of 21 to 120 atoms.
+
+1. The energy of every crystal of the tables as it stands, and of a reference crystal for each element that they lack.
+2. Those within `--margin` of the hull of these energies are relaxed with the defaults of `dosmatgen_ase.relax`.
+3. The lowest energy of every formula is written, as far as it lies within `--keep` of the hull. A hull from nothing is
+   written if step 1 is complete, else it would lack formulas; with `--onto`, what is known by then comes to the entries
+   of that hull, which are taken as they are.
+
+Both steps begin where an energy is cheap and bounds most: see `priority`. The energies on the way are kept in
+`--cache`, where `benchmarks/stability.py` adds its own: "relaxed" is None where the relaxation did not converge, for
+both.
 """
 
 from __future__ import annotations
@@ -17,25 +23,51 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are loaded
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.data import chemical_symbols
 from tqdm import tqdm
 
-from dosmatgen_ase.data import load_structures
+from dosmatgen_ase.crystals.screening import reduced_formula, right_handed
 from dosmatgen_ase.files import read_records
 from dosmatgen_ase.judge.relaxation import relax_each
 from dosmatgen_ase.judge.stability import DEFAULT_HULL, Hull, chgnet_energies
 
 ROOT = Path(__file__).parents[1]
-CHUNK = 256
+CHUNK = 32
+RARE = {2, 10, 18, 36, 54, 86, *range(89, 95)}  # noble gases and actinides: little asked for, so they come last
+MOSTLY_MEASURED = 700_000  # numbers of the Materials Project below this are mostly of crystals that were made
+KEEP = 0.2  # eV/atom
+
+
+def read_crystals(path: Path) -> list[Atoms]:
+    """Read a table laid out as `data/structures.parquet`, of cells of any size; id and split stand in ``info``."""
+    table = pq.read_table(path, columns=["material_id", "split", "cell", "atomic_numbers", "frac_coords"])
+    cells, numbers, frac_coords = (
+        pc.list_flatten(table[name]).to_numpy() for name in ("cell", "atomic_numbers", "frac_coords")
+    )
+    ends = np.cumsum(pc.list_value_length(table["atomic_numbers"]).to_numpy())[:-1]
+    crystals = []
+    for name, split, cell, z, frac in zip(
+        table["material_id"].to_pylist(),
+        table["split"].to_pylist(),
+        cells.reshape(-1, 3, 3),
+        np.split(numbers, ends),
+        np.split(frac_coords.reshape(-1, 3), ends),
+        strict=True,
+    ):
+        info = {"material_id": name, "split": split}
+        crystals.append(right_handed(Atoms(numbers=z, scaled_positions=frac, cell=cell, pbc=True, info=info)))
+    return crystals
 
 
 def element_references(missing: Iterable[int]) -> list[Atoms]:
@@ -50,80 +82,121 @@ def element_references(missing: Iterable[int]) -> list[Atoms]:
             atoms = Atoms("H4", scaled_positions=frac_coords, cell=[a, a, c, 90, 90, 120], pbc=True)
         else:
             atoms = bulk(symbol)
-        atoms.info = {"material_id": f"reference-{symbol}"}
+        atoms.info = {"material_id": f"reference-{symbol}", "split": "element"}
         found.append(atoms)
     return found
 
 
+def priority(crystals: Sequence[Atoms]) -> list[int]:
+    """Order in which energies are computed: what is cheap, and likely to lie on the hull of many systems, first.
+
+    Elements and binaries come before all else, rare elements last. Among the others small cells come first; the size
+    counts more if there are many elements, if a smaller crystal has the formula, or if it was probably never made.
+    """
+    seen: set[tuple[tuple[int, int], ...]] = set()
+    cost = np.zeros((len(crystals), 3))
+    for i in sorted(range(len(crystals)), key=lambda i: len(crystals[i])):
+        formula = reduced_formula(crystals[i])
+        elements = {z for z, _ in formula}
+        number = crystals[i].info["material_id"].rpartition("-")[2]
+        weight = 1.0 + 0.4 * (len(elements) - 3)
+        weight *= 2.5 if formula in seen else 1.0
+        weight *= 1.0 if number.isdigit() and int(number) < MOSTLY_MEASURED else 2.0
+        seen.add(formula)
+        small = min(len(elements), 3)
+        cost[i] = bool(elements & RARE), small, len(crystals[i]) * (weight if small == 3 else 1.0)
+    return np.lexsort(cost.T[::-1]).tolist()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Find what is missing, and write the hull."""
-    parser = argparse.ArgumentParser(description="Rebuild the CHGNet hull; resumable.")
-    parser.add_argument("--structures", type=Path, default=ROOT / "data" / "structures.parquet")
+    parser = argparse.ArgumentParser(description="Rebuild or enlarge the CHGNet hull; resumable.")
+    parser.add_argument("--structures", type=Path, nargs="+", default=[ROOT / "data" / "structures.parquet"])
+    parser.add_argument("--onto", type=Path, help="a hull whose entries are taken as they are; the result holds them")
     parser.add_argument("--cache", type=Path, default=ROOT / "data" / "cache" / "hull.jsonl")
     parser.add_argument("--out", type=Path, default=DEFAULT_HULL)
     parser.add_argument("--margin", type=float, default=0.03, help="relax what lies this close, eV/atom (default 0.03)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="relax no longer than this")
+    parser.add_argument(
+        "--keep", type=float, default=KEEP, help=f"write what lies this close, eV/atom (default {KEEP})"
+    )
+    parser.add_argument("--energy-minutes", type=float, default=float("inf"), help="step 1 no longer than this")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="step 2 no longer than this")
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
-    data = load_structures(options.structures)
-    crystals = [data.atoms(i) for i in range(len(data))]
-    present = set(data.atomic_numbers[data.atomic_numbers > 0].tolist())
+    base = None if options.onto is None else Hull.load(options.onto)
+    known_names = set() if base is None else set(base.name.tolist())
+    named = {str(atoms.info["material_id"]): atoms for path in options.structures for atoms in read_crystals(path)}
+    crystals = [atoms for name, atoms in named.items() if name not in known_names]
+    present = {z for atoms in crystals for z in atoms.numbers.tolist()}
     own = {int(atoms.numbers[0]) for atoms in crystals if len(set(atoms.numbers)) == 1}
-    references = element_references(sorted(present - own))
-    crystals += references
-    split = np.array([*data.split.tolist(), *["element"] * len(references)])
-    name = [str(atoms.info["material_id"]) for atoms in crystals]
+    own |= set() if base is None else base.elements
+    crystals += element_references(sorted(present - own))
+    names = [str(atoms.info["material_id"]) for atoms in crystals]
+    order = priority(crystals)
 
     options.cache.parent.mkdir(parents=True, exist_ok=True)
     known = read_records(options.cache)
-    order = sorted(range(len(crystals)), key=lambda i: (len(set(crystals[i].numbers)) > 1, len(crystals[i])))
     with options.cache.open("a") as cache:
 
         def keep(i: int, kind: str, energy: float | None) -> None:
             energy = None if energy is None or not np.isfinite(energy) else round(float(energy), 6)
-            known.setdefault(name[i], {})[kind] = energy
-            cache.write(json.dumps({"id": name[i], kind: energy}) + "\n")
+            known.setdefault(names[i], {})[kind] = energy
+            cache.write(json.dumps({"id": names[i], kind: energy}) + "\n")
 
         def hull() -> Hull:
-            both = np.array([[known.get(n, {}).get(k) for k in ("static", "relaxed")] for n in name], dtype=float)
-            static, after = both.T
+            both = np.array([[known.get(n, {}).get(k) for k in ("static", "relaxed")] for n in names], dtype=float)
+            static, after = both.reshape(-1, 2).T
             relaxed = np.isfinite(after)
             energy = np.where(relaxed, after, static)
             rows = np.flatnonzero(np.isfinite(energy))
-            named = np.array(name)[rows]
-            return Hull.lowest([crystals[i] for i in rows], split[rows], energy[rows], relaxed[rows], named)
+            found = [crystals[i] for i in rows]
+            split = [atoms.info["split"] for atoms in found]
+            made = Hull.lowest(found, split, energy[rows], relaxed[rows], [names[i] for i in rows])
+            return made if base is None else base.joined(made)
 
         cache.write("\n")  # after a torn line
         try:
-            todo = [i for i in order if "static" not in known.get(name[i], {})]
+            end = time.monotonic() + 60 * options.energy_minutes
+            todo = [i for i in order if "static" not in known.get(names[i], {})]
             for start in tqdm(range(0, len(todo), CHUNK), desc="energies", unit="chunk"):
+                if time.monotonic() > end:
+                    break
                 rows = todo[start : start + CHUNK]
                 for i, energy in zip(rows, chgnet_energies([crystals[i] for i in rows]), strict=True):
                     keep(i, "static", energy)
                 cache.flush()
 
-            bound, end = hull(), time.monotonic() + 60 * options.minutes
-            todo = [i for i in order if "relaxed" not in known[name[i]] and known[name[i]]["static"] is not None]
-            for start in tqdm(range(0, len(todo), CHUNK), desc="relaxations", unit="chunk"):
-                chunk = todo[start : start + CHUNK]
-                low = [known[name[i]]["static"] - bound.energy_at(crystals[i].numbers) <= options.margin for i in chunk]
-                rows = [i for i, below in zip(chunk, low, strict=True) if below]
-                finished = relax_each([crystals[i] for i in rows], processes=options.processes)
-                for i, atoms in zip(rows, finished, strict=True):
-                    report = atoms.info["relaxation"]
-                    keep(i, "relaxed", report["energy"] if report["converged"] else None)
-                    cache.flush()
-                    if time.monotonic() > end:
-                        return
+            end = time.monotonic() + 60 * options.minutes
+            todo = near_hull(hull(), crystals, [known.get(n, {}) for n in names], options.margin)
+            todo = [i for i in order if i in todo]
+            finished = relax_each([crystals[i] for i in todo], processes=options.processes)
+            for i, atoms in tqdm(zip(todo, finished, strict=True), total=len(todo), desc="relaxations"):
+                report = atoms.info["relaxation"]
+                keep(i, "relaxed", report["energy"] if report["converged"] else None)
+                cache.flush()
+                if time.monotonic() > end:
+                    return
         except KeyboardInterrupt:
             print("stopped: the same command goes on from here")
         finally:
-            if all("static" in known.get(n, {}) for n in name):  # else it would lack formulas
+            if base is not None or all("static" in known.get(n, {}) for n in names):  # else it would lack formulas
                 made = hull()
+                made = made.without(made.above_itself() > options.keep)
                 made.save(options.out)
                 print(f"{options.out}: {len(made.name)} formulas, {made.relaxed.sum()} of them relaxed")
+
+
+def near_hull(bound: Hull, crystals: Sequence[Atoms], known: Sequence[dict], margin: float) -> set[int]:
+    """Rows of the crystals that are to be relaxed: none yet, and within the margin of the hull."""
+    found = set()
+    for i, record in enumerate(known):
+        if record.get("static") is not None and "relaxed" not in record:
+            above = bound.above(crystals[i].numbers, record["static"])
+            if above is not None and above <= margin:
+                found.add(i)
+    return found
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dosmatgen_ase import DOSGenerator, TargetDOS, energy_above_hull, predict_do
 from dosmatgen_ase.dos import MODEL_GRID, normalised_l1
 from dosmatgen_ase.forward.predictor import SitePrediction
 from dosmatgen_ase.generate.generator import RejectedError
+from dosmatgen_ase.judge import ranking as ranking_module
 from dosmatgen_ase.judge.ranking import Ranking, best, predicted_distance, predicted_for_targets, score
 
 
@@ -116,6 +117,29 @@ def test_relaxation_comes_before_the_score(copper: TargetDOS) -> None:
     told = relaxed.info["scores"]
     assert told["score"] == pytest.approx(energy_above_hull(relaxed), abs=1e-5)  # of the relaxed crystal
     assert told["score"] < energy_above_hull(start)
+
+
+def test_below_the_hull_is_no_better_than_on_it(copper: TargetDOS, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_energy = Ranking(distance=0, energy=1)
+    energies = {"Cu": -0.3, "Ag": 0.0, "Al": 0.1}
+    monkeypatch.setattr(
+        ranking_module, "chgnet_energies", lambda found, progress: [energies[str(a.symbols)] for a in found]
+    )
+    monkeypatch.setattr(ranking_module, "load_hull", lambda: Level())
+    ranked = score([bulk(symbol) for symbol in ("Al", "Ag", "Cu")], {}, ranking=by_energy)
+    assert [atoms.info["scores"]["score"] for atoms in ranked] == [0.0, 0.0, pytest.approx(0.1)]
+    assert [str(atoms.symbols) for atoms in ranked] == ["Ag", "Cu", "Al"], "the order given, where none is better"
+    assert ranked[1].info["scores"]["energy_above_hull"] == -0.3, "told as it is"
+    both = Ranking(distance=1, uncertainty=1, energy=10)
+    told = score([bulk("Cu")], {0: copper}, ranking=both)[0].info["scores"]
+    assert told["score"] == pytest.approx(told["distance"] + told["expected_error"])
+
+
+class Level:
+    """A hull at 0 eV/atom everywhere."""
+
+    def above(self, numbers: np.ndarray, energy: float) -> float:
+        return energy
 
 
 def test_best_prefers_distinct_crystals() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dosmatgen_ase.judge import stability
 from dosmatgen_ase.judge.relaxation import relax
-from dosmatgen_ase.judge.stability import DEFAULT_HULL, Hull, energy_above_hull, load_hull
+from dosmatgen_ase.judge.stability import DEFAULT_HULL, Hull, energy_above_hull, in_words, load_hull
 
 torch.set_num_threads(1)
 
@@ -70,6 +70,45 @@ def test_pymatgen_finds_the_same(rows: list[tuple[int, int, int, float]]) -> Non
     for wanted in ("LiFeO2", "Fe3O4", "Li2O", "Li5FeO4"):
         theirs = diagram.get_hull_energy_per_atom(Composition(wanted))
         assert hull.energy_at(Atoms(wanted).numbers) == pytest.approx(theirs, abs=1e-6)
+
+
+def test_of_two_hulls_the_lower_entry_of_a_formula_stays() -> None:
+    other = made({"Na": -1.1, "NaCl": -3.4, "Na3Cl": -2.9})
+    both = made(BINARY).joined(other)
+    entries = dict(zip(both.name.tolist(), both.energy.tolist(), strict=True))
+    assert entries == {"Na": -1.1, "Cl2": -2.0, "NaCl": -3.5, "NaCl3": -2.5, "Na3Cl": -2.9}
+    assert both.elements == {11, 17}
+
+
+def test_how_far_entries_lie_above_the_hull_that_they_make() -> None:
+    hull = made(BINARY)
+    above = dict(zip(hull.name.tolist(), hull.above_itself().tolist(), strict=True))
+    assert above == pytest.approx({"Na": 0.0, "Cl2": 0.0, "NaCl": 0.0, "NaCl3": 0.25, "Na3Cl": 1.25}, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("above", "words"),
+    [
+        (0.25, "0.250"),
+        (-0.0004, "0.000"),
+        (-0.009, "-0.009"),
+        (-0.12, "-0.120, below the known hull"),
+        (None, ""),
+        (float("nan"), ""),
+    ],
+)
+def test_an_energy_below_the_hull_is_told_in_words(above: float | None, words: str) -> None:
+    assert in_words(above) == words
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batches"),
+    [([], []), ([500], [1]), ([100, 60, 1], [2, 1]), ([500, 1, 159, 2], [1, 2, 1]), ([20] * 9, [8, 1])],
+)
+def test_batches_of_a_pass_have_few_atoms(sizes: list[int], batches: list[int]) -> None:
+    found = stability._batches(sizes)
+    assert [len(batch) for batch in found] == batches
+    assert [i for batch in found for i in batch] == list(range(len(sizes)))
 
 
 def test_above_is_none_where_it_is_unknown() -> None:

@@ -159,6 +159,8 @@ def _table(candidates: list[CandidateDoc], home: Path) -> str:
 
 
 def _row(candidate: CandidateDoc, home: Path) -> str:
+    from dosmatgen_ase.judge.stability import in_words  # brings torch
+
     atoms = len(candidate.structure or candidate.generated)
     cells = [
         f'<td><a href="#c{candidate.index}">{escape(candidate.formula)}</a> {_number(candidate)}</td>',
@@ -167,6 +169,8 @@ def _row(candidate: CandidateDoc, home: Path) -> str:
     for _, field, decimals in COLUMNS.values():
         value = getattr(candidate, field)
         shown = "–" if value is None else f"{value:.{decimals}f}"
+        if field == "energy_above_hull":
+            shown = in_words(value, decimals) or "–"
         cells.append(f'<td class="n" data-value="{"" if value is None else value}">{shown}</td>')
     cif = b64encode((candidate.structure or candidate.generated).to(fmt="cif").encode()).decode()
     name = f"{candidate.index}_{candidate.formula}.cif"

@@ -141,6 +141,7 @@ def _ranked(
     from dosmatgen_ase.generate.generator import not_new
     from dosmatgen_ase.judge.ranking import best, score
     from dosmatgen_ase.judge.relaxation import relax_into
+    from dosmatgen_ase.judge.stability import in_words
 
     drawn = ase.io.read(out, ":", format="extxyz")
     for frame, atoms in enumerate(drawn):
@@ -178,7 +179,7 @@ def _show(found: list[Atoms], out: Path, best_file: Path, request: Request, rank
         figures = [str(len(atoms)), f"{atoms.get_volume() / len(atoms):.1f}"]
         figures += [figure(told["distance"]), figure(told["expected_error"])]
         figures += [known.find(atoms) or "new"]
-        figures += [figure(told["energy_above_hull"])] if energies else []
+        figures += [in_words(told["energy_above_hull"], 2) or "unknown"] if energies else []
         table.add_row(str(atoms.info["frame"]), atoms.get_chemical_formula(), given, *figures)
     Console().print(table)
     typer.echo("frame: place in the file, as in ase.io.read(file, frame); sites: those with the DOS")

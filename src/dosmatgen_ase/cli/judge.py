@@ -43,7 +43,7 @@ def relax(
     """
     from dosmatgen_ase.files import write_extxyz
     from dosmatgen_ase.judge.relaxation import relax_into
-    from dosmatgen_ase.judge.stability import load_hull
+    from dosmatgen_ase.judge.stability import in_words, load_hull
 
     writable(out, (".extxyz", ".xyz"))
     if out.resolve() in [file.resolve() for file in files]:  # it grows as structures are relaxed
@@ -67,7 +67,7 @@ def relax(
         above = hull.above(atoms.numbers, told["energy"]) if hull else None
         if above is not None:
             atoms.info["energy_above_hull"] = above
-        figures = str(told["steps"]), energy, "" if above is None else f"{above:.3f}", f"{told['rmsd']:.2f}"
+        figures = str(told["steps"]), energy, in_words(above), f"{told['rmsd']:.2f}"
         table.add_row(name, atoms.get_chemical_formula(), *figures, told["reason"] or "converged")
     write_extxyz(out, relaxed)
     Console().print(table)

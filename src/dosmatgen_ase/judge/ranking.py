@@ -34,7 +34,7 @@ class Ranking:
     uncertainty : float
         Of the error to be expected of that prediction, in the same unit.
     energy : float
-        Of the energy above the hull, per eV/atom (`stability`); 0 spares computing it.
+        Of the energy above the hull, per eV/atom (`stability`), where below it counts as on it; 0 spares computing it.
     """
 
     distance: float = 1.0
@@ -110,7 +110,7 @@ def score(
     -------
     list of Atoms
         With ``info["scores"]``: ``score``, ``distance``, ``expected_error`` and, where it counts, ``energy_above_hull``
-        (eV/atom); None for what could not be measured, which comes last.
+        (eV/atom, negative below the known hull); None for what could not be measured, which comes last.
 
     Raises
     ------
@@ -125,9 +125,7 @@ def score(
     sites, total = on_common_zero(sites), None if total is None else on_common_zero({0: total})[0]
     found = [atoms.copy() for atoms in candidates]
     if relax is not None:
-        found = relax_atoms(
-            found, relax, fixed_cell=fixed_cell, fixed_sites=fixed_sites, progress=progress
-        )
+        found = relax_atoms(found, relax, fixed_cell=fixed_cell, fixed_sites=fixed_sites, progress=progress)
     predictions = (predictor or default_predictor()).predict_arrays(found, progress=progress)
     above: list[float | None] = [None] * len(found)
     if ranking.energy:
@@ -142,6 +140,8 @@ def score(
         }
         weights = (ranking.distance, ranking.uncertainty, ranking.energy)
         parts = [(weight, cost) for weight, cost in zip(weights, costs.values(), strict=False) if weight]
+        if energy is not None and energy < 0:  # no better than on the hull, which may lack a phase there
+            parts[-1] = ranking.energy, 0.0
         broken = atoms.info.get("relaxation", {}).get("energy", 0.0) is None  # it kept its starting geometry
         known = not broken and screen_given(atoms).accepted and not any(cost is None for _, cost in parts)
         atoms.info["scores"] = {"score": sum(w * cost for w, cost in parts if cost) if known else None, **costs}

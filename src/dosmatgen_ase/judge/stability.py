@@ -12,8 +12,9 @@ import math
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -21,18 +22,19 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import chemical_symbols
-from ase.formula import Formula
 from numpy.typing import ArrayLike
 from scipy.optimize import linprog
 from tqdm import tqdm
 
-from dosmatgen_ase.crystals.screening import screen_given
+from dosmatgen_ase.crystals.screening import reduced_formula, screen_given
 from dosmatgen_ase.files import write_npz
 from dosmatgen_ase.forward.predictor import MAX_ATOMIC_NUMBER, chgnet_graph, load_chgnet
 from dosmatgen_ase.judge.relaxation import quick_blas
 from dosmatgen_ase.judge.relaxation import relax as relax_atoms
 
 DEFAULT_HULL = Path(__file__).parents[1] / "references" / "hull.npz"
+RESOLUTION = 0.01  # eV/atom: what a relaxation to 0.05 eV/A and an entry that is not relaxed leave open
+_BATCH_ATOMS = 160  # of one pass of CHGNet: larger ones leave the cache of a CPU and take half as long again per atom
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,16 +66,24 @@ class Hull:
         cls, structures: Sequence[Atoms], split: ArrayLike, energy: ArrayLike, relaxed: ArrayLike, name: ArrayLike
     ) -> Self:
         """Keep the lowest energy (eV/atom) of every reduced formula."""
-        formulas = [Formula(atoms.get_chemical_formula()).reduce()[0].format("hill") for atoms in structures]
+        counts = np.zeros((len(structures), MAX_ATOMIC_NUMBER + 1), dtype=np.uint8)
+        for i, atoms in enumerate(structures):
+            for z, count in reduced_formula(atoms):
+                counts[i, z] = count
         energies = np.asarray(energy, dtype=float)
-        order = np.lexsort((energies, formulas))
-        kinds, first = np.unique(np.array(formulas)[order], return_index=True)
-        rows = order[first]
-        counts = np.zeros((len(rows), MAX_ATOMIC_NUMBER + 1), dtype=np.uint8)
-        for i, formula in enumerate(kinds.tolist()):
-            for symbol, count in Formula(formula).count().items():
-                counts[i, chemical_symbols.index(symbol)] = count
-        return cls(np.asarray(name)[rows], np.asarray(split)[rows], counts, energies[rows], np.asarray(relaxed)[rows])
+        order = np.argsort(energies, kind="stable")
+        rows = np.sort(order[np.unique(counts[order], axis=0, return_index=True)[1]])
+        return cls(
+            np.asarray(name)[rows], np.asarray(split)[rows], counts[rows], energies[rows], np.asarray(relaxed)[rows]
+        )
+
+    def joined(self, other: Hull) -> Hull:
+        """Return the hull of the entries of both, the lower one where both have a formula."""
+        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
+        both = Hull(*(np.concatenate(pair) for pair in pairs))
+        order = np.argsort(both.energy, kind="stable")
+        rows = np.sort(order[np.unique(both.counts[order], axis=0, return_index=True)[1]])
+        return both.take(rows)
 
     @classmethod
     def load(cls, path: str | Path = DEFAULT_HULL) -> Self:
@@ -110,8 +120,22 @@ class Hull:
 
     def without(self, rows: np.ndarray) -> Hull:
         """Return the hull without these entries (a boolean mask)."""
-        keep = ~rows
-        return Hull(self.name[keep], self.split[keep], self.counts[keep], self.energy[keep], self.relaxed[keep])
+        return self.take(~rows)
+
+    def take(self, rows: np.ndarray) -> Hull:
+        """Return the hull of these entries (a boolean mask, or their numbers)."""
+        return Hull(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @cached_property
+    def _elements(self) -> np.ndarray:
+        """Which elements each entry holds, packed into bits, (n, 12) uint8."""
+        return np.packbits(self.counts > 0, axis=1)
+
+    @cached_property
+    def elements(self) -> frozenset[int]:
+        """Atomic numbers that have an entry of their own."""
+        held = self.counts > 0
+        return frozenset(np.nonzero(held[held.sum(1) == 1])[1].tolist())
 
     def energy_at(self, numbers: ArrayLike) -> float:
         """Energy of the hull at a composition, eV/atom.
@@ -128,12 +152,9 @@ class Hull:
         """
         wanted = np.bincount(np.asarray(numbers), minlength=self.counts.shape[1])
         elements = np.flatnonzero(wanted)
-        held = self.counts > 0
-        pure = np.isin(elements, np.nonzero(held[held.sum(1) == 1])[1])
-        if not pure.all():
-            missing = ", ".join(chemical_symbols[z] for z in elements[~pure])
-            raise ValueError(f"the hull has no elemental {missing}: the energy above it is unknown")
-        inside = self.counts[:, elements].sum(1) == self.counts.sum(1)
+        if missing := [chemical_symbols[z] for z in elements.tolist() if z not in self.elements]:
+            raise ValueError(f"the hull has no elemental {', '.join(missing)}: the energy above it is unknown")
+        inside = np.flatnonzero(~(self._elements & ~np.packbits(wanted > 0)).any(1))
         counts = self.counts[np.ix_(inside, elements)].astype(float)
         fractions = counts / counts.sum(1, keepdims=True)
         result = linprog(self.energy[inside], A_eq=fractions.T, b_eq=wanted[elements] / wanted.sum(), method="highs")
@@ -141,14 +162,36 @@ class Hull:
             raise ValueError(f"no hull energy at {Atoms(numbers).get_chemical_formula()}: {result.message}")
         return float(result.fun)
 
+    def above_itself(self) -> np.ndarray:
+        """How far each entry lies above the hull of all, (n,), eV/atom: 0 for the stable ones."""
+        sites = [np.repeat(np.arange(len(row)), row) for row in self.counts]
+        at_hull = [self.energy_at(numbers) for numbers in tqdm(sites, desc="hull", disable=len(sites) < 5000)]
+        return self.energy - np.array(at_hull)
+
     def above(self, numbers: ArrayLike, energy: float | None) -> float | None:
-        """How far an energy lies above the hull, eV/atom; None if it is not finite or the hull lacks an element."""
+        """How far an energy lies above the hull, eV/atom; None if it is not finite or the hull lacks an element.
+
+        Negative below the hull: it then lacks a phase, or the structure is a new one. See `in_words`.
+        """
         if energy is None or not math.isfinite(energy):
             return None
         try:
             return energy - self.energy_at(numbers)
         except ValueError:
             return None
+
+
+def in_words(above: float | None, decimals: int = 3) -> str:
+    """Energy above a hull for a reader: "0.250", "-0.120, below the known hull", or nothing where it is unknown.
+
+    Below a hull of known phases is no merit: the hull may lack a phase there. Up to `RESOLUTION` is the hull itself.
+    """
+    if above is None or not math.isfinite(above):
+        return ""
+    shown = f"{above:.{decimals}f}"
+    if above < -RESOLUTION:
+        return f"{shown}, below the known hull"
+    return shown.removeprefix("-") if not float(shown) else shown
 
 
 @lru_cache(maxsize=1)
@@ -202,13 +245,25 @@ def energy_above_hull(
     return float(above[0]) if single else above
 
 
-def chgnet_energies(structures: Sequence[Atoms], batch_size: int = 16, progress: bool = False) -> np.ndarray:
+def _batches(sizes: Sequence[int]) -> list[range]:
+    """Neighbours in the list, of at most `_BATCH_ATOMS` atoms together or one alone."""
+    starts: list[int] = []
+    atoms = 0
+    for i, size in enumerate(sizes):
+        if not starts or atoms + size > _BATCH_ATOMS:
+            starts.append(i)
+            atoms = 0
+        atoms += size
+    return [range(start, end) for start, end in pairwise([*starts, len(sizes)])]
+
+
+def chgnet_energies(structures: Sequence[Atoms], progress: bool = False) -> np.ndarray:
     """CHGNet energies, shape (n,), eV/atom; NaN for what is screened out as `relax` does, and for isolated atoms."""
     energies = np.full(len(structures), np.nan)
-    starts = range(0, len(structures), batch_size)
-    for start in tqdm(starts, disable=not progress, unit="batch", desc="CHGNet energies"):
+    batches = _batches([len(atoms) for atoms in structures])
+    for batch in tqdm(batches, disable=not progress, unit="batch", desc="CHGNet energies"):
         graphs, rows = [], []
-        for i in range(start, min(start + batch_size, len(structures))):
+        for i in batch:
             if not screen_given(structures[i]).accepted:
                 continue
             try:
