@@ -322,6 +322,30 @@ def test_what_is_missing_is_told(dos: Any, relaxation: Any, reason: str) -> None
     assert done.record == {"seed": 1}
 
 
+def test_the_relaxation_of_a_design_holds_what_its_generation_is_to_keep() -> None:
+    held = [[True] * 3, [True] * 3, [False, True, True], [False] * 3]
+    template = COPPER.copy(site_properties={"selective_dynamics": held})
+    whole, partly = to_atoms(template).constraints
+    assert whole.index.tolist() == [3]
+    assert (partly.index.tolist(), partly.mask.tolist()) == ([2], [True, False, False])
+    assert not to_atoms(COPPER).constraints
+    template.add_site_property("selective_dynamics", [[True] * 3] * 3 + [[False] * 3])
+    maker = InverseDesignMaker(relax_maker=RelaxMaker(fixed_sites=[0], fixed_cell=True))
+    flow = maker.make(TARGET, sites=[0], template=template)
+    relaxing = flow.jobs[-1].function_args[1]
+    assert (relaxing.fixed_cell, relaxing.fixed_sites) == (True, [0, 3])
+    blurred = to_atoms(COPPER)
+    blurred.rattle(0.05, seed=1)
+    start = to_structure(blurred)
+    done = RelaxMaker(fixed_cell=True, fixed_sites=[2], max_steps=2).make.original(
+        RelaxMaker(fixed_cell=True, fixed_sites=[2], max_steps=2), start
+    )
+    assert np.allclose(done.structure.lattice.matrix, start.lattice.matrix)
+    moved = np.abs(done.structure.cart_coords - start.cart_coords).max(axis=1)
+    assert moved[2] < 1e-9
+    assert moved.max() > 1e-3
+
+
 def complete_dos(structure: Structure, marked: int) -> CompleteDos:
     """A peak on one site, a flat DOS on the others."""
     energies = MODEL_GRID.energies

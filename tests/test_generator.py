@@ -17,6 +17,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixBondLength
 from ase.neighborlist import neighbor_list
 
@@ -26,6 +27,7 @@ from dosmatgen_ase.crystals.batch import CrystalBatch
 from dosmatgen_ase.crystals.reduction import niggli_operation
 from dosmatgen_ase.crystals.screening import Screening, screen
 from dosmatgen_ase.generate.generator import MAX_ATTEMPTS, RejectedError, batches
+from dosmatgen_ase.judge.ranking import Ranking
 from dosmatgen_ase.model import denoiser
 from dosmatgen_ase.model.conditioning import DOSCondition
 
@@ -881,6 +883,32 @@ HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"template": CU, "num_atoms": 1, "strength": 0, "composition": "Au"}, ValueError, r"stay Cu, which contradicts"),
     ({"num_atom": 3}, TypeError, r"no setting 'num_atom': did you mean num_atoms\?"),
 ]
+
+
+FIXED = bulk("Cu", cubic=True)
+FIXED.set_constraint(FixAtoms([1]))
+
+
+@pytest.mark.parametrize(
+    ("held", "sites"),
+    [
+        ({"template": TEMPLATE, "fixed_cell": True}, []),
+        ({"template": TEMPLATE, "fixed_sites": np.array([2])}, [2]),
+        ({"template": FIXED}, [1]),
+    ],
+)
+def test_a_relaxation_holds_what_generation_is_to_keep(
+    held: dict[str, Any], sites: list[int], generator: DOSGenerator, tmp_path: Path
+) -> None:
+    out = tmp_path / "drawn.extxyz"
+    wish = {"num_atoms": None, "strength": 0.2, "elements": ["Cu", "Au"], "seed": 1, **held}
+    (relaxed,) = make(generator, n=1, **wish, relax=EMT(), ranking=Ranking(distance=0, energy=1), out=out)
+    drawn = ase.io.read(out)
+    assert relaxed.info["relaxation"]["steps"] > 0
+    assert np.allclose(relaxed.cell, drawn.cell, atol=1e-7)
+    moved = np.abs(relaxed.positions - drawn.positions).max(axis=1)
+    assert (moved[sites] < 1e-7).all()
+    assert moved.max() > 0.01
 
 
 @pytest.mark.parametrize(("arguments", "error", "fragment"), HOSTILE, ids=[str(i) for i in range(len(HOSTILE))])

@@ -141,7 +141,6 @@ def _ranked(
     from dosmatgen_ase.generate.generator import not_new
     from dosmatgen_ase.judge.ranking import best, score
     from dosmatgen_ase.judge.relaxation import relax_into
-    from dosmatgen_ase.judge.stability import in_words
 
     drawn = ase.io.read(out, ":", format="extxyz")
     for frame, atoms in enumerate(drawn):
@@ -159,6 +158,7 @@ def _ranked(
 def _show(found: list[Atoms], out: Path, best_file: Path, request: Request, ranking: Ranking) -> None:
     """Keep the best and print their table, and the known crystal that has the DOS best."""
     from dosmatgen_ase.files import write_extxyz
+    from dosmatgen_ase.judge.stability import in_words
     from dosmatgen_ase.retrieval.index import default_index
 
     if best_file != out:

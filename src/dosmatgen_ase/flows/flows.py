@@ -8,7 +8,7 @@ so in their document: a candidate that fails costs itself alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,19 @@ class InverseDesignMaker(Maker):
         sites = None if sites is None else list(site_numbers(sites, "sites"))  # of which JSON knows all
         if not targets_by_site(dos, sites):
             raise ValueError("inverse design needs a target DOS: give one, or use GenerateMaker alone")
-        if template is not None:
-            to_atoms(template)
+        start, relaxing = None if template is None else to_atoms(template), self.relax_maker
+        if isinstance(relaxing, RelaxMaker):  # it holds what the generation is to keep
+            kept = self.generate_maker.settings
+            held = {*relaxing.fixed_sites, *(kept.fixed_sites or ())}
+            held |= {int(i) for item in (start.constraints if start else ()) for i in item.get_indices()}
+            relaxing = replace(relaxing, fixed_cell=relaxing.fixed_cell or kept.fixed_cell, fixed_sites=sorted(held))
         generation = self.generate_maker.make(dos, sites=sites, template=template)
         first: list[Job] = [generation]
         if self.search_maker is not None:
             known = self.search_maker.make(dos, sites=sites)
             first += [known, with_known(generation.output, known.output)]
         screening = self.screen_maker.make(first[-1].output)
-        evaluation = evaluate_candidates(screening.output, self.relax_maker, self.dos_maker, self.compare_maker)
+        evaluation = evaluate_candidates(screening.output, relaxing, self.dos_maker, self.compare_maker)
         return Flow([*first, screening, evaluation], output=evaluation.output, name=self.name)
 
 

@@ -32,7 +32,7 @@ LATTICE_MATCH = 0.5  # Angstrom: an engine that reorders sites moves none of the
 
 
 def to_atoms(structure: Structure) -> Atoms:
-    """The same crystal for ASE.
+    """The same crystal for ASE; coordinates that pymatgen's ``selective_dynamics`` holds become constraints.
 
     Raises
     ------
@@ -40,11 +40,18 @@ def to_atoms(structure: Structure) -> Atoms:
         If sites are disordered.
     """
     from ase import Atoms
+    from ase.constraints import FixAtoms, FixCartesian
 
     if not structure.is_ordered:
         raise ValueError(f"{structure.formula} has disordered sites: order them first (pymatgen's transformations do)")
     numbers = [site.specie.Z for site in structure]
-    return Atoms(numbers, cell=structure.lattice.matrix, scaled_positions=structure.frac_coords, pbc=True)
+    atoms = Atoms(numbers, cell=structure.lattice.matrix, scaled_positions=structure.frac_coords, pbc=True)
+    free = structure.site_properties.get("selective_dynamics", [None] * len(atoms))  # three truth values of each site
+    held = {i: [not moves for moves in site] for i, site in enumerate(free) if site is not None and not all(site)}
+    whole = [i for i, mask in held.items() if all(mask)]
+    partly = [FixCartesian(i, mask) for i, mask in held.items() if not all(mask)]
+    atoms.set_constraint([*([FixAtoms(whole)] if whole else []), *partly])
+    return atoms
 
 
 def to_structure(atoms: Atoms) -> Structure:
@@ -240,6 +247,8 @@ class RelaxMaker(Maker):
     fmax: float = 0.05
     max_steps: int = 200
     time_limit: float = 120.0
+    fixed_cell: bool = False
+    fixed_sites: list[int] = field(default_factory=list)
 
     @job(output_schema=RelaxDoc)
     def make(self, structure: Structure) -> RelaxDoc:
@@ -248,8 +257,9 @@ class RelaxMaker(Maker):
         from dosmatgen_ase.judge.stability import load_hull
 
         relaxed: Any = relax(
-            to_atoms(structure), self.calculator, fmax=self.fmax, max_steps=self.max_steps, time_limit=self.time_limit
-        )
+            to_atoms(structure), self.calculator, fixed_cell=self.fixed_cell, fixed_sites=self.fixed_sites,
+            fmax=self.fmax, max_steps=self.max_steps, time_limit=self.time_limit,
+        )  # fmt: skip
         report = relaxed.info["relaxation"]
         above = load_hull().above(relaxed.numbers, report["energy"]) if self.calculator == "chgnet" else None
         structure = None if report["energy"] is None else to_structure(relaxed)

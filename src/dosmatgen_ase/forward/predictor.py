@@ -33,6 +33,7 @@ from dosmatgen_ase.data import MAX_ATOMS, SiteDOSLabels, Structures, formula_fol
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
 from dosmatgen_ase.files import write_npz
 from dosmatgen_ase.model.checkpoint import fill, load_tensors, save_tensors, without_values
+from dosmatgen_ase.parsing import site_numbers
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -426,12 +427,10 @@ def predict_dos(
 
 
 def _wanted_sites(sites: Sequence[int] | None, atoms: Atoms) -> list[int]:
-    wanted = range(len(atoms)) if sites is None else list(sites)
-    if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in wanted):
-        raise TypeError(f"sites must be whole numbers, counted from 0, not {wanted!r}")
-    if missing := [int(i) for i in wanted if not 0 <= i < len(atoms)]:
+    wanted = site_numbers(range(len(atoms)) if sites is None else sites, "sites")
+    if missing := [i for i in wanted if not 0 <= i < len(atoms)]:
         raise ValueError(f"sites={missing}: {atoms.get_chemical_formula()} has the sites 0 to {len(atoms) - 1}")
-    return [int(i) for i in wanted]
+    return list(wanted)
 
 
 def _targets_of(prediction: SitePrediction, sites: Iterable[int], info: dict[str, Any]) -> list[TargetDOS | None]:

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import digest, right_handed, screen_given
 from dosmatgen_ase.files import set_aside, write_extxyz
+from dosmatgen_ase.parsing import site_numbers
 from dosmatgen_ase.threads import cpu_threads, legacy_stream
 
 _SAVE_EVERY = 5.0  # seconds
@@ -173,18 +174,16 @@ def hold(structures: Sequence[Atoms], sites: Sequence[int]) -> list[Atoms]:
     TypeError, ValueError
         As :func:`relax`.
     """
-    wanted = list(sites)
+    wanted = site_numbers(sites, "fixed_sites")
     if not wanted:
         return list(structures)
-    if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in wanted):
-        raise TypeError(f"fixed_sites must name sites by whole numbers, counted from 0, not {wanted!r}")
     held = []
     for atoms in structures:
-        if missing := [int(i) for i in wanted if not 0 <= i < len(atoms)]:
+        if missing := [i for i in wanted if not 0 <= i < len(atoms)]:
             named = f"{atoms.get_chemical_formula()} has the sites 0 to {len(atoms) - 1}"
             raise ValueError(f"fixed_sites={missing}: {named}; leave the others out")
         copy = atoms.copy()
-        copy.set_constraint([*copy.constraints, FixAtoms(sorted({int(i) for i in wanted}))])
+        copy.set_constraint([*copy.constraints, FixAtoms(sorted(set(wanted)))])
         held.append(copy)
     return held
 
