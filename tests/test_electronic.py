@@ -640,6 +640,52 @@ def test_espresso_projections_are_read(tmp_path: Path, num_spins: int) -> None:
     assert "2 k-points" in sites[0].provenance["source"]
 
 
+SPINORS = {
+    "noncollinear": ("(l=0 m= 1 s_z= 0.5)", "(l=0 m= 1 s_z=-0.5)"),
+    "spin-orbit": ("(l=0 j=0.5 m_j=-0.5)", "(l=0 j=0.5 m_j= 0.5)"),
+}
+
+
+@pytest.mark.parametrize("components", [1, 4])
+@pytest.mark.parametrize("kind", list(SPINORS))
+def test_a_spinor_state_holds_one_electron(tmp_path: Path, kind: str, components: int) -> None:
+    """Two full spinor bands of helium, 4 electrons by the header: both pairs are filled, the gap lies above them."""
+    levels = np.array([[[-5.0, -5.0, -4.0, -4.0, 2.0, 2.0, 6.0, 6.0], [-5.5, -5.5, -4.0, -4.0, 3.0, 3.0, 6.0, 6.0]]])
+    amplitudes = np.zeros((1, 2, 2, 8))
+    amplitudes[:, :, 0, ::2], amplitudes[:, :, 1, 1::2] = 1.0, 1.0
+    text = atomic_proj(levels, amplitudes).replace('COMPONENTS="1"', f'COMPONENTS="{components}"')
+    (tmp_path / "p.xml").write_text(text)
+    rows = "".join(f"     state #   {i + 1}: atom   1 (He ), wfc  1 {name}\n" for i, name in enumerate(SPINORS[kind]))
+    (tmp_path / "p.out").write_text(rows)
+    atoms = Atoms("He", cell=4 * np.eye(3), pbc=True)
+    sites, total = read_espresso(tmp_path / "p.xml", tmp_path / "p.out", atoms)
+    assert total.reference == "vbm"
+    assert "-4.0000 eV" in total.provenance["steps"][-1]
+    assert total.total_states(hi=1.0) == pytest.approx(4.0, rel=1e-3)
+    assert sites[0].total_states(hi=1.0) == pytest.approx(4.0, rel=1e-3)
+    assert "noncollinear" in total.provenance["source"]
+    (tmp_path / "p.xml").write_text(text.replace('ELECTRONS="4.0"', 'ELECTRONS="8.0"'))
+    with pytest.raises(ElectronicStructureError, match="no empty bands for 8 electrons"):
+        read_espresso(tmp_path / "p.xml", tmp_path / "p.out", atoms)
+    (tmp_path / "p.xml").write_text(text)
+    (tmp_path / "p.out").write_text(rows + STATES.splitlines()[0].replace("#   1", "#   3"))
+    with pytest.raises(ElectronicStructureError, match="mixes collinear and noncollinear"):
+        read_espresso(tmp_path / "p.xml", tmp_path / "p.out", atoms)
+
+
+def test_abinit_states_come_from_the_integrated_column(tmp_path: Path) -> None:
+    """Levels narrower than the step: the density column misses them."""
+    e = np.linspace(-0.3, 0.6, 91) + 1e-3
+    integrated = 2.0 * (e > -0.105) + 2.0 * (e > 0.255)
+    abinit_file(tmp_path / "out_DOS_TOTAL", e, [np.column_stack([0.01 * (e > -0.15) * (e < 0.3), integrated])])
+    sphere = 0.4 * np.maximum(np.exp(-(((e + 0.105) / 0.01) ** 2)), np.exp(-(((e - 0.255) / 0.01) ** 2)))
+    abinit_file(tmp_path / "out_DOS_AT0001", e, [np.column_stack([sphere, *[0 * e] * 9])])
+    sites, whole = read_abinit(tmp_path / "out", Atoms("He", cell=4 * np.eye(3), pbc=True))
+    assert whole.reference == "vbm"
+    assert whole.total_states(hi=2.0) == pytest.approx(2.0, abs=1e-6)
+    assert sites[0].total_states(hi=2.0) == pytest.approx(2.0, abs=1e-6)
+
+
 @pytest.mark.parametrize("num_bands", [1, 2])
 def test_a_calculation_without_empty_bands_is_refused(tmp_path: Path, num_bands: int) -> None:
     levels = np.array([[[-5.0, -1.0], [-5.5, -1.0]]])[..., :num_bands]

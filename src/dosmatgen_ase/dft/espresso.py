@@ -60,6 +60,7 @@ from dosmatgen_ase.dft.interpolation import (
     symmetry_of,
 )
 from dosmatgen_ase.dos import MODEL_SIGMA, Array, EnergyGrid, TargetDOS, scale_sites_to_total
+from dosmatgen_ase.dos.readers.densities import Densities
 from dosmatgen_ase.files import write_atomic
 
 GRID = EnergyGrid(-12.0, 8.0, 0.05)
@@ -607,6 +608,11 @@ class _Bands:
     projections: Array  # (spins, k, sites, 4, bands)
     weights: Array  # (k,), sum 1
     num_electrons: float
+    noncollinear: bool = False  # spinors: one electron in a state
+
+    @property
+    def electrons_per_state(self) -> float:
+        return 1.0 if self.noncollinear else 2.0 / len(self.eigenvalues)
 
 
 @dataclass(frozen=True, eq=False)
@@ -640,8 +646,8 @@ class _Densities:
 def _densities(bands: _Bands, equivalent_sites: np.ndarray, sigma: float) -> _Densities:
     """Broadened DOS of bands, projections averaged over equivalent sites."""
     num_spins, _, num_sites, _, num_bands = bands.projections.shape
-    electrons_per_state = 2.0 / num_spins
-    if bands.num_electrons > 2 * num_bands - 0.01:
+    electrons_per_state = bands.electrons_per_state
+    if bands.num_electrons > electrons_per_state * num_spins * num_bands - 0.01:
         raise ElectronicStructureError(f"no empty bands for {bands.num_electrons:g} electrons: compute more (nbnd)")
     fermi = _fermi_level(list(bands.eigenvalues), bands.weights, bands.num_electrons / electrons_per_state)
     band_gap, vbm = _gap(list(bands.eigenvalues), fermi)
@@ -706,32 +712,56 @@ class _Projections:
     amplitudes: Array  # (spins, k, orbitals, bands), complex
     weights: Array  # (k,), sum 1
     num_electrons: float
+    noncollinear: bool
+
+
+# A state of a collinear run, of a noncollinear one (its s_z), and of one with spin-orbit coupling (j and m_j).
+_STATE = re.compile(
+    r"state #\s*\d+: atom\s+(\d+)\s.*?wfc\s+(\d+)\s*\(.*?l=\s*(\d)\s*(?:m=\s*(\d+)\s*(s_z=)?|(j=).*?m_j=)"
+)
 
 
 def _read_projections(path: Path, projwfc_output: str, num_sites: int) -> _Projections:
     """Read ``atomic_proj.xml`` of projwfc.x; whose each projection is stands in its printed output only."""
-    states = re.findall(r"state #\s*\d+: atom\s+(\d+)\s.*?wfc\s+(\d+)\s*\(.*?l=\s*(\d)\s*m=\s*(\d+)", projwfc_output)
-    orbitals = [Orbital(int(site) - 1, int(wfc), int(degree), int(m) - 1) for site, wfc, degree, m in states]
+    states = _STATE.findall(projwfc_output)
+    orbitals = [Orbital(int(site) - 1, int(wfc), int(degree), int(m or 1) - 1) for site, wfc, degree, m, *_ in states]
     if not orbitals or max(orbital.site for orbital in orbitals) >= num_sites:
         raise ElectronicStructureError(f"the output of projwfc.x does not list the states of {num_sites} atoms", path)
+    spinors = {bool(s_z or j) for *_, s_z, j in states}
+    if len(spinors) > 1:
+        raise ElectronicStructureError("the output of projwfc.x mixes collinear and noncollinear states", path)
     try:
-        root = ET.parse(path).getroot()
-        header, states_found = root.find("HEADER"), root.find("EIGENSTATES")
-        assert header is not None
-        assert states_found is not None
-        num_bands, num_k = int(header.attrib["NUMBER_OF_BANDS"]), int(header.attrib["NUMBER_OF_K-POINTS"])
-        num_spins, num_electrons = int(header.attrib["NUMBER_OF_SPIN_COMPONENTS"]), header.attrib["NUMBER_OF_ELECTRONS"]
-        # Spin up comes first, for all k-points.
-        shape = (num_spins, num_k)
-        weights = np.array([float(k.attrib["Weight"]) for k in states_found.iter("K-POINT")]).reshape(shape)[0]
-        eigenvalues = np.array([_numbers(e) * Ry for e in states_found.iter("E")]).reshape(*shape, num_bands)
-        waves = [_numbers(wave).view(complex) for block in states_found.iter("PROJS") for wave in block]
-        amplitudes = np.array(waves).reshape(*shape, len(orbitals), num_bands)
-        assert np.isfinite(eigenvalues).all()
-        assert np.isfinite(amplitudes).all()
-    except (OSError, ET.ParseError, AssertionError, KeyError, ValueError, IndexError) as error:
-        raise ElectronicStructureError(f"not an atomic_proj.xml that fits its output: {error}", path) from error
-    return _Projections(orbitals, eigenvalues, amplitudes, weights / weights.sum(), float(num_electrons))
+        return _parse_projections(path, orbitals, spinors.pop())
+    except (OSError, ET.ParseError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        told = " ".join(f"{error}".split()) if isinstance(error, (OSError, ValueError, ET.ParseError)) else repr(error)
+        raise ElectronicStructureError(f"not an atomic_proj.xml that fits its output: {told[:300]}", path) from error
+
+
+def _parse_projections(path: Path, orbitals: list[Orbital], spinors: bool) -> _Projections:
+    root = ET.parse(path).getroot()
+    header, states = root.find("HEADER"), root.find("EIGENSTATES")
+    if header is None or states is None:
+        raise ValueError("it lacks HEADER or EIGENSTATES")
+    num_bands, num_k = int(header.attrib["NUMBER_OF_BANDS"]), int(header.attrib["NUMBER_OF_K-POINTS"])
+    num_spins = int(header.attrib["NUMBER_OF_SPIN_COMPONENTS"])
+    num_electrons = float(header.attrib["NUMBER_OF_ELECTRONS"])
+    if num_spins not in ((1, 4) if spinors else (1, 2)):
+        kind = "noncollinear" if spinors else "collinear"
+        raise ValueError(f"it has {num_spins} spin components, and the output of projwfc.x is {kind}")
+    # Spin up comes first, for all k-points.
+    shape = (1 if spinors else num_spins, num_k)
+    # NumPy would guess a count of -1.
+    if min(num_bands, num_k) < 1 or not (math.isfinite(num_electrons) and num_electrons > 0):
+        raise ValueError("its numbers of bands, k-points and electrons must be above 0")
+    weights = np.array([float(k.attrib["Weight"]) for k in states.iter("K-POINT")]).reshape(shape)[0]
+    eigenvalues = np.array([_numbers(e) * Ry for e in states.iter("E")]).reshape(*shape, num_bands)
+    waves = [_numbers(wave).view(complex) for block in states.iter("PROJS") for wave in block]
+    amplitudes = np.array(waves).reshape(*shape, len(orbitals), num_bands)
+    if not (np.isfinite(eigenvalues).all() and np.isfinite(amplitudes).all() and np.isfinite(weights).all()):
+        raise ValueError("its numbers are not all finite")
+    if weights.min() < 0 or weights.sum() <= 0:
+        raise ValueError("the weights of its k-points must not be negative")
+    return _Projections(orbitals, eigenvalues, amplitudes, weights / weights.sum(), num_electrons, spinors)
 
 
 def _by_shell(orbitals: Sequence[Orbital], num_sites: int, probabilities: Array) -> Array:
@@ -753,7 +783,9 @@ def read_espresso(
     *,
     sigma: float = MODEL_SIGMA,
 ) -> tuple[tuple[TargetDOS, ...], TargetDOS]:
-    """Read a Quantum ESPRESSO calculation of any origin (collinear, norm-conserving, ultrasoft or PAW).
+    """Read a Quantum ESPRESSO calculation of any origin (norm-conserving, ultrasoft or PAW; collinear or not).
+
+    A state of a noncollinear or spin-orbit run holds one electron.
 
     The k-points are taken as they are, with their weights: without the mesh, nothing can be interpolated, so take a
     dense one.
@@ -788,9 +820,11 @@ def read_espresso(
     proj, output = _existing(atomic_proj), _existing(projwfc_output)
     read = _read_projections(proj, output.read_text(errors="replace"), len(atoms))
     projections = _by_shell(read.orbitals, len(atoms), np.abs(read.amplitudes) ** 2)
-    bands = _Bands(read.eigenvalues, projections, read.weights, read.num_electrons)
+    bands = _Bands(read.eigenvalues, projections, read.weights, read.num_electrons, read.noncollinear)
     dos = _densities(bands, _symmetry(atoms)["equivalent_atoms"], sigma)
-    return dos.targets({"source": f"Quantum ESPRESSO {proj.name}, {len(bands.weights)} k-points, Loewdin projections"})
+    kind = "noncollinear, " if read.noncollinear else ""
+    source = f"Quantum ESPRESSO {proj.name}, {kind}{len(bands.weights)} k-points, Loewdin projections"
+    return dos.targets({"source": source})
 
 
 def read_abinit(prefix: str | os.PathLike[str], atoms: Atoms) -> tuple[tuple[TargetDOS, ...], TargetDOS]:
@@ -818,26 +852,26 @@ def read_abinit(prefix: str | os.PathLike[str], atoms: Atoms) -> tuple[tuple[Tar
     ElectronicStructureError
         If a file cannot be read.
     """
-    from pymatgen.core import Structure
-    from pymatgen.electronic_structure.core import Orbital, Spin
-    from pymatgen.electronic_structure.dos import CompleteDos, Dos
-
     energies, columns, fermi = _abinit_table(_existing(f"{os.fspath(prefix)}_DOS_TOTAL"))
-    total = columns[:, 0]
     spheres = [_abinit_table(_existing(f"{os.fspath(prefix)}_DOS_AT{i + 1:04d}"))[1][:, :5] for i in range(len(atoms))]
+    if len({len(energies), *map(len, spheres)}) > 1:
+        raise ElectronicStructureError(f"the DOS files of {prefix} have different energies", Path(prefix))
     equivalent = _symmetry(atoms)["equivalent_atoms"]
     projected = np.array(spheres).sum(2)
-    projected = np.array([projected[equivalent == i].mean(0) for i in equivalent])
-    structure = Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions())
-    by_site = {site: {Orbital.s: {Spin.up: row}} for site, row in zip(structure, projected, strict=True)}
-    dos = CompleteDos(structure, Dos(fermi, energies, {Spin.up: total}), by_site)
-
-    def target(site: int | None) -> TargetDOS:
-        read = TargetDOS.from_pymatgen(dos, site)
-        # abinit projects with the tetrahedron method, which does not broaden.
-        return replace(read, sigma=0.0, provenance={**read.provenance, "source": f"abinit {Path(prefix).name}_DOS"})
-
-    return tuple(target(i) for i in range(len(atoms))), target(None)
+    dos = Densities(
+        source=f"abinit {Path(prefix).name}_DOS",
+        energies=energies,
+        total=columns[None, :, 0],
+        integrated=columns[None, :, 1] * Hartree if columns.shape[1] > 1 else None,
+        sites=np.array([projected[equivalent == i].mean(0) for i in equivalent]),
+        fermi=fermi,
+        symbols=atoms.get_chemical_symbols(),
+        sigma=0.0,  # abinit projects with the tetrahedron method, which does not broaden
+    )
+    try:
+        return tuple(dos.target(i) for i in range(len(atoms))), dos.target(None)
+    except ValueError as error:
+        raise ElectronicStructureError(str(error), Path(f"{os.fspath(prefix)}_DOS_TOTAL")) from error
 
 
 def _abinit_table(path: Path) -> tuple[Array, Array, float]:
@@ -848,10 +882,10 @@ def _abinit_table(path: Path) -> tuple[Array, Array, float]:
     num_spins = 2 if re.search(r"nsppol = *2", text) else 1
     try:
         table = np.array(lines, dtype=float).reshape(num_spins, -1, len(lines[0]))
-        assert fermi is not None
-        assert table.shape[1] > 1
+        if fermi is None or table.shape[1] < 2 or table.shape[2] < 2:
+            raise ValueError("the Fermi level or the columns are missing")
         return table[0, :, 0] * Hartree, table[:, :, 1:].sum(0) / Hartree, float(fermi[1]) * Hartree
-    except (AssertionError, ValueError, IndexError) as error:
+    except (ValueError, IndexError) as error:
         raise ElectronicStructureError("not a DOS file of abinit", path) from error
 
 
