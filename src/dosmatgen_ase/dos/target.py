@@ -102,10 +102,18 @@ class TargetDOS:
             raise ValueError(f'reference must be "fermi" or "vbm", not {self.reference!r}')
         if self.kind not in ("site", "total"):
             raise ValueError(f'kind must be "site" or "total", not {self.kind!r}')
-        sigma = None if self.sigma is None else float(self.sigma)
-        if sigma is not None and not (math.isfinite(sigma) and sigma >= 0):
-            raise ValueError(f"sigma must be a finite standard deviation >= 0 in eV, or None if unknown, not {sigma}")
+        sigma: Any = self.sigma
+        if sigma is not None and not (
+            isinstance(sigma, (int, float, np.integer, np.floating))
+            and not isinstance(sigma, bool)
+            and math.isfinite(sigma)
+            and sigma >= 0
+        ):
+            raise ValueError(f"sigma must be a finite standard deviation >= 0 in eV, or None if unknown, not {sigma!r}")
+        sigma = None if sigma is None else float(sigma)
         given: Any = self.provenance
+        if not isinstance(given, (str, Mapping)):
+            raise ValueError(f"provenance must be a dict or a string, not {type(given).__name__}")
         record = {"source": given} if isinstance(given, str) else dict(given)
         try:
             record = json.loads(json.dumps(record, allow_nan=False))
@@ -424,11 +432,13 @@ class TargetDOS:
 
         Spins are summed. The zero of energy becomes the Fermi level, or the valence-band maximum where the DOS has a
         gap of at least `MIN_GAP`. Energies above the last state are unknown: bands are missing there. So is the first
-        energy unless it is empty, as VASP piles the states below its window there.
+        energy unless it is empty, as VASP piles the states below its window there. A dict is read by hand: no class
+        or module that it names is imported.
 
         Parameters
         ----------
         dos : pymatgen.electronic_structure.dos.Dos or dict
+            Also ``CompleteDos`` and ``LobsterCompleteDos``.
         site : int, optional
             Site index in the structure: its projections, scaled at every energy so that all sites add up to the
             total (`scale_sites_to_total`). By default the total DOS of the cell.
@@ -446,11 +456,15 @@ class TargetDOS:
 
     @classmethod
     def from_vasprun(cls, path: str | PathLike[str], site: int | None = None) -> TargetDOS:
-        """Read a ``vasprun.xml`` (also gzipped); projections need LORBIT = 11.
+        """Read a ``vasprun.xml``, its last ionic step; projections need LORBIT = 11.
 
-        As `from_pymatgen`, but gap and valence-band maximum come from the eigenvalues, energies above the lowest
-        maximum of the top band are unknown, and the broadening is taken from ISMEAR and SIGMA: Gaussian smearing
-        (ISMEAR = 0) has the standard deviation SIGMA / sqrt(2), the tetrahedron method has none.
+        As `from_pymatgen`, but the gap comes from the eigenvalues: there is one only if every k-point has as many
+        bands below the Fermi level, spin by spin. Energies above the lowest maximum of the top band are unknown. The
+        broadening is taken from ISMEAR and SIGMA: Gaussian smearing (ISMEAR = 0) has the standard deviation
+        SIGMA / sqrt(2), the tetrahedron method has none. Where the density column has lost states, as of peaks
+        narrower than its step, they come from the integrated column. `provenance` tells how many states lie below the
+        Fermi level, and NELECT. Negative lobes of Methfessel-Paxton smearing are set to 0 and the rest scaled so that
+        the number of states stays. The file may be packed with gzip, bzip2 or xz, whatever its name.
 
         Raises
         ------

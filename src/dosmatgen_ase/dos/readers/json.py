@@ -42,7 +42,7 @@ def read_json(content: Content, request: Request) -> TargetDOS:
         if not isinstance(result["sites"], list):
             raise ValueError(f'{name}: "sites" must be a list with one DOS of each site')
         if site is not None:
-            check_site(site, len(result["sites"]))
+            _check_site(name, site, len(result["sites"]))
         chosen = result["total"] if site is None else result["sites"][site]
         if chosen is None:  # `dosmatgen predict` writes it for an element without labels
             whose = "the total DOS" if site is None else f"the DOS of site {site}"
@@ -51,6 +51,13 @@ def read_json(content: Content, request: Request) -> TargetDOS:
     if site is not None:
         raise ValueError(f"{name} holds one DOS: leave out site")
     return _own(data, name, request)
+
+
+def _check_site(name: str, site: int, count: int) -> None:
+    try:
+        check_site(site, count)
+    except ValueError as error:
+        raise unreadable(name, error) from None
 
 
 def _own(data: Mapping[str, Any], name: str, request: Request) -> TargetDOS:

@@ -76,11 +76,12 @@ def of_dict(data: Mapping[str, Any]) -> Densities:
         raise ValueError(f'"@class" is {_short(name)}: an electronic DOS of pymatgen is {", ".join(_CLASSES)}')
     energies = _row(data["energies"], '"energies"')
     by_spin = _by_spin(data["densities"], '"densities"')
+    total = _spins(by_spin)
     sites, symbols = None, list[str]()
     if data.get("pdos"):
         symbols = _symbols(data.get("structure"))
         sites = _sites(data["pdos"], len(symbols), set(by_spin), energies.size)
-    return Densities(f"pymatgen {name}", energies, _spins(by_spin), float(fermi), sites=sites, symbols=symbols)
+    return Densities(f"pymatgen {name}", energies, total, float(fermi), sites=sites, symbols=symbols)
 
 
 def _sites(projections: Any, count: int, spins: set[int], size: int) -> Array:

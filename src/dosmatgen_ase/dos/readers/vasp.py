@@ -168,7 +168,10 @@ def _blocks(data: bytes) -> Iterator[ET.Element]:
         elif len(path[-1]) > _MAX_ROWS:
             raise ValueError(f"it has a table of more than {_MAX_ROWS:,} rows")
         elif element.tag == "set" and len(element) and element[0].tag == "r":
-            element.text = "\n".join(row.text or "" for row in element)
+            texts = [(row.text or "").strip() for row in element]
+            if not all(texts):
+                raise ValueError("one of its tables has an empty row")
+            element.text = "\n".join(texts)
             del element[:]
 
 
