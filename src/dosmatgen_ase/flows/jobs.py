@@ -492,7 +492,7 @@ class TrainMaker(Maker):
     config
         Fields of ``TrainingConfig`` that differ from its defaults.
     data
-        Folder with structures.parquet and site_dos/*.npz.
+        Folder with ``structures.parquet`` and ``site_dos/*.npz``.
     out
         Folder of the run. Both are made absolute at once, as a job runs in a folder of its own.
     """
