@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from update_readme import with_includes
 
 from dosmatgen_ase.forward.predictor import DOSPredictor
 from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS, load_model
@@ -30,22 +29,38 @@ SUPPORTED = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
 DECLARED = [Requirement(line) for group in GROUPS for line in group]
 
 
-def test_readme_holds_the_benchmark_tables_as_they_are() -> None:
-    assert "<!-- include:" in README
-    assert with_includes(README) == README, "run python scripts/update_readme.py"
+def test_readme_is_short() -> None:
+    assert README.count("\n") <= 150
 
 
-def test_includes_are_replaced_and_unclosed_ones_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text("new\n")
-    text = "x\n<!-- include: a.md -->\nold\n<!-- /include -->\ny <!-- include: b.md -->\n<!-- /include -->\n"
-    replaced = with_includes(text, tmp_path)
-    assert replaced.startswith("x\n<!-- include: a.md -->\nnew\n<!-- /include -->\ny")
-    assert "old" not in replaced
-    assert "`b.md` is missing" in replaced
-    assert with_includes(replaced, tmp_path) == replaced
-    for broken in ("<!-- include: a.md -->\n", "<!-- /include -->", "<!-- include: a.md -->x<!-- /include -->"):
-        with pytest.raises(ValueError, match="not closed"):
-            with_includes(broken, tmp_path)
+DOCS = ROOT / "docs"
+PAGES = [path for path in DOCS.rglob("*.md") if "_build" not in path.parts]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda p: p.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text()):
+        assert (page.parent / link).exists() or (page.parent / f"{link}.md").exists(), link
+
+
+def test_every_benchmark_table_is_in_the_documentation() -> None:
+    included = "".join(path.read_text() for path in (DOCS / "benchmarks").glob("*.md"))
+    for table in (ROOT / "benchmarks" / "results").glob("*.md"):
+        assert f"{{include}} ../../benchmarks/results/{table.name}" in included
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_tables() -> None:
+    results = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    dft = results["dft_judge"]["tables"]["all sites"]
+    (cost,) = (r for r in results["cost"]["rows"] if (r["num_atoms"], r["batch"]) == (4, 16))
+    told = re.findall(r"^\|.*\| ([\d.]+)(?: %)? \| \[", README, re.MULTILINE)
+    assert told == [
+        f"{dft['conditional, ranked']['pooled']['value']:.2f}",
+        f"{dft['unconditional']['pooled']['value']:.2f}",
+        f"{100 * results['round_trip']['elements']['conditional']['value']:.0f}",
+        f"{100 * results['stability']['rows']['generated, relaxed']['metastable']:.0f}",
+        f"{cost['ours_cpu_s']:.3f}",
+    ]
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^bash (\S+)$", README, re.MULTILINE))))
@@ -64,9 +79,19 @@ def test_readme_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(namespace["many"]) == 8
 
 
-def test_continuous_integration_runs_what_the_readme_says() -> None:
-    assert "bash scripts/test.sh" in README
-    assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
+@pytest.mark.parametrize("page", ["reference/api", "howto/potentials", "howto/pyg"])
+def test_python_of_the_documentation_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+@pytest.mark.parametrize("script", ["test", "package", "test_dft"])
+def test_continuous_integration_runs_what_contributors_are_told(script: str) -> None:
+    assert f"bash scripts/{script}.sh" in (ROOT / "CONTRIBUTING.md").read_text()
+    assert f"bash scripts/{script}.sh" in (ROOT / ".ci" / "run").read_text()
 
 
 def pins_on(python: str) -> dict[str, str]:
