@@ -55,7 +55,6 @@ from dosmatgen_ase.forward.predictor import (
     DOSPredictor,
     SitePrediction,
     element_tables,
-    site_features,
 )
 from dosmatgen_ase.generate.constraints import Constraints
 from dosmatgen_ase.generate.generator import BATCH_PAIRS
@@ -187,12 +186,12 @@ def judge_candidates(
 ) -> Candidates:
     """Screen candidates of one target, mode after mode, and predict their DOS."""
     passed = [i for i, atoms in enumerate(made) if screen(atoms).accepted]
-    features = site_features([made[i] for i in passed])
+    crystals = [made[i] for i in passed]
     numbers = np.array([atoms.numbers for atoms in made])
     shape = (len(made), numbers.shape[1], MODEL_GRID.size)
     accepted = np.zeros(len(made), dtype=bool)
     judged, ranked, supported = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(numbers.shape, dtype=bool)
-    by_judge, by_ranker = (p.predict_features(features, list(numbers[passed])) for p in (judge, ranker))
+    by_judge, by_ranker = (p.predict_arrays(crystals) for p in (judge, ranker))
     for i, mine, other in zip(passed, by_judge, by_ranker, strict=True):
         accepted[i] = not mine.reason
         if accepted[i]:

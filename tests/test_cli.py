@@ -397,7 +397,7 @@ def test_train_makes_weights_and_goes_on(small_data: Path, tmp_path: Path) -> No
 
 def test_train_predictor_and_pseudo_labels(small_data: Path, tmp_path: Path) -> None:
     pair, out = tmp_path / "pair", tmp_path / "run"
-    result = run("train-predictor", "--data", small_data, "--out", pair)
+    result = run("train-predictor", "--data", small_data, "--out", pair, "--epochs", 1, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert re.search(r"ranker\s*│ \d\.\d\d\s*│ \d\.\d\d", result.stdout)
     folds = [DOSPredictor.load(pair / f"{name}.safetensors").info["fold"] for name in ("predictor", "ranker", "judge")]

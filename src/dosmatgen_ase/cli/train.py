@@ -98,17 +98,32 @@ def train_predictor(
     out: Annotated[
         Path, typer.Option(help="Folder for predictor.safetensors (generate --predictor), ranker and judge.")
     ] = Path("runs/predictor"),
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Of each tight-binding model; 60 take about an hour on a CPU core.")
+    ] = 60,
+    device: Device = None,
     seed: Annotated[int, typer.Option(min=0, help="Of initial weights, dropout and order.")] = 0,
 ) -> None:
     """Train the forward models (structure to site DOS): one on all labels, two on the halves of the formulas.
 
-    The first is for use. In benchmarks the ranker picks, and makes pseudo-labels; the judge only measures.
+    The first is for use. In benchmarks the ranker picks, and makes pseudo-labels; the judge only measures. A run that
+    was killed goes on with the tight-binding model that it was at.
     """
     from dosmatgen_ase.forward.predictor import ROLES, train_predictors
+    from dosmatgen_ase.forward.tight_binding.training import TightBindingTraining
+    from dosmatgen_ase.generate.generator import select_device
 
     out.mkdir(parents=True, exist_ok=True)
     paths = {name: out / f"{name}.safetensors" for name in ROLES}
-    figures = train_predictors(data / "site_dos", paths, seed=seed, progress=True)
+    figures = train_predictors(
+        data / "site_dos",
+        paths,
+        settings=TightBindingTraining(epochs=epochs),
+        runs=out / "tight_binding",
+        device=str(select_device(device)),
+        seed=seed,
+        progress=True,
+    )
     table = Table(title="error on the test split (val if there is none): normalised L1, mean over sites")
     for column in ("predictor", "error", "per-element mean", "structures", "weights"):
         table.add_column(column, overflow="fold")

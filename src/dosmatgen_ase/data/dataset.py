@@ -283,6 +283,49 @@ def load_site_dos(directory: str | Path, recipe: int | None = None) -> SiteDOSLa
     )
 
 
+def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndarray]:
+    """Read the s, p and d parts of labels.
+
+    Parameters
+    ----------
+    directory : path
+        The folder that `labels` were read from by `load_site_dos`, all recipes.
+    labels : SiteDOSLabels
+        Any selection of them.
+
+    Returns
+    -------
+    list of (n, 3, 151) float32 arrays
+        states/eV per site and shell, at sigma 0.2 eV on `dos.MODEL_GRID`, scaled as the sites' own `values` are; zero
+        where unknown.
+
+    Raises
+    ------
+    ValueError
+        If the directory lacks one of the labels.
+    """
+    wanted = {name: i for i, name in enumerate(labels.material_id.tolist())}
+    found: list[np.ndarray | None] = [None] * len(wanted)
+    shards = sorted(map(_read_shard, sorted(Path(directory).glob("*.npz"))), key=lambda data: int(data["recipe"]))
+    for data in shards:  # the last of a name wins, as in `load_site_dos`
+        names = data["material_id"].tolist()
+        chosen = [k for k, name in enumerate(names) if name in wanted and data["recipe"] == labels.recipe[wanted[name]]]
+        if not chosen:
+            continue
+        raw = [data["site_dos"][slice(*data["atom_offset"][k : k + 2]), :3] for k in chosen]
+        together = np.concatenate(raw) * SHARD_UNIT
+        everywhere = np.ones(together.shape, dtype=bool)
+        parts, _ = resample(data["energies"].astype(np.float64), together, everywhere, LABEL_SIGMA)
+        for k, part in zip(chosen, np.split(parts, np.cumsum([len(r) for r in raw])[:-1]), strict=True):
+            i = wanted[names[k]]
+            scale = labels.values[i, : len(part), None] / np.maximum(part.sum(axis=1, keepdims=True), SHARD_UNIT)
+            found[i] = (part * np.minimum(scale, 3.0)).astype(np.float32)  # what hardly projects is not blown up
+    missing = [name for name, i in wanted.items() if found[i] is None]
+    if missing:
+        raise ValueError(f"{directory} lacks {len(missing)} of the labels, the first is {missing[0]}")
+    return [part for part in found if part is not None]
+
+
 def _read_shard(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as shard:
         missing = [key for key in SHARD_KEYS if key not in shard.files]

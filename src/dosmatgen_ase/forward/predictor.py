@@ -1,7 +1,8 @@
-"""Forward model: a structure's site DOS, from frozen CHGNet atom features.
+"""Forward model: a structure's site DOS, by learned tight binding and from frozen CHGNet atom features.
 
-`site_features` turns a crystal into 385 numbers per atom; `DOSPredictor`, an ensemble of small networks on top of a
-per-element mean, turns those into a DOS per site with a calibrated uncertainty; `train_predictor` fits one to labels;
+`DOSPredictor` is an ensemble of unlike models that gives a DOS per site with a calibrated uncertainty: Hamiltonians
+written by a network (`tight_binding`), and small networks that correct a per-element mean from the 385 numbers per atom
+that `site_features` makes of a crystal. `train_predictor` fits the networks to labels and calibrates the whole;
 `pseudo_labels` applies it to structures without a label. The predictor that ships is trained on all labels. Two more
 serve the benchmarks, trained on the two halves of the formulas (`data.formula_fold`): the ranker picks there and makes
 the generator's pseudo-labels, the judge only ever measures.
@@ -29,11 +30,16 @@ from torch.nn.functional import softplus
 from tqdm import tqdm, trange
 
 from dosmatgen_ase.crystals.checks import is_disordered
-from dosmatgen_ase.data import MAX_ATOMS, SiteDOSLabels, Structures, formula_fold, load_site_dos
+from dosmatgen_ase.data import MAX_ATOMS, SiteDOSLabels, Structures, formula_fold, load_shell_dos, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
 from dosmatgen_ase.files import write_npz
+from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, crystal_graph
+from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
+from dosmatgen_ase.forward.tight_binding.predict import MAX_ORBITALS, predict_crystals
+from dosmatgen_ase.forward.tight_binding.training import TightBindingTraining, fit, labelled_crystals, new_model
 from dosmatgen_ase.model.checkpoint import fill, load_tensors, save_tensors, without_values
 from dosmatgen_ase.parsing import site_numbers
+from dosmatgen_ase.threads import cpu_threads
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -43,6 +49,7 @@ NUM_FEATURES = 385  # 4 convolutions x 64, final site vector 64, crystal vector 
 MAX_ATOMIC_NUMBER = 94  # last element CHGNet knows
 MIN_VOLUME = 2.0  # Angstrom^3 per atom: below, neighbour lists explode and CHGNet means nothing
 COVERAGE = 0.68  # share of the computed values within the calibrated spread, as for one standard deviation
+METHODS = ("all", "tight-binding", "features")
 MIN_LABELS = 3  # labelled structures that an element needs, at an energy, for its DOS there to count as known
 
 # -- features ----------------------------------------------------------------------------------------------------------
@@ -59,16 +66,14 @@ def load_chgnet() -> Any:
     return model.eval().requires_grad_(False)
 
 
-def chgnet_graph(atoms: Atoms) -> object:
-    """Return the graph on which CHGNet works.
+def check_crystal(atoms: Atoms) -> None:
+    """Refuse what no forward model can read.
 
     Raises
     ------
     ValueError
-        With the reason why the structure has none: not a finite crystal, unknown elements, collapsed, atoms alone.
+        With the reason: not a finite crystal, unknown elements, collapsed.
     """
-    from pymatgen.core import Structure
-
     cell, numbers = atoms.cell.array, atoms.numbers
     if not (np.isfinite(cell).all() and np.isfinite(atoms.positions).all()):
         raise ValueError("non-finite cell or positions")
@@ -80,13 +85,43 @@ def chgnet_graph(atoms: Atoms) -> object:
         raise ValueError(f"elements outside CHGNet's 1..{MAX_ATOMIC_NUMBER}")
     if abs(np.linalg.det(cell)) < MIN_VOLUME * len(numbers):
         raise ValueError(f"collapsed cell: less than {MIN_VOLUME} A^3 per atom")
-    structure = Structure(cell, numbers, atoms.get_scaled_positions())
+
+
+def chgnet_graph(atoms: Atoms) -> object:
+    """Return the graph on which CHGNet works.
+
+    Raises
+    ------
+    ValueError
+        With the reason why the structure has none: as `check_crystal`, or atoms alone.
+    """
+    from pymatgen.core import Structure
+
+    check_crystal(atoms)
+    structure = Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return load_chgnet().graph_converter(structure)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"CHGNet cannot build its graph: {error}") from error
+
+
+def tight_binding_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
+    """Return the bonds on which tight binding works.
+
+    Raises
+    ------
+    ValueError
+        With the reason why the structure has none: as `check_crystal`, atoms alone or in one place, too large a cell.
+    """
+    check_crystal(atoms)
+    graph = crystal_graph(atoms, cutoff)
+    if len(np.unique(graph.first)) < len(atoms):
+        raise ValueError(f"isolated atoms: not all have a neighbour within {cutoff:g} A")
+    if graph.size > MAX_ORBITALS:
+        raise ValueError(f"{graph.size} orbitals are too many, at most {MAX_ORBITALS}: take a smaller cell")
+    return graph
 
 
 def _forward(model: Any, graphs: list, counts: list[int]) -> np.ndarray:
@@ -188,7 +223,7 @@ class PredictorConfig:
     ----------
     hidden, depth : width and number of hidden layers of each member
     dropout : probability in every hidden layer
-    members : networks in the ensemble, which differ by seed
+    members : networks in the ensemble, which differ by seed; 0 for tight binding alone
     epochs : passes over the labelled sites; the weights (an exponential average) of the best epoch on `val` are kept
     learning_rate, weight_decay : of AdamW, under a one-cycle schedule
     batch_size : sites per step
@@ -205,16 +240,24 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         for name, highest in (("hidden", 8192), ("depth", 32), ("members", 64)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
-                raise ValueError(f"{name}={value!r} must be a whole number from 1 to {highest}")
+            value, lowest = getattr(self, name), int(name != "members")
+            if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+                raise ValueError(f"{name}={value!r} must be a whole number from {lowest} to {highest}")
 
 
-# The predictors of the project: name, half of the formulas (None: all), networks. All differ by seed.
-ROLES: dict[str, tuple[int | None, PredictorConfig]] = {
-    "predictor": (None, PredictorConfig()),
-    "ranker": (0, PredictorConfig()),
-    "judge": (1, PredictorConfig(hidden=512, depth=2, dropout=0.4, epochs=60, weight_decay=1e-1)),
+class Role(NamedTuple):
+    """What a predictor of the project is made of: half of the formulas (None: all), networks, tight-binding models."""
+
+    fold: int | None
+    config: PredictorConfig
+    tight_binding: int
+
+
+# All models differ by seed. The judge shares neither labels nor CHGNet's features with the ranker.
+ROLES = {
+    "predictor": Role(None, PredictorConfig(), 1),
+    "ranker": Role(0, PredictorConfig(), 1),
+    "judge": Role(1, PredictorConfig(members=0), 1),
 }
 
 
@@ -234,6 +277,8 @@ class SitePrediction(NamedTuple):
         Normalised L1 to be expected of each site, from the ensemble's relative spread; NaN where nothing is known.
     reason : str
         Why there is no prediction (then all is zero and unknown), else empty.
+    gap : float, eV
+        Band gap by tight binding, 0 for a metal; NaN without it.
     """
 
     mean: np.ndarray
@@ -241,6 +286,7 @@ class SitePrediction(NamedTuple):
     known: np.ndarray
     error: np.ndarray
     reason: str = ""
+    gap: float = float("nan")
 
 
 def _member(inputs: int, config: PredictorConfig) -> nn.Sequential:
@@ -256,30 +302,49 @@ def _member(inputs: int, config: PredictorConfig) -> nn.Sequential:
 
 
 class DOSPredictor:
-    """Ensemble of networks that predicts the site DOS of a structure from its CHGNet features.
+    """Ensemble of unlike models that predicts the site DOS of a structure.
 
-    Inputs of a site: its 385 features and the mean over the crystal of its elements' mean DOS. Output: the softplus of
-    a correction added to the (inverse softplus of the) mean DOS of the site's element, so it is never negative.
+    Tight-binding models (`tight_binding.model`) see atoms alone. Networks see a site's 385 CHGNet features and the mean
+    over the crystal of its elements' mean DOS; they give the softplus of a correction added to the (inverse softplus of
+    the) mean DOS of the site's element, so it is never negative. The prediction is the mean over the tight-binding
+    models and the mean network; its spread, their standard deviation (of the networks, where they are alone).
 
     Make one with `train_predictor` or `load`.
     """
 
-    def __init__(self, config: PredictorConfig, tables: dict[str, Tensor], info: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: PredictorConfig,
+        tables: dict[str, Tensor],
+        info: dict[str, Any],
+        tight_binding: Sequence[TightBinding] = (),
+    ) -> None:
+        if not config.members and not tight_binding:
+            raise ValueError("a predictor needs networks or tight-binding models")
         self.config = config
-        self.tables = tables  # baseline, support: (95, 151); input_mean, input_std: (536,)
+        self.tables = tables  # baseline, support: (95, 151); with networks input_mean, input_std: (536,)
         self.info = info
-        inputs = len(tables["input_mean"])
+        inputs = len(tables["input_mean"]) if config.members else 0
         self.members = nn.ModuleList(_member(inputs, config) for _ in range(config.members)).eval()
+        self.tight_binding = tuple(model.eval().requires_grad_(False) for model in tight_binding)
 
     @property
     def baseline(self) -> np.ndarray:
         """Mean DOS per element, (95, 151), states/eV; row = atomic number."""
         return self.tables["baseline"].numpy()
 
-    @property
-    def calibration(self) -> dict[str, Any]:
+    def calibration(self, method: str = "all") -> dict[str, Any]:
         """Factor on the ensemble's "spread", and slope and offset of the expected "error"; see `SitePrediction`."""
-        return self.info.get("calibration", {"spread": 1.0, "error": [1.0, 0.0]})  # before it is calibrated
+        plain = {"spread": 1.0, "error": [1.0, 0.0]}  # before it is calibrated
+        found = self.info.get("calibration", plain)
+        if method == "all" or method not in self.methods:
+            return found
+        return self.info.get("calibrations", {}).get(method, found)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What `predict_arrays` can be asked for."""
+        return METHODS if self.members and self.tight_binding else ("all", METHODS[1 if self.tight_binding else 2])
 
     def _standardised(self, inputs: Tensor) -> Tensor:
         return ((inputs - self.tables["input_mean"]) / self.tables["input_std"]).clamp(-5.0, 5.0)
@@ -287,44 +352,123 @@ class DOSPredictor:
     def predict_features(
         self, features: Sequence[np.ndarray | str], numbers: Sequence[np.ndarray]
     ) -> list[SitePrediction]:
-        """Predict from what `site_features` returned and the atomic numbers (n,) of the same structures."""
-        predictions: list[SitePrediction] = []
-        for feature, z in zip(features, numbers, strict=True):
-            nothing = np.zeros((len(z), MODEL_GRID.size), dtype=np.float32)
-            reason = feature if isinstance(feature, str) else ""
-            predictions.append(SitePrediction(nothing, nothing, nothing > 0, np.full(len(z), np.nan), reason))
+        """Predict by the networks alone, from what `site_features` returned and atomic numbers (n,)."""
+        opinions = self._by_networks(features, numbers)
+        reasons = [feature if isinstance(feature, str) else "" for feature in features]
+        nothing = [float("nan")] * len(features)
+        told = zip(numbers, opinions, reasons, nothing, strict=True)
+        return [self._joined(z, list(found), reason, gap, "features") for z, found, reason, gap in told]
+
+    def predict_arrays(
+        self,
+        atoms_list: Sequence[Atoms],
+        progress: bool = False,
+        *,
+        method: str = "all",
+        features: Sequence[np.ndarray | str] | None = None,
+    ) -> list[SitePrediction]:
+        """Predict the site DOS of periodic structures; one that cannot be read comes back all unknown.
+
+        Parameters
+        ----------
+        atoms_list : periodic crystals
+        progress : show a progress bar
+        method : "all", "tight-binding" or "features", of which `methods` tells those it has
+        features : what `site_features` returned for these structures, if it is at hand
+
+        Raises
+        ------
+        ValueError
+            If it lacks the method.
+        """
+        if method not in self.methods:
+            raise ValueError(f"method={method!r}: this predictor has {', '.join(self.methods)}")
+        numbers = [atoms.numbers.astype(np.int64) for atoms in atoms_list]
+        opinions: list[list[np.ndarray]] = [[] for _ in atoms_list]
+        reasons, gaps = [""] * len(atoms_list), [float("nan")] * len(atoms_list)
+        if self.tight_binding and method != "features":
+            self._by_tight_binding(atoms_list, opinions, reasons, gaps, progress)
+        used = ["tight-binding" if found else method for found in opinions]
+        if self.members and method != "tight-binding":
+            if features is None:
+                features = site_features(atoms_list, progress=progress)
+            for i, found in enumerate(self._by_networks(features, numbers)):
+                if len(found) and opinions[i]:
+                    opinions[i].append(found.mean(0))
+                    used[i] = method
+                elif len(found):
+                    opinions[i], used[i] = list(found), "features"
+                elif not opinions[i]:
+                    reasons[i] = str(features[i])
+        told = zip(numbers, opinions, reasons, gaps, used, strict=True)
+        return [self._joined(z, found, reason, gap, how) for z, found, reason, gap, how in told]
+
+    def _by_networks(self, features: Sequence[np.ndarray | str], numbers: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """DOS (m, n, 151) by each of m networks, m = 0 for structures without features."""
+        found = [np.zeros((0, len(z), MODEL_GRID.size), dtype=np.float32) for z in numbers]
         readable = {i: feature for i, feature in enumerate(features) if not isinstance(feature, str)}
         if not readable:
-            return predictions
-        baseline, support = self.tables["baseline"], self.tables["support"]
+            return found
+        baseline = self.tables["baseline"]
         with torch.no_grad():
             kinds = [numbers[i] for i in readable]
             x = self._standardised(_inputs(baseline, readable.values(), kinds))
-            rows = torch.from_numpy(np.concatenate(kinds))
-            offset = _inverse_softplus(baseline[rows])
-            members = torch.stack([softplus(net(x) + offset) for net in self.members])
-        mean, spread = members.mean(0).numpy(), members.std(0, correction=0).numpy()
-        known = (support[rows] >= MIN_LABELS).numpy()
-        slope, offset_error = self.calibration["error"]
-        error = offset_error + slope * _relative_spread(mean, spread, known)
-        error[~known.any(axis=1)] = np.nan
-        spread = spread * self.calibration["spread"]
+            offset = _inverse_softplus(baseline[torch.from_numpy(np.concatenate(kinds))])
+            members = torch.stack([softplus(net(x) + offset) for net in self.members]).numpy()
         start = 0
         for i, feature in readable.items():
-            sites = slice(start, start := start + len(feature))
-            predictions[i] = SitePrediction(mean[sites], spread[sites], known[sites], error[sites])
-        return predictions
+            found[i] = members[:, start : (start := start + len(feature))]
+        return found
 
-    def predict_arrays(self, atoms_list: Sequence[Atoms], progress: bool = False) -> list[SitePrediction]:
-        """Predict the site DOS of periodic structures; a structure that CHGNet cannot read comes back all unknown."""
-        numbers = [atoms.numbers.astype(np.int64) for atoms in atoms_list]
-        return self.predict_features(site_features(atoms_list, progress=progress), numbers)
+    def _by_tight_binding(
+        self,
+        atoms_list: Sequence[Atoms],
+        opinions: list[list[np.ndarray]],
+        reasons: list[str],
+        gaps: list[float],
+        progress: bool,
+    ) -> None:
+        """Fill in the DOS (n, 151) by each model, why there is none, and the mean gap."""
+        graphs: dict[float, dict[int, CrystalGraph]] = {model.config.cutoff: {} for model in self.tight_binding}
+        for i, atoms in enumerate(atoms_list):
+            try:
+                for cutoff in graphs:
+                    graphs[cutoff][i] = tight_binding_graph(atoms, cutoff)
+            except ValueError as error:
+                reasons[i] = str(error)
+        with cpu_threads(1):  # matrices are small
+            for model in self.tight_binding:
+                known = graphs[model.config.cutoff]
+                for i, found in zip(known, predict_crystals(model, list(known.values()), progress), strict=True):
+                    opinions[i].append(found.dos.sum(axis=1))
+                    gaps[i] = (0.0 if np.isnan(gaps[i]) else gaps[i]) + found.gap / len(self.tight_binding)
+
+    def _joined(
+        self, z: np.ndarray, opinions: Sequence[np.ndarray], reason: str, gap: float, method: str
+    ) -> SitePrediction:
+        """Mean and calibrated spread of m opinions (n, 151); of one, a part of the DOS itself is its spread."""
+        if not opinions:
+            nothing = np.zeros((len(z), MODEL_GRID.size), dtype=np.float32)
+            return SitePrediction(nothing, nothing, nothing > 0, np.full(len(z), np.nan), reason)
+        together = np.stack(opinions)
+        mean = together.mean(0)
+        spread = together.std(0) if len(together) > 1 else mean
+        known = self.tables["support"].numpy()[z] >= MIN_LABELS
+        calibration = self.calibration(method)
+        slope, offset = calibration["error"]
+        error = offset + slope * _relative_spread(mean, spread, known)
+        error[~known.any(axis=1)] = np.nan
+        return SitePrediction(mean, spread * calibration["spread"], known, error, "", gap)
 
     def save(self, path: str | Path) -> None:
         """Save as one safetensors file (networks in half precision), atomically."""
         tensors = {f"members.nets.{k}": v.half() for k, v in self.members.state_dict().items()}
-        info = {"kind": "predictor", "config": asdict(self.config), "info": self.info}
-        save_tensors(path, {**tensors, **self.tables}, info)
+        for i, model in enumerate(self.tight_binding):
+            tensors.update({f"tight_binding.{i}.{k}": v.half() for k, v in model.state_dict().items()})
+        told: dict[str, Any] = {"kind": "predictor", "config": asdict(self.config), "info": self.info}
+        if self.tight_binding:
+            told["tight_binding"] = [asdict(model.config) for model in self.tight_binding]
+        save_tensors(path, {**tensors, **self.tables}, told)
 
     @classmethod
     def load(cls, path: str | Path = DEFAULT_PREDICTOR) -> DOSPredictor:
@@ -338,18 +482,32 @@ class DOSPredictor:
         tensors, header = load_tensors(path)
         if header.get("kind") != "predictor":
             raise ValueError(f"{path} holds no predictor (kind: {header.get('kind')}): give the path of one")
-        members = {k.removeprefix("members.nets."): v.float() for k, v in tensors.items() if k.startswith("members.")}
-        tables = {k: v for k, v in tensors.items() if not k.startswith("members.")}
+        tables = {k: v for k, v in tensors.items() if not k.startswith(("members.", "tight_binding."))}
         try:
-            if tables.keys() != {"baseline", "support", "input_mean", "input_std"}:
+            config = PredictorConfig(**header["config"])
+            named = {"baseline", "support", *(("input_mean", "input_std") if config.members else ())}
+            if tables.keys() != named:
                 raise ValueError(f"it has the tables {sorted(tables)}")
+            models = [_filled(k, told, tensors) for k, told in enumerate(header.get("tight_binding", []))]
             with without_values():
-                predictor = cls(PredictorConfig(**header["config"]), tables, header["info"])
-            fill(predictor.members, members)
+                predictor = cls(config, tables, header["info"], models)
+            fill(predictor.members, _part("members.nets.", tensors))
         except (KeyError, TypeError, ValueError) as error:
             told = f"the header of {path} does not describe its own tensors ({error}): fetch or train it again"
             raise ValueError(told) from error
         return predictor
+
+
+def _part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _filled(number: int, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> TightBinding:
+    """Build a tight-binding model from its config and values; ``ValueError`` as `fill`."""
+    with torch.random.fork_rng(devices=[]):  # its first values come from the global generator
+        model = TightBinding(TightBindingConfig(**config), torch.zeros(MAX_ATOMIC_NUMBER + 1, 3))
+    fill(model, _part(f"tight_binding.{number}.", tensors))
+    return model
 
 
 def _inputs(baseline: Tensor, features: Iterable[np.ndarray | str], numbers: Iterable[np.ndarray]) -> Tensor:
@@ -373,7 +531,11 @@ def default_predictor() -> DOSPredictor:
 
 
 def predict_dos(
-    atoms: Atoms | Sequence[Atoms], sites: Sequence[int] | None = None, *, progress: bool = False
+    atoms: Atoms | Sequence[Atoms],
+    sites: Sequence[int] | None = None,
+    *,
+    method: str = "all",
+    progress: bool = False,
 ) -> list[Any]:
     """Predict the site DOS of crystals, each in milliseconds.
 
@@ -381,14 +543,15 @@ def predict_dos(
     ----------
     atoms : periodic crystal, or a sequence of them
     sites : the sites wanted (of every crystal), counted from 0; all by default
+    method : "all" for the mean of all models, "tight-binding" for those that need no CHGNet, "features" for the others
     progress : show a progress bar
 
     Returns
     -------
     list of TargetDOS, or a list of such lists for a sequence
         One per site wanted, states/eV at sigma 0.2 eV on [-10, 5] eV; None where it is unknown, as fewer than 3
-        labelled structures hold the site's element. `reference` is "vbm" where the predicted DOS leaves a gap above
-        zero, else "fermi". `provenance` tells the uncertainty: "expected_distance" (normalised L1) and "spread" (151
+        labelled structures hold the site's element. `reference` is "vbm" where the predicted bands leave a gap, else
+        "fermi". `provenance` tells the uncertainty: "expected_distance" (normalised L1) and "spread" (151
         values, states/eV; 68 % of computed DOS lie within it around the prediction).
 
     Raises
@@ -410,7 +573,7 @@ def predict_dos(
     predictor = default_predictor()
     found: list[list[TargetDOS | None]] = []
     unknown: list[str] = []
-    predictions = predictor.predict_arrays(structures, progress=progress)
+    predictions = predictor.predict_arrays(structures, progress=progress, method=method)
     for i, (item, prediction, chosen) in enumerate(zip(structures, predictions, wanted, strict=True)):
         made = _targets_of(prediction, chosen, predictor.info)
         found.append(made)
@@ -436,7 +599,10 @@ def _wanted_sites(sites: Sequence[int] | None, atoms: Atoms) -> list[int]:
 def _targets_of(prediction: SitePrediction, sites: Iterable[int], info: dict[str, Any]) -> list[TargetDOS | None]:
     """Return the DOS of these sites of a crystal, None where nothing is known of it."""
     told = np.asarray(prediction.known.any(axis=1))
-    reference = "vbm" if told.any() and _looks_gapped(prediction.mean[told]) else "fermi"
+    gapped = told.any() and _looks_gapped(prediction.mean[told])
+    if not np.isnan(prediction.gap):
+        gapped = prediction.gap > 0
+    reference = "vbm" if gapped else "fermi"
 
     def target(i: int) -> TargetDOS:
         doubt = {"expected_distance": float(prediction.error[i]), "spread": prediction.spread[i].tolist()}
@@ -520,10 +686,11 @@ def train_predictor(
     *,
     fold: int | None = None,
     config: PredictorConfig | None = None,
+    tight_binding: Sequence[TightBinding] = (),
     seed: int = 0,
     progress: bool = False,
 ) -> DOSPredictor:
-    """Train on the labels of split `train`; `val` picks the epoch, `test` is not looked at.
+    """Train networks on the labels of split `train`; `val` picks the epoch, `test` is not looked at.
 
     The loss is each site's normalised L1 over its known bins, softened by 1 state/eV x bin so that nearly empty sites
     do not rule it; a site weighs 1 / sqrt(sites of its cell).
@@ -534,6 +701,7 @@ def train_predictor(
     features : what `site_features` returned for ``labels.atoms(i)``, in order
     fold : 0 or 1 to train and validate on that half of the formulas only (`data.formula_fold`); all by default
     config : `PredictorConfig()` by default
+    tight_binding : models trained on the same labels (`train_tight_binding`) that join the networks
     seed : of initial weights, dropout and order
     progress : show a progress bar
 
@@ -545,26 +713,87 @@ def train_predictor(
     config = config or PredictorConfig()
     if len(features) != len(labels):
         raise ValueError(f"{len(features)} features for {len(labels)} labels: pass site_features of all labelled atoms")
-    usable = np.array([not isinstance(f, str) for f in features], dtype=bool)
-    folds = np.array([formula_fold(labels.atoms(i).get_chemical_formula(), 2) for i in range(len(labels))])
-    in_fold = (folds == fold) if fold is not None else usable
-    train_rows, val_rows = (np.flatnonzero(usable & in_fold & (labels.split == split)) for split in ("train", "val"))
-    if not len(train_rows) or not len(val_rows):
-        raise ValueError(f"{len(train_rows)} training and {len(val_rows)} validation labels: both are needed")
+    train_rows, val_rows = training_rows(labels, features, fold)
     baseline, support = element_tables(labels, train_rows)
-    train, val = (_training_sites(baseline, labels, features, rows) for rows in (train_rows, val_rows))
-    mean, std = train.inputs.mean(0), train.inputs.std(0) + 1e-3
-    tables = {"baseline": baseline, "support": support, "input_mean": mean, "input_std": std}
-    info = {"fold": fold, "seed": seed, "train_structures": len(train_rows), "descriptor": "CHGNet 0.3.0"}
+    tables = {"baseline": baseline, "support": support}
+    info: dict[str, Any] = {"fold": fold, "seed": seed, "train_structures": len(train_rows)}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not that of any GPU
-        predictor = DOSPredictor(config, tables, info)
-        train, val = (part._replace(inputs=predictor._standardised(part.inputs)) for part in (train, val))
+        if config.members:
+            train, val = (_training_sites(baseline, labels, features, rows) for rows in (train_rows, val_rows))
+            tables |= {"input_mean": train.inputs.mean(0), "input_std": train.inputs.std(0) + 1e-3}
+            info["descriptor"] = "CHGNet 0.3.0"
+        predictor = DOSPredictor(config, tables, info, tight_binding)
+        if config.members:
+            train, val = (part._replace(inputs=predictor._standardised(part.inputs)) for part in (train, val))
         for net in predictor.members:
             _fit(net, train, val, config, progress)
     predictor.members.eval()
-    predictor.info["calibration"] = _calibration(predictor, labels, features, val_rows)
+    calibrate(predictor, labels, features, val_rows)
     return predictor
+
+
+def training_rows(
+    labels: SiteDOSLabels, features: Sequence[np.ndarray | str], fold: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of labels to train on and to validate by, all readable, of one half of the formulas or all.
+
+    Raises
+    ------
+    ValueError
+        If either is empty.
+    """
+    usable = np.array([not isinstance(f, str) for f in features], dtype=bool)
+    folds = np.array([formula_fold(labels.atoms(i).get_chemical_formula(), 2) for i in range(len(labels))])
+    in_fold = (folds == fold) if fold is not None else usable
+    train, val = (np.flatnonzero(usable & in_fold & (labels.split == split)) for split in ("train", "val"))
+    if not len(train) or not len(val):
+        raise ValueError(f"{len(train)} training and {len(val)} validation labels: both are needed")
+    return train, val
+
+
+def train_tight_binding(
+    label_directory: str | Path,
+    labels: SiteDOSLabels,
+    features: Sequence[np.ndarray | str],
+    *,
+    fold: int | None = None,
+    config: TightBindingConfig | None = None,
+    settings: TightBindingTraining | None = None,
+    seed: int = 0,
+    directory: str | Path | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+) -> TightBinding:
+    """Train one tight-binding model on split `train`; `val` is measured for the log, `test` is not looked at.
+
+    Parameters
+    ----------
+    label_directory : shards that `labels` come from, for their s, p and d parts
+    labels : all labels
+    features : what `site_features` returned for ``labels.atoms(i)``; of these the magnetic moments alone are used, to
+        train by, and not needed later
+    fold : as in `train_predictor`
+    config, settings : `TightBindingConfig()` and `TightBindingTraining()` by default
+    seed : of initial weights, dropout, order and k-points
+    directory : keeps the state, so that an interrupted run goes on, and log.jsonl; none by default
+    device : where to train
+    progress : show a progress bar
+
+    Returns
+    -------
+    TightBinding
+        On the CPU.
+    """
+    config, settings = config or TightBindingConfig(), settings or TightBindingTraining()
+    parts = []
+    for rows in training_rows(labels, features, fold):
+        chosen = labels.select(rows)
+        moments = [np.asarray(features[i], dtype=np.float32)[:, -1] for i in rows.tolist()]
+        parts.append(labelled_crystals(chosen, load_shell_dos(label_directory, chosen), moments, config.cutoff))
+    train, val = parts
+    model = new_model(train, config, seed).to(device)
+    return fit(model, train, val, settings, seed=seed, directory=directory, progress=progress).cpu()
 
 
 class _Sites(NamedTuple):
@@ -634,10 +863,15 @@ def _relative_spread(mean: np.ndarray, spread: np.ndarray, known: np.ndarray) ->
 
 
 def _compared(
-    predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray
+    predictor: DOSPredictor,
+    labels: SiteDOSLabels,
+    features: Sequence[np.ndarray | str],
+    rows: np.ndarray,
+    method: str = "all",
 ) -> tuple[SitePrediction, np.ndarray, np.ndarray]:
     """Prediction, DOS and known bins of all sites of some labels, structure after structure."""
-    found = predictor.predict_features([features[i] for i in rows], [labels.atoms(i).numbers for i in rows])
+    atoms, known_features = [labels.atoms(i) for i in rows], [features[i] for i in rows]
+    found = predictor.predict_arrays(atoms, features=known_features, method=method)
     labels = labels.select(rows)
     owner, site = np.nonzero(labels.atomic_numbers)
     mean, spread, bins, error = (np.concatenate(part) for part in list(zip(*found, strict=True))[:4])
@@ -645,20 +879,37 @@ def _compared(
     return joined, labels.values[owner, site].astype(np.float64), labels.known[owner]
 
 
-def _calibration(
+def calibrate(
     predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray
+) -> None:
+    """Fit what `DOSPredictor.calibration` tells to the validation labels `rows`, for each method that it has."""
+    predictor.info.pop("calibration", None)
+    predictor.info.pop("calibrations", None)
+    fitted = {method: _calibration(predictor, labels, features, rows, method) for method in predictor.methods}
+    predictor.info["calibration"] = fitted.pop("all")
+    if predictor.members and predictor.tight_binding:
+        predictor.info["calibrations"] = fitted
+
+
+def _calibration(
+    predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray, method: str
 ) -> dict[str, Any]:
-    """Fit what `DOSPredictor.calibration` tells to the validation labels `rows`."""
-    raw, target, known = _compared(predictor, labels, features, rows)
+    raw, target, known = _compared(predictor, labels, features, rows, method)
     factor = np.quantile((np.abs(raw.mean - target) / np.maximum(raw.spread, 1e-3))[known], COVERAGE)
     error = normalised_l1_arrays(raw.mean.astype(float), target, known)
     fair = np.isfinite(error) & (error < 3)  # the ratio of a nearly empty site must not rule a straight line
-    line = np.polyfit(_relative_spread(raw.mean, raw.spread, known)[fair], error[fair], 1)
+    doubt = _relative_spread(raw.mean, raw.spread, known)[fair]
+    alone = np.ptp(doubt) < 1e-3  # one model has no spread: the mean error stands for every site
+    line = [0.0, error[fair].mean()] if alone else np.polyfit(doubt, error[fair], 1)
     return {"spread": float(factor), "error": [float(value) for value in line]}
 
 
 def evaluate(
-    predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], split: str
+    predictor: DOSPredictor,
+    labels: SiteDOSLabels,
+    features: Sequence[np.ndarray | str],
+    split: str,
+    method: str = "all",
 ) -> dict[str, Any]:
     """Measure a predictor on the labels of one split.
 
@@ -677,7 +928,7 @@ def evaluate(
     rows = [i for i in np.flatnonzero(labels.split == split).tolist() if not isinstance(features[i], str)]
     if not rows:
         raise ValueError(f"no labels of split {split!r} to measure by: add some")
-    found, target, known = _compared(predictor, labels, features, np.array(rows))
+    found, target, known = _compared(predictor, labels, features, np.array(rows), method)
     numbers = np.concatenate([labels.atoms(i).numbers for i in rows])
     figures: dict[str, Any] = {"structures": len(rows), "sites": len(target)}
     errors: dict[str, np.ndarray] = {}
@@ -689,9 +940,10 @@ def evaluate(
     figures["ratio"] = figures["mean"] / figures["element_mean"]
     finite = np.isfinite(errors[""])
     doubt = _relative_spread(found.mean, found.spread, known)  # the expected error follows it
-    figures["rank_correlation"] = float(spearmanr(doubt[finite], errors[""][finite]).statistic)
+    one_error = np.ptp(doubt[finite]) == 0  # of a model alone: it orders nothing
+    figures["rank_correlation"] = 0.0 if one_error else float(spearmanr(doubt[finite], errors[""][finite]).statistic)
     figures["coverage"] = float((np.abs(found.mean - target) <= found.spread)[known].mean())
-    figures["expected_error"] = float(found.error[finite].mean())
+    figures["expected_error"] = float(np.nanmean(found.error[finite]))
     by_element = {z: errors[""][finite & (numbers == z)] for z in np.unique(numbers[finite]).tolist()}
     figures["per_element"] = {chemical_symbols[z]: [float(np.median(e)), len(e)] for z, e in by_element.items()}
     return figures
@@ -713,16 +965,15 @@ def pseudo_labels(
     -------
     values : (n, 20, 151) float16, states/eV
     known : (n, 20, 151) bool
-        All false on padding and for structures that CHGNet cannot read.
+        All false on padding and for structures that cannot be read.
     """
-    if cache is None:
-        features = site_features([structures.atoms(i) for i in range(len(structures))], progress=progress)
-    else:
+    crystals = [structures.atoms(i) for i in range(len(structures))]
+    features = None
+    if cache is not None and predictor.members:
         features = cached_site_features(structures, cache, progress=progress)
-    numbers = [structures.atomic_numbers[i, :n] for i, n in enumerate(structures.num_atoms)]
     values = np.zeros((len(structures), MAX_ATOMS, MODEL_GRID.size), dtype=np.float16)
     known = np.zeros(values.shape, dtype=bool)
-    for i, prediction in enumerate(predictor.predict_features(features, numbers)):
+    for i, prediction in enumerate(predictor.predict_arrays(crystals, progress, features=features)):
         n = len(prediction.mean)
         known[i, :n] = prediction.known
         values[i, :n] = np.where(prediction.known, prediction.mean, 0.0)
@@ -742,7 +993,14 @@ def write_pseudo_labels(
 
 
 def train_predictors(
-    label_directory: str | Path, paths: Mapping[str, str | Path], *, seed: int = 0, progress: bool = False
+    label_directory: str | Path,
+    paths: Mapping[str, str | Path],
+    *,
+    settings: TightBindingTraining | None = None,
+    runs: str | Path | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: bool = False,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Train predictors on the labels of a directory and save them.
 
@@ -750,6 +1008,9 @@ def train_predictors(
     ----------
     label_directory : shards of site DOS
     paths : where to save each of the `ROLES` wanted
+    settings : of the tight-binding models; `TightBindingTraining()` by default
+    runs : folder that keeps the state and log of these, so that an interrupted run goes on; none by default
+    device : where to train them
     seed : of initial weights, dropout and order; each role adds its own number
     progress : show a progress bar
 
@@ -761,11 +1022,26 @@ def train_predictors(
     labels = load_site_dos(label_directory)
     features = site_features([labels.atoms(i) for i in range(len(labels))], progress=progress)
     figures = {}
-    for number, (name, (fold, config)) in enumerate(ROLES.items()):
-        if name in paths:
-            settings: dict[str, Any] = {"fold": fold, "config": config, "seed": seed + number}
-            predictor = train_predictor(labels, features, **settings, progress=progress)
-            predictor.save(paths[name])
-            splits = [split for split in ("val", "test") if (labels.split == split).any()]
-            figures[name] = {split: evaluate(predictor, labels, features, split) for split in splits}
+    for number, (name, role) in enumerate(ROLES.items()):
+        if name not in paths:
+            continue
+        models = [
+            train_tight_binding(
+                label_directory,
+                labels,
+                features,
+                fold=role.fold,
+                settings=settings,
+                seed=seed + number + len(ROLES) * k,
+                directory=Path(runs) / f"{name}_{k}" if runs is not None else None,
+                device=device,
+                progress=progress,
+            )
+            for k in range(role.tight_binding)
+        ]
+        chosen: dict[str, Any] = {"fold": role.fold, "config": role.config, "seed": seed + number}
+        predictor = train_predictor(labels, features, **chosen, tight_binding=models, progress=progress)
+        predictor.save(paths[name])
+        splits = [split for split in ("val", "test") if (labels.split == split).any()]
+        figures[name] = {split: evaluate(predictor, labels, features, split) for split in splits}
     return figures

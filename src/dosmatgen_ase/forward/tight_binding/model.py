@@ -64,6 +64,14 @@ class TightBindingConfig:
     cutoff: float = 6.0
     dropout: float = 0.2
 
+    def __post_init__(self) -> None:
+        for name, highest in (("width", 1024), ("hidden", 2048), ("site_hidden", 2048), ("rounds", 4), ("message", 64)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
+                raise ValueError(f"{name}={value!r} must be a whole number from 1 to {highest}")
+        if not 1 <= self.cutoff <= 20 or not 0 <= self.dropout < 1:
+            raise ValueError(f"cutoff={self.cutoff} A must lie in 1 to 20, dropout={self.dropout} in 0 to 1")
+
 
 class MatrixElements(NamedTuple):
     """What the network writes, before it becomes a matrix.

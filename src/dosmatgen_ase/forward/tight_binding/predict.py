@@ -1,0 +1,87 @@
+"""Use of a trained model: crystals in, site DOS and gaps out, in batches of like size on fixed meshes of k-points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA
+from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, collate
+from dosmatgen_ase.forward.tight_binding.kpoints import symmetric_mesh
+from dosmatgen_ase.forward.tight_binding.model import TightBinding
+from dosmatgen_ase.forward.tight_binding.spectrum import broadened
+
+MAX_ORBITALS = 2000  # of a cell: a Hamiltonian of that size takes 32 MB a k-point
+BATCH_ELEMENTS = 400_000  # of the Hamiltonians of a batch, all k-points together
+MAX_BATCH = 32
+
+
+class TightBindingDOS(NamedTuple):
+    """What one model says of one crystal.
+
+    Attributes
+    ----------
+    dos : (n, 3, 151) float32
+        Of s, p and d of every site, states/eV at sigma 0.2 eV on `dos.MODEL_GRID`.
+    gap : float, eV
+        0 for a metal.
+    """
+
+    dos: np.ndarray
+    gap: float
+
+
+def mesh_points(sites: int) -> int:
+    """Points of the whole mesh for a cell of so many atoms, of which about half are computed."""
+    return 64 if sites <= 6 else 32 if sites <= 10 else max(1, 320 // sites)
+
+
+def predict_crystals(
+    model: TightBinding, graphs: Sequence[CrystalGraph], progress: bool = False
+) -> list[TightBindingDOS]:
+    """Predict the DOS of crystals, each the same in any company (within rounding).
+
+    Parameters
+    ----------
+    model : in evaluation mode
+    graphs : crystals of at most `MAX_ORBITALS` orbitals each
+    progress : show a progress bar
+    """
+    device = model.start.device
+    energies = torch.tensor(MODEL_GRID.energies, dtype=torch.float32, device=device)
+    found: dict[int, TightBindingDOS] = {}
+    with torch.no_grad(), tqdm(total=len(graphs), disable=not progress, unit="crystal", desc="tight binding") as bar:
+        for rows, points, weights in _batches(graphs):
+            batch = collate([graphs[i] for i in rows]).to(device)
+            spectrum, _ = model.spectrum(batch, points.to(device), weights.to(device))
+            dos = broadened(spectrum, energies, MODEL_SIGMA).cpu().numpy()
+            for b, i in enumerate(rows):
+                sites = len(graphs[i].numbers)
+                shells = dos[b, : 3 * sites].reshape(sites, 3, -1)
+                found[i] = TightBindingDOS(shells.copy(), float(spectrum.gap[b]))
+            bar.update(len(rows))
+    return [found[i] for i in range(len(graphs))]
+
+
+def _batches(graphs: Sequence[CrystalGraph]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Rows of crystals of like size, all or none magnetic, with their points (b, k, 3) and weights (b, k)."""
+    meshes = [symmetric_mesh(g.reciprocal, mesh_points(len(g.numbers))) for g in graphs]
+    order = sorted(range(len(graphs)), key=lambda i: (graphs[i].magnetic, len(meshes[i][0]) > 16, graphs[i].size))
+    while order:
+        rows, most = [order[0]], len(meshes[order[0]][0])
+        for i in order[1:MAX_BATCH]:
+            most = max(most, len(meshes[i][0]))
+            like = graphs[i].magnetic == graphs[rows[0]].magnetic and graphs[i].size <= 1.3 * graphs[rows[0]].size + 2
+            if not like or (len(rows) + 1) * most * graphs[i].size ** 2 > BATCH_ELEMENTS:
+                break
+            rows.append(i)
+        order = order[len(rows) :]
+        most = max(len(meshes[i][0]) for i in rows)
+        points, weights = np.zeros((len(rows), most, 3)), np.zeros((len(rows), most))
+        for b, i in enumerate(rows):  # what is added has no weight
+            points[b, : len(meshes[i][0])], weights[b, : len(meshes[i][0])] = meshes[i]
+        yield rows, torch.from_numpy(points).float(), torch.from_numpy(weights).float()
