@@ -943,7 +943,8 @@ def evaluate(
     one_error = np.ptp(doubt[finite]) == 0  # of a model alone: it orders nothing
     figures["rank_correlation"] = 0.0 if one_error else float(spearmanr(doubt[finite], errors[""][finite]).statistic)
     figures["coverage"] = float((np.abs(found.mean - target) <= found.spread)[known].mean())
-    figures["expected_error"] = float(np.nanmean(found.error[finite]))
+    expected = found.error[finite & np.isfinite(found.error)]
+    figures["expected_error"] = float(expected.mean()) if len(expected) else None
     by_element = {z: errors[""][finite & (numbers == z)] for z in np.unique(numbers[finite]).tolist()}
     figures["per_element"] = {chemical_symbols[z]: [float(np.median(e)), len(e)] for z, e in by_element.items()}
     return figures
