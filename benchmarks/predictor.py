@@ -188,7 +188,10 @@ def main() -> None:
     labels = load_site_dos(ROOT / "data" / "site_dos")
     if options.train:
         train_predictors(ROOT / "data" / "site_dos", PATHS, seed=options.seed, progress=True)
-    features = site_features([labels.atoms(i) for i in range(len(labels))], progress=True)
+    needed = np.flatnonzero((labels.split != "train") | options.curve)
+    features: Features = ["not needed"] * len(labels)
+    for i, found in zip(needed, site_features([labels.atoms(i) for i in needed], progress=True), strict=True):
+        features[i] = found
     models = {name: DOSPredictor.load(path) for name, path in PATHS.items()}
     last = RESULTS / "predictor.json"
     report: dict[str, Any] = json.loads(last.read_text()) if last.exists() else {}

@@ -15,6 +15,8 @@ from dosmatgen_ase.cli.application import app
 from dosmatgen_ase.cli.options import Structures, figure, read_structures, site_list, writable
 
 if TYPE_CHECKING:
+    from ase import Atoms
+
     from dosmatgen_ase.dos import TargetDOS
 
 
@@ -80,6 +82,9 @@ def predict(
         Path, typer.Option("-o", "--out", help="Folder of the results, NAME.json, which every DOS_FILE may be.")
     ] = Path("predicted"),
     plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf, .svg) of the sites of the first one.")] = None,
+    bands: Annotated[
+        bool, typer.Option("--bands", help="Write the bands, too: NAME_bands.json (ASE) and NAME_bands.png.")
+    ] = False,
 ) -> None:
     """Predict the site DOS of structures in milliseconds, by the forward model that ships.
 
@@ -103,6 +108,8 @@ def predict(
         total = None if None in sites else TargetDOS.sum_of([dos for dos in sites if dos])
         record = {"sites": [dos and dos.to_dict() for dos in sites], "total": total and total.to_dict()}
         write_atomic(out / f"{name}.json", json.dumps(record).encode())
+        if bands:
+            _write_bands(atoms, out / f"{name}_bands")
         first = first or (name, sites)
         for i, dos in enumerate(sites):
             figures = ("unknown", "", "")
@@ -121,3 +128,16 @@ def predict(
 
         plot_dos(list(known.values()), [f"site {i}" for i in known], path=plot)
         typer.echo(f"picture: {plot}")
+
+
+def _write_bands(atoms: Atoms, stem: Path) -> None:
+    """Write the predicted bands as STEM.json and STEM.png."""
+    from matplotlib.figure import Figure
+
+    from dosmatgen_ase.forward.bands import predict_bands
+
+    found = predict_bands(atoms)
+    found.write(stem.with_name(f"{stem.name}.json"))
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    found.plot(ax=figure.subplots(), emin=-10, emax=5)
+    figure.savefig(stem.with_name(f"{stem.name}.png"), dpi=150)

@@ -1,0 +1,92 @@
+"""Bands of a crystal along a path through its Brillouin zone, by learned tight binding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dosmatgen_ase.forward.predictor import DOSPredictor, default_predictor, tight_binding_graph
+from dosmatgen_ase.forward.tight_binding.graph import collate
+from dosmatgen_ase.forward.tight_binding.kpoints import symmetric_mesh
+from dosmatgen_ase.forward.tight_binding.predict import mesh_points
+from dosmatgen_ase.threads import cpu_threads
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from ase.spectrum.band_structure import BandStructure
+
+POINTS_PER_STEP = 32
+
+
+def predict_bands(
+    atoms: Atoms, path: str | None = None, *, npoints: int = 120, predictor: DOSPredictor | None = None
+) -> BandStructure:
+    """Predict the bands of a crystal by its first tight-binding model.
+
+    Parameters
+    ----------
+    atoms : periodic crystal
+    path : special points as ASE names them, such as "GXWKGL"; by default ASE's path of the crystal's Bravais lattice
+    npoints : of the whole path
+    predictor : by default the one that ships
+
+    Returns
+    -------
+    ase.spectrum.band_structure.BandStructure
+        Energies (spins, npoints, bands) in eV; zero is the Fermi level, or the valence-band maximum
+        where there is a gap. Bands more than about 5 eV above it are no prediction: labels end there.
+
+    Raises
+    ------
+    ValueError
+        If the crystal cannot be read, the path is not one, or the predictor has no tight-binding model.
+    """
+    from ase.spectrum.band_structure import BandStructure
+
+    predictor = predictor or default_predictor()
+    if not predictor.tight_binding:
+        raise ValueError("this predictor has no tight-binding model, which bands need: take the one that ships")
+    model = predictor.tight_binding[0]
+    try:
+        graph = tight_binding_graph(atoms, model.config.cutoff)
+    except ValueError as error:
+        raise ValueError(f"no bands for {atoms.get_chemical_formula()}: {error}") from error
+    try:
+        band_path = atoms.cell.bandpath(path, npoints=npoints)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"path={path!r} is not a path through special points of this lattice: {error}") from error
+    batch = collate([graph])
+    points, weights = symmetric_mesh(graph.reciprocal, 4 * mesh_points(len(atoms)))
+    with torch.no_grad(), cpu_threads(1):
+        mesh, _ = model.spectrum(batch, torch.tensor(points)[None].float(), torch.tensor(weights)[None].float())
+        parts = torch.tensor(band_path.kpts).float().split(POINTS_PER_STEP)
+        levels = torch.cat([model.spectrum(batch, part[None])[0].levels[0] for part in parts], 1)
+    zero = mesh.zero
+    if mesh.gap > 0:  # the path may meet a higher top of the valence band than the mesh does
+        filled = round(graph.electrons * len(levels) / 2)
+        together = levels.transpose(0, 1).flatten(1).sort(1).values
+        zero = torch.maximum(zero, together[:, filled - 1].max())
+    return BandStructure(band_path, (levels - zero).numpy().astype(float), reference=0.0)
+
+
+def pymatgen_bands(bands: BandStructure, atoms: Atoms) -> Any:
+    """Return bands as pymatgen's ``BandStructureSymmLine``.
+
+    Parameters
+    ----------
+    bands : from `predict_bands`
+    atoms : the same crystal
+    """
+    from pymatgen.core import Lattice
+    from pymatgen.electronic_structure.bandstructure import BandStructureSymmLine
+    from pymatgen.electronic_structure.core import Spin
+    from pymatgen.io.ase import AseAtomsAdaptor
+
+    spins = (Spin.up, Spin.down)
+    eigenvalues = {spin: energies.T for spin, energies in zip(spins, bands.energies, strict=False)}
+    lattice = Lattice(atoms.cell.array).reciprocal_lattice
+    special = {("\\Gamma" if name == "G" else name): np.asarray(k) for name, k in bands.path.special_points.items()}
+    structure = AseAtomsAdaptor.get_structure(atoms)
+    return BandStructureSymmLine(bands.path.kpts, eigenvalues, lattice, 0.0, special, structure=structure)

@@ -1,0 +1,79 @@
+"""Bands along paths, from a tight-binding model with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk
+
+from dosmatgen_ase.forward.bands import predict_bands, pymatgen_bands
+from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig
+from dosmatgen_ase.forward.tight_binding.basis import start_levels
+from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
+
+
+@pytest.fixture(scope="module")
+def predictor() -> DOSPredictor:
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        levels = torch.tensor(start_levels(np.tile([-6.0, -2.0, -1.0], (95, 1))))
+        model = TightBinding(TightBindingConfig(width=16, hidden=16, site_hidden=16), levels)
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+    tables = {"baseline": torch.ones(95, 151), "support": torch.full((95, 151), 9, dtype=torch.int16)}
+    return DOSPredictor(PredictorConfig(members=0), tables, {}, [model])
+
+
+def test_bands_have_the_symmetry_of_the_crystal_and_join_at_special_points(predictor: DOSPredictor) -> None:
+    atoms = bulk("Cu")
+    bands = predict_bands(atoms, "GXG", npoints=41, predictor=predictor)
+    assert bands.energies.shape == (1, 41, 9)
+    assert bands.path.path == "GXG"
+    np.testing.assert_allclose(bands.energies[0, 0], bands.energies[0, -1], atol=1e-4)
+    gamma = bands.energies[0, 0]
+    assert (np.diff(gamma) < 1e-4).sum() == 2 + 2 + 1  # s, p threefold, d three- and twofold
+    assert np.ptp(bands.energies[0], axis=0).max() > 0.05
+    assert predict_bands(bulk("Fe"), "GH", npoints=3, predictor=predictor).energies.shape[0] == 2
+
+
+def test_electrons_fill_the_bands_below_zero_of_an_insulator(predictor: DOSPredictor) -> None:
+    atoms = bulk("MgO", "rocksalt", a=5.5)
+    bands = predict_bands(atoms, npoints=60, predictor=predictor)
+    below = (bands.energies[0] < 0.1).sum(axis=1)
+    (prediction,) = predictor.predict_arrays([atoms])
+    assert prediction.gap > 0.5
+    assert (below == 4).all()  # eight electrons
+    assert bands.energies[0, :, 3].max() == pytest.approx(0, abs=1e-5)
+
+
+def test_pymatgen_draws_the_same_bands(predictor: DOSPredictor) -> None:
+    atoms = bulk("MgO", "rocksalt", a=5.5)
+    bands = predict_bands(atoms, "GXWKGL,UX", npoints=60, predictor=predictor)
+    line = pymatgen_bands(bands, atoms)
+    assert line.nb_bands == bands.energies.shape[2]
+    assert not line.is_metal()
+    names = {point.label for point in line.kpoints if point.label}
+    assert names == {"\\Gamma", "X", "W", "K", "L", "U"}
+
+
+def test_bad_requests_are_told(predictor: DOSPredictor) -> None:
+    with pytest.raises(ValueError, match="no bands for Cu: collapsed"):
+        predict_bands(bulk("Cu", a=0.5), predictor=predictor)
+    with pytest.raises(ValueError, match="path='GQ9' is not a path"):
+        predict_bands(bulk("Cu"), "GQ9", predictor=predictor)
+    tables = {**predictor.tables, "input_mean": torch.zeros(536), "input_std": torch.ones(536)}
+    networks = DOSPredictor(PredictorConfig(hidden=4, depth=1, members=1), tables, {})
+    with pytest.raises(ValueError, match="no tight-binding model"):
+        predict_bands(bulk("Cu"), predictor=networks)
+
+
+def test_a_band_structure_can_be_written(predictor: DOSPredictor, tmp_path: Path) -> None:
+    from ase.io.jsonio import read_json
+
+    bands = predict_bands(bulk("Cu"), "GX", npoints=5, predictor=predictor)
+    bands.write(tmp_path / "bands.json")
+    np.testing.assert_allclose(read_json(tmp_path / "bands.json").energies, bands.energies)
