@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 import numpy as np
 import torch
 from _common import JUDGE, RANKER, RESULTS, ROOT, write_results
+from ase.build import bulk
+from ase.spacegroup import crystal
 from electronic import SHIFTS, in_shape, vasp_elements
 from matplotlib.figure import Figure
 
 from dosmatgen_ase.data import SiteDOSLabels, Structures, load_site_dos, load_structures
-from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
+from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
 from dosmatgen_ase.forward.predictor import (
     DEFAULT_PREDICTOR,
     DOSPredictor,
@@ -35,8 +38,11 @@ from dosmatgen_ase.forward.predictor import (
     train_predictor,
     train_predictors,
 )
+from dosmatgen_ase.forward.tight_binding.basis import MAGNETIC
 
 PATHS = {"predictor": DEFAULT_PREDICTOR, "ranker": RANKER, "judge": JUDGE}
+HALOGENS, ALKALI, POST_TRANSITION = {9, 17, 35, 53}, {3, 11, 19, 37, 55}, {13, 31, 49, 50, 81, 82, 83}
+AU3NI = crystal(("Au", "Ni"), [(0, 0.5, 0.5), (0, 0, 0)], spacegroup=221, cellpar=[4.03] * 3 + [90] * 3)
 LIMIT = 0.75  # a judge's error may be at most this part of the per-element mean's for ratios to its floor to count
 FRACTIONS = (0.25, 0.5, 1.0)
 Features = list[np.ndarray | str]
@@ -52,6 +58,88 @@ def milliseconds(predictor: DOSPredictor, labels: SiteDOSLabels, count: int = 32
     for one in atoms:
         predictor.predict_arrays([one])
     return {"batch": (middle - start) / count * 1e3, "alone": (time.process_time() - middle) / count * 1e3}
+
+
+def cost_by_size(predictor: DOSPredictor, repeats: int = 5) -> dict[str, dict[str, float]]:
+    """CPU milliseconds for one crystal of 4 and of 10 atoms by each method, neighbours or features included."""
+    crystals = {"4 atoms": AU3NI, "10 atoms": bulk("MgO", "rocksalt", a=4.2) * (5, 1, 1)}
+    found: dict[str, dict[str, float]] = {}
+    for method in predictor.methods:
+        for size, atoms in crystals.items():
+            predictor.predict_arrays([atoms], method=method)
+            start = time.process_time()
+            for _ in range(repeats):
+                predictor.predict_arrays([atoms], method=method)
+            found.setdefault(method, {})[size] = (time.process_time() - start) / repeats * 1e3
+    return found
+
+
+def by_kind(predictor: DOSPredictor, labels: SiteDOSLabels, features: Features, split: str) -> dict[str, Any]:
+    """Errors by kind of crystal or site and by method, and those of the gap."""
+    rows = np.flatnonzero(labels.split == split)
+    chosen = labels.select(rows)
+    owner, site = np.nonzero(chosen.atomic_numbers)
+    numbers, target, known = chosen.atomic_numbers[owner, site], chosen.values[owner, site], chosen.known[owner]
+    elements = [set(chosen.atoms(i).numbers.tolist()) for i in range(len(chosen))]
+
+    def holds(wanted: Iterable[int]) -> np.ndarray:
+        return np.array([bool(found & set(wanted)) for found in elements])[owner]
+
+    gap, magnetic = chosen.band_gap[owner], holds(MAGNETIC)
+    kinds = {
+        "all": gap >= 0,
+        "up to 6 atoms": chosen.num_atoms[owner] <= 6,
+        "metals, none of V to Ni": (gap == 0) & ~magnetic,
+        "gap up to 2 eV": (gap > 0) & (gap <= 2),
+        "gap above 2 eV": gap > 2,
+        "with V to Ni": magnetic,
+        "halides": holds(HALOGENS),
+        "hydrides": holds([1]),
+        "alkali metal sites": np.isin(numbers, list(ALKALI)),
+        "post-transition metal sites": np.isin(numbers, list(POST_TRANSITION)),
+    }
+    report: dict[str, Any] = {name: {"sites": int(mask.sum())} for name, mask in kinds.items()}
+    atoms, some = [labels.atoms(i) for i in rows], [features[i] for i in rows]
+    for method in (*predictor.methods, "element's mean"):
+        if method == "element's mean":
+            values = predictor.baseline[numbers]
+        else:
+            found = predictor.predict_arrays(atoms, method=method, features=some)
+            values = np.concatenate([p.mean for p in found])
+            if method == "all" and predictor.tight_binding:
+                report["gap"] = gap_figures(np.array([p.gap for p in found]), chosen.band_gap)
+        error = normalised_l1_arrays(values.astype(float), target.astype(float), known)
+        for name, mask in kinds.items():
+            if np.isfinite(error[mask]).any():
+                told = [float(np.nanmean(error[mask])), float(np.nanmedian(error[mask]))]
+                report[name][method] = dict(zip(("mean", "median"), told, strict=True))
+    return report
+
+
+def gap_figures(predicted: np.ndarray, computed: np.ndarray) -> dict[str, float]:
+    """Mean and median absolute error of gaps (eV), over crystals that have one, and how often metal or not is right."""
+    gapped = computed > 0
+    error = np.abs(predicted - computed)[gapped]
+    return {
+        "gapped crystals": int(gapped.sum()),
+        "mean absolute error": float(error.mean()),
+        "median absolute error": float(np.median(error)),
+        "all crystals": float(np.abs(predicted - computed).mean()),
+        "metal or not right": float(((predicted > 0) == gapped).mean()),
+    }
+
+
+def nickel(predictor: DOSPredictor) -> dict[str, float]:
+    """Normalised L1 of Ni in Au3Ni to the dense calculation of data/ni_in_au3ni.npz, by each method."""
+    seen = TargetDOS.from_file(ROOT / "data" / "ni_in_au3ni.npz", site=3).on_grid(MODEL_GRID, MODEL_SIGMA)
+    return {
+        method: float(
+            normalised_l1_arrays(
+                predictor.predict_arrays([AU3NI], method=method)[0].mean[3].astype(float), seen.values, seen.known
+            )
+        )
+        for method in predictor.methods
+    }
 
 
 def learning_curve(labels: SiteDOSLabels, features: Features, seed: int) -> dict[str, Any]:
@@ -74,7 +162,7 @@ def learning_curve(labels: SiteDOSLabels, features: Features, seed: int) -> dict
     count = [round(f * len(train)) for f in FRACTIONS]
     first, quarter = trained(train[: count[0]])
     others = train[count[0] :]
-    found = first.predict_features([features[i] for i in others], [labels.atoms(i).numbers for i in others])
+    found = first.predict_arrays([labels.atoms(i) for i in others], features=[features[i] for i in others])
     doubt = np.array([np.nanmean(p.error) if not p.reason else -np.inf for p in found])
     unsure = others[np.argsort(-doubt, kind="stable")][: count[1] - count[0]]
     return {
@@ -151,6 +239,13 @@ def markdown(report: dict[str, Any]) -> str:
         f"computed values lie within its 68 % interval. {cost['batch']:.0f} ms of CPU per structure in a batch, "
         f"{cost['alone']:.0f} ms alone. "
     )
+    if "nickel" in report:
+        nickel = ", ".join(f"{value:.2f} by {method}" for method, value in report["nickel"].items())
+        cost_text = "; ".join(
+            f"{method}: " + ", ".join(f"{ms:.0f} ms for {size}" for size, ms in sizes.items())
+            for method, sizes in report["cost"].items()
+        )
+        text += f"Ni in Au3Ni against the dense DFT: {nickel}. CPU, one crystal alone: {cost_text}. "
     if report.get("vasp"):
         told = [
             f"{v['structures']:.0f} {name}: {v['predictor']:.2f} (element's mean {v['element mean']:.2f}), after a "
@@ -173,7 +268,31 @@ def markdown(report: dict[str, Any]) -> str:
         "The features come from CHGNet, which was trained on energies, forces, stresses and moments of most Materials "
         "Project crystals, held-out ones included, but never on a DOS."
     )
-    return "\n".join([*lines, "", text, ""])
+    return "\n".join([*lines, "", *kind_table(report), text, ""])
+
+
+def kind_table(report: dict[str, Any]) -> list[str]:
+    """Lines of the table by kind of crystal and by method, and of the gap."""
+    if "kinds" not in report:
+        return []
+    kinds = {name: figures for name, figures in report["kinds"].items() if name != "gap"}
+    methods = [name for name in kinds["all"] if name != "sites"]
+    lines = [
+        f"| `predictor` on test: mean (median) | sites | {' | '.join(methods)} |",
+        "|---" * (len(methods) + 2) + "|",
+    ]
+    for name, figures in kinds.items():
+        cells = [f"{f['mean']:.3f} ({f['median']:.3f})" if (f := figures.get(m)) else "" for m in methods]
+        lines.append(f"| {name} | {figures['sites']} | {' | '.join(cells)} |")
+    lines.append("")
+    if gap := report["kinds"].get("gap"):
+        lines += [
+            f"Gap by tight binding: mean absolute error {gap['mean absolute error']:.2f} eV, median "
+            f"{gap['median absolute error']:.2f} eV over {gap['gapped crystals']} crystals that have one; metal or not "
+            f"right in {100 * gap['metal or not right']:.0f} % of all.",
+            "",
+        ]
+    return lines
 
 
 def main() -> None:
@@ -187,7 +306,8 @@ def main() -> None:
     torch.set_num_threads(1)
     labels = load_site_dos(ROOT / "data" / "site_dos")
     if options.train:
-        train_predictors(ROOT / "data" / "site_dos", PATHS, seed=options.seed, progress=True)
+        runs = ROOT / "runs" / "predictor"
+        train_predictors(ROOT / "data" / "site_dos", PATHS, runs=runs, seed=options.seed, progress=True)
     needed = np.flatnonzero((labels.split != "train") | options.curve)
     features: Features = ["not needed"] * len(labels)
     for i, found in zip(needed, site_features([labels.atoms(i) for i in needed], progress=True), strict=True):
@@ -201,7 +321,10 @@ def main() -> None:
         report = {}  # what was measured of other models, or on other structures, does not stand beside these
     report |= {"trained_on": trained_on, "test_ids": ids}
     report["figures"] = {n: {s: evaluate(p, labels, features, s) for s in ("val", "test")} for n, p in models.items()}
+    report["kinds"] = by_kind(models["predictor"], labels, features, "test")
+    report["nickel"] = nickel(models["predictor"])
     report["milliseconds"] = milliseconds(models["predictor"], labels)
+    report["cost"] = cost_by_size(models["predictor"])
     if options.curve:
         report["curve"] = learning_curve(labels, features, options.seed)
     if options.vasp:
