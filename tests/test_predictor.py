@@ -171,7 +171,7 @@ def test_load_refuses_what_is_no_predictor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
-        ({"members": 10**9}, "members=1000000000 must be a whole number from 1 to 64"),
+        ({"members": 10**9}, "members=1000000000 must be a whole number from 0 to 64"),
         ({"hidden": 10**6}, "hidden=1000000 must be a whole number from 1 to 8192"),
         ({"depth": 0}, "depth=0 must be a whole number"),
         ({"depth": 32}, "is missing"),
