@@ -103,6 +103,33 @@ def test_a_wish_that_only_known_crystals_fulfil_fails_clearly(
         generator.generate(TARGET, template=copper, strength=0.0, new_only=True, seed=0)
 
 
+@pytest.mark.parametrize(("known_after", "expected"), [({0}, [1]), ({0, 1}, None)])
+def test_what_relaxes_into_a_known_crystal_is_not_new(
+    known_after: set[int], expected: list[int] | None, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stub:
+        """Knows some structures once they are relaxed and scored."""
+
+        def find(self, atoms: Atoms) -> str | None:
+            return "known-7" if "scores" in atoms.info and atoms.info["dosmatgen"]["index"] in known_after else None
+
+    def scored(candidates: Sequence[Atoms], *_: object, **__: object) -> list[Atoms]:
+        for atoms in candidates:
+            atoms.info["scores"] = {"score": 0.5}
+        return list(candidates)
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr(index_module, "default_index", Stub)
+    monkeypatch.setattr("dosmatgen_ase.judge.ranking.score", scored)
+    generator = DOSGenerator(tiny_weights, device="cpu")
+    if expected is None:
+        with pytest.raises(RejectedError, match="0 of 2 structures are new once relaxed"):
+            generator.generate(TARGET, 1, oversample=2, new_only=True, **SETTINGS)
+    else:
+        made = generator.generate(TARGET, 1, oversample=2, new_only=True, **SETTINGS)
+        assert [atoms.info["dosmatgen"]["index"] for atoms in made] == expected
+
+
 # -- the Maker ---------------------------------------------------------------------------------------------------------
 
 

@@ -197,10 +197,10 @@ def draw_crystal(
         colour, r = paled(jmol_colors[numbers[i]], depth), radii[i]
         ringed = index[i] in sites
         edge, width = (TARGET_COLOUR, 2.2) if ringed else (0.45 * colour, 0.7)
-        ax.add_patch(Circle((x, y), r, facecolor=colour, edgecolor=edge, linewidth=width, zorder=depth + 1e-3))
+        ax.add_artist(Circle((x, y), r, facecolor=colour, edgecolor=edge, linewidth=width, zorder=depth + 1e-3))
         shine: dict[str, Any] = {"facecolor": "white", "linewidth": 0, "alpha": 0.18, "zorder": depth + 2e-3}
         for share in (0.55, 0.35, 0.15):
-            ax.add_patch(Circle((x - 0.3 * r, y + 0.3 * r), share * r, **shine))
+            ax.add_artist(Circle((x - 0.3 * r, y + 0.3 * r), share * r, **shine))
     margin = radii.max() + 0.3
     corners = np.concatenate([places, edges.reshape(-1, 3)])
     (left, low), (right, high) = corners[:, :2].min(0) - margin, corners[:, :2].max(0) + margin

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dosmatgen_ase.dos import TargetDOS
     from dosmatgen_ase.retrieval.index import DOSIndex
 
-DRAWN = 4  # crystals in the picture
+DRAWN = 3  # crystals in the picture
 
 
 @app.command()
@@ -52,7 +52,7 @@ def search(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Picture (.png, .pdf, .svg) of the nearest four: target and their DOS, crystal."),
+        typer.Option(help="Picture (.png, .pdf, .svg) of the nearest three: target and their DOS, crystal."),
     ] = None,
     elements: Annotated[str | None, typer.Option(help="Crystals made of these elements only: Ni,Au.")] = None,
     exclude_elements: Annotated[str | None, typer.Option(help="Crystals that hold none of these: O,F.")] = None,

@@ -236,7 +236,8 @@ class _Rows:
             self.failed[name] = prediction.reason
         mean, known = prediction.mean.astype(np.float32), prediction.known
         values = np.where(known, mean, np.float32(0))
-        gap, gapped = float(atoms.info.get("band_gap", np.nan)), _looks_gapped(mean)
+        told = known.any(axis=1)
+        gap, gapped = float(atoms.info.get("band_gap", np.nan)), bool(told.any() and _looks_gapped(mean[told]))
         computed = np.zeros(MODEL_GRID.size, dtype=bool)
         if label is not None:
             computed, gap, gapped = label.known, label.band_gap, label.band_gap > 0
