@@ -251,7 +251,7 @@ GENERATE: list[tuple[Callable[[Path, Path], list[object]], int, str]] = [
     (lambda tmp, w: [NICKEL, "--template", "absent.cif"], 1, "no template absent.cif"),
     (lambda tmp, w: [NICKEL, "--template", written(tmp, "bad.cif", "nothing")], 1, "is not a structure that ASE reads"),
     (lambda tmp, w: [NICKEL, "-o", tmp / "absent" / "out.extxyz"], 1, "cannot write"),
-    (lambda tmp, w: [NICKEL, "-o", tmp], 1, "must end in .extxyz or .xyz"),
+    (lambda tmp, w: [NICKEL, "-o", tmp], 1, "must end in .extxyz, .xyz, .cif"),
     (lambda tmp, w: [NICKEL, "--plot", tmp / "absent" / "out.png"], 1, "cannot write"),
     (lambda tmp, w: [NICKEL, "--plot", tmp / "out.docx"], 1, "must end in .png or .pdf or .svg"),
     (lambda tmp, w: [NICKEL, "--weights", "absent.safetensors"], 1, "no weights at absent.safetensors"),

@@ -26,6 +26,7 @@ from dosmatgen_ase import DOSGenerator, TargetDOS
 from dosmatgen_ase.crystals.batch import CrystalBatch
 from dosmatgen_ase.crystals.reduction import niggli_operation
 from dosmatgen_ase.crystals.screening import Screening, screen
+from dosmatgen_ase.files import extxyz
 from dosmatgen_ase.generate.generator import MAX_ATTEMPTS, RejectedError, batches
 from dosmatgen_ase.judge.ranking import Ranking
 from dosmatgen_ase.model import denoiser
@@ -738,13 +739,16 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_file_that_is_not_ours_is_left_as_it_is(name: str, generator: DOSGenerator, tmp_path: Path) -> None:
-    out = tmp_path / "notes"
+    out = tmp_path / "notes.extxyz"
     content = FOREIGN[name].encode() if isinstance(FOREIGN[name], str) else FOREIGN[name]
     out.write_bytes(content)
     for seed in (0, None):
         with pytest.raises(ValueError, match="structures of another request: choose another file"):
             make(generator, out=out, seed=seed)
     assert out.read_bytes() == content
+    made = make(generator, out=out, overwrite=True)
+    assert len(ase.io.read(out, ":")) == len(made)
+    assert not out.read_bytes().startswith(content)
 
 
 @pytest.mark.parametrize(
@@ -939,26 +943,27 @@ def test_a_template_with_another_constraint_is_refused(generator: DOSGenerator) 
 def test_an_output_that_cannot_be_written_is_told_at_once(generator: DOSGenerator, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent does not exist, create it"):
         make(generator, out=tmp_path / "absent" / "x.extxyz")
+    (tmp_path / "folder.extxyz").mkdir()
     with pytest.raises(OSError, match="choose another place"):
-        make(generator, out=tmp_path)
+        make(generator, out=tmp_path / "folder.extxyz")
 
 
 def test_a_disk_that_fills_up_loses_nothing(
     generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = tmp_path / "made.extxyz"
-    write, written = ase.io.write, []
+    written: list[Atoms] = []
 
-    def fills_up(path: Path, atoms: Atoms, **settings: Any) -> None:
+    def fills_up(structures: list[Atoms]) -> bytes:
         if len(written) == 2:
             with out.open("a") as file:
                 file.write("3\nLattice=")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, atoms, **settings)
-        written.append(atoms)
+        written.extend(structures)
+        return extxyz(structures)
 
     with monkeypatch.context() as patched:
-        patched.setattr("dosmatgen_ase.generate.stream.ase.io.write", fills_up)
+        patched.setattr("dosmatgen_ase.generate.stream.extxyz", fills_up)
         with pytest.raises(OSError, match=r"cannot go on writing .*No space left.*; make room"):
             make(generator, n=4, out=out)
     whole = make(generator, n=4, out=out)

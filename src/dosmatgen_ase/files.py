@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +26,14 @@ def write_atomic(path: Path, content: bytes) -> None:
     OSError
         If the file cannot be written; a file already there stays as it was.
     """
-    part = path.with_name(path.name + ".part")
+    target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
+    part = target.with_name(target.name + ".part")
     try:
         with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(part, target)
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -71,6 +74,150 @@ def extxyz(structures: Sequence[Atoms]) -> bytes:
 def write_extxyz(path: Path, structures: Sequence[Atoms]) -> None:
     """Write structures as extended XYZ; as :func:`write_atomic`."""
     write_atomic(path, extxyz(structures))
+
+
+# -- structures in any format ------------------------------------------------------------------------------------------
+
+MARK = b"dosmatgen"
+"""Stands in every file that this package writes; `check_output` knows them by it."""
+
+STREAMS = (".extxyz", ".xyz")
+STRUCTURES = (*STREAMS, ".cif", ".vasp", ".traj", ".db", ".json")
+"""Endings of files of structures that `write_structures` writes; POSCAR and CONTCAR are names of such files, too."""
+
+
+def structure_format(path: Path) -> str:
+    """Ending of a file of structures, one of `STRUCTURES`.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    if path.name.upper().startswith(("POSCAR", "CONTCAR")):
+        return ".vasp"
+    if path.suffix.lower() in STRUCTURES:
+        return path.suffix.lower()
+    raise ValueError(f"cannot write {path}: its name must end in {', '.join(STRUCTURES[:-1])} or {STRUCTURES[-1]}")
+
+
+def stream_of(path: Path) -> Path:
+    """Return the extxyz file that grows while structures are made: the file itself, or the one beside it."""
+    return path if structure_format(path) in STREAMS else path.with_name(f"{path.stem or path.name}.extxyz")
+
+
+def written_files(path: Path, count: int) -> list[Path]:
+    """Return what `write_structures` makes: one file, or one for each of several structures in POSCAR format."""
+    if structure_format(path) != ".vasp" or count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i:04d}{path.suffix}") for i in range(count)]
+
+
+def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
+    """Write structures in the format that the ending names; as :func:`write_atomic`.
+
+    ``info`` is kept by all but CIF and POSCAR; a database of ASE (.db, .json) has it as ``data`` of its rows. Several
+    structures in POSCAR format are numbered files: x-0000.vasp, x-0001.vasp and so on.
+    """
+    import ase.io
+
+    kind = structure_format(path)
+    if kind in STREAMS:
+        write_extxyz(path, structures)
+    elif kind == ".cif":
+        write_atomic(path, _cif(structures))
+    elif kind == ".vasp":
+        for file, atoms in zip(written_files(path, len(structures)), structures, strict=True):
+            text = io.StringIO()
+            ase.io.write(text, atoms, format="vasp", direct=True)
+            _, rest = text.getvalue().split("\n", 1)  # the first line is a comment
+            write_atomic(file, f"{atoms.get_chemical_formula()} by {MARK.decode()}-ase\n{rest}".encode())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / f"structures{kind}"
+            if kind == ".traj":
+                ase.io.write(part, list(structures), format="traj")
+            else:
+                _write_database(part, structures)
+            write_atomic(path, part.read_bytes())
+
+
+def _cif(structures: Sequence[Atoms]) -> bytes:
+    from ase.io.cif import write_cif
+
+    blocks = [b"# by %s-ase\n" % MARK]
+    for i, atoms in enumerate(structures):
+        text = io.BytesIO()
+        write_cif(text, atoms)
+        name = re.sub(r"[^\w+-]", "_", str(atoms.info.get("material_id", f"{atoms.get_chemical_formula()}_{i}")))
+        blocks.append(text.getvalue().replace(b"data_image0", f"data_{name}".encode(), 1))
+    return b"\n".join(blocks)
+
+
+def _write_database(path: Path, structures: Sequence[Atoms]) -> None:
+    from ase.db import connect
+
+    with connect(path, use_lock_file=False) as database:
+        for atoms in structures:
+            database.write(atoms, data=dict(atoms.info))
+
+
+def read_structures(path: Path, index: Any = ":", format: str | None = None) -> Any:
+    """Read structures as ``ase.io.read`` does, but take ``@`` in a name for what it is."""
+    import ase.io
+
+    return ase.io.read(path, index, format=format, do_not_split_by_at_sign=True)
+
+
+def check_output(
+    path: Path, *, inputs: Iterable[Path] = (), marks: Sequence[bytes] = (MARK,), overwrite: bool = False
+) -> None:
+    """Find out before the work that a file may be written: for every output of every command.
+
+    Parameters
+    ----------
+    path : path
+        A link counts as what it points to.
+    inputs : paths
+        Of the same command, which must survive.
+    marks : sequence of bytes
+        A file that holds one of them was made by such a command before, so it may be replaced.
+    overwrite : bool
+        Replace any other file, too.
+
+    Raises
+    ------
+    OSError
+        If there is no folder for it, it is no file, or it cannot be written.
+    ValueError
+        If it is one of the inputs.
+    FileExistsError
+        If something else would be lost.
+    """
+    target = Path(os.path.realpath(path))
+    if any(target == Path(os.path.realpath(file)) for file in inputs):
+        raise ValueError(f"cannot write {path}: this command reads it; choose another name")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: the folder {target.parent} does not exist, create it")
+    if target.exists() and not target.is_file():
+        raise OSError(
+            f"cannot write {path}: it is {'a folder' if target.is_dir() else 'no file'}; choose another place"
+        )
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise PermissionError(f"cannot write {path}: permission denied; choose another place")
+    if target.exists() and not overwrite and not _holds(target, marks):
+        raise FileExistsError(f"{path} is there and holds something else: choose another name, or give --overwrite")
+
+
+def _holds(path: Path, marks: Sequence[bytes]) -> bool:
+    """Whether a file is empty or holds one of the marks in its first or last megabytes."""
+    size, part = path.stat().st_size, 4 << 20
+    with path.open("rb") as file:
+        content = file.read(part)
+        if size > part:
+            file.seek(max(part, size - part))
+            content += file.read()
+    return not size or any(mark in content for mark in marks)
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:

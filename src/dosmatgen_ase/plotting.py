@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dosmatgen_ase.dos import MODEL_GRID, TargetDOS
-from dosmatgen_ase.files import write_atomic
+from dosmatgen_ase.files import MARK, write_atomic
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -122,7 +122,10 @@ def _save(figure: Figure | None, path: Path) -> None:
     if figure is None:
         raise ValueError("these axes belong to no figure: add them to one before saving")
     picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.lstrip(".") or "png", dpi=150)
+    kind = path.suffix.lstrip(".").lower() or "png"
+    # The name by which the package knows a picture of its own again, before it replaces one.
+    metadata = {"Software" if kind == "png" else "Creator": MARK.decode()} if kind in ("png", "pdf", "svg") else None
+    figure.savefig(picture, format=kind, dpi=150, metadata=metadata)
     write_atomic(path, picture.getvalue())
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -55,7 +56,22 @@ def _one_line(others: Any) -> Any:
 
 def _say(line: str, style: str) -> None:
     """One line on stderr, however wide the terminal is."""
-    Console(stderr=True).print(Text(" ".join(line.split()), style=style), soft_wrap=True)
+    Console(stderr=True).print(Text(printable(" ".join(line.split())), style=style), soft_wrap=True)
+
+
+def printable(text: object) -> str:
+    """Return a text without control characters: names of files may hold some, and a terminal obeys them."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
+def show(*tables: Table) -> None:
+    """Print tables as they are: brackets and colons in names are no markup."""
+    Console(markup=False, emoji=False).print(*tables)
+
+
+def tell(line: str, *, err: bool = False) -> None:
+    """Print a line that may hold names of files."""
+    typer.echo(printable(line), err=err)
 
 
 app = typer.Typer(

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dosmatgen_ase.cli.application import app
-from dosmatgen_ase.cli.options import Data, Structures, read_structures, writable
+from dosmatgen_ase.cli.application import app, printable, show, tell
+from dosmatgen_ase.cli.options import PICTURES, Data, Overwrite, Structures, output, read_structures
 
 
 @app.command()
 def dft(
+    ctx: typer.Context,
     files: Structures,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the results, NAME.json.")] = Path("dft"),
     jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Structures computed at a time.")] = 1,
@@ -29,6 +29,7 @@ def dft(
     ] = None,
     time_limit: Annotated[float, typer.Option(help="Most CPU seconds for each program.")] = 300.0,
     launcher: Annotated[str, typer.Option(help="Put before pw.x and projwfc.x: 'mpirun -np 4'.")] = "",
+    overwrite: Overwrite = False,
 ) -> None:
     """Compute site-projected DOS with Quantum ESPRESSO.
 
@@ -38,6 +39,8 @@ def dft(
 
     settings = EspressoSettings(ecutwfc=ecutwfc, pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher)
     named = read_structures(files)
+    for name in named if out.is_dir() else ():
+        output(ctx, "out", (".json",), path=out / f"{name}.json", marks=(b'"failed"',))
     results = compute_many(named, out, settings, workers=jobs, progress=True)
     table = Table("structure", "formula", "gap, eV", "moment, mu_B", "k-points", "outcome")
     for name, result in results.items():
@@ -47,7 +50,7 @@ def dft(
             table.add_row(name, formula, f"{result.band_gap:.2f}", moment, str(result.num_kpoints), "done")
         else:
             table.add_row(name, formula, "", "", "", str(result))
-    Console().print(table)
+    show(table)
     if not any(isinstance(result, ElectronicStructure) for result in results.values()):
         raise RuntimeError(f"no structure could be computed: the reasons stand in {out}/*.json")
 
@@ -104,8 +107,8 @@ def label(
         kept = f"the labels made so far are in {shards}"
         raise KeyboardInterrupt(f": {kept}; the same command goes on from there") from None
     for path in done.shards:
-        typer.echo(f"shard: {path}")
-    table = Table("structures", "", title=f"labels in {shards}")
+        tell(f"shard: {path}")
+    table = Table("structures", "", title=printable(f"labels in {shards}"))
     for number, what in (
         (done.labels, "labelled"),
         (done.done_before, "had a label of this recipe or had failed before"),
@@ -113,35 +116,41 @@ def label(
         *((1, f"failed: {name}: {reason}") for name, reason in done.failed.items()),
     ):
         table.add_row(str(number), Text(what, overflow="fold"))
-    Console().print(table)
+    show(table)
 
 
 @app.command("data")
 def show_data(
+    ctx: typer.Context,
     data: Data = Path("data"),
     plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf or .svg) of the same.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show what the label set covers: splits, elements, sizes, symmetry, gaps, energies."""
-    writable(plot)
+    output(ctx, "plot", PICTURES)
     from dosmatgen_ase.data import load_site_dos, load_structures
     from dosmatgen_ase.data.coverage import Coverage
 
     structures = load_structures(data / "structures.parquet")
     coverage = Coverage.of(load_site_dos(data / "site_dos"), structures)
     table = Table(
-        "split", "labels", "sites", "with a gap", title=f"{len(structures)} structures in {data}, some labelled"
+        "split",
+        "labels",
+        "sites",
+        "with a gap",
+        title=printable(f"{len(structures)} structures in {data}, some labelled"),
     )
     for split, counts in coverage.splits.items():
         table.add_row(split, *map(str, counts))
     facts = Table("", "", show_header=False, show_lines=True)
     for heading, text in coverage.facts().items():
         facts.add_row(Text(heading, overflow="fold"), Text(text, overflow="fold"))
-    Console().print(table, facts)
+    show(table, facts)
     if plot is not None:
         from dosmatgen_ase.plotting import plot_coverage
 
         plot_coverage(coverage, plot)
-        typer.echo(f"picture: {plot}")
+        tell(f"picture: {plot}")
 
 
 def _first_words(path: Path) -> list[str]:

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dosmatgen_ase.cli.application import app
-from dosmatgen_ase.cli.options import DosFile, OptionGroup, TargetOptions, with_options, writable
+from dosmatgen_ase.cli.application import app, printable, show, tell
+from dosmatgen_ase.cli.options import PICTURES, DosFile, OptionGroup, Overwrite, TargetOptions, output, with_options
 
 if TYPE_CHECKING:
     from dosmatgen_ase.dos import TargetDOS
@@ -22,14 +21,16 @@ if TYPE_CHECKING:
 def dos(
     dos_file: DosFile,
     options: TargetOptions,
+    ctx: typer.Context,
     plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf or .svg) of the DOS.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show how a file is read: grid, zero of energy, broadening, known window, band centre, states."""
     import numpy as np
 
     from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA
 
-    writable(plot)
+    output(ctx, "plot", PICTURES)
     target = options.read(dos_file)
     seen = target.on_grid()
     energies, steps = target.energies, np.diff(target.energies)
@@ -50,15 +51,15 @@ def dos(
         "steps": "; ".join(target.provenance.get("steps", [])) or "none",
         "sha256": target.digest(),
     }
-    table = Table("", "", show_header=False, title=str(dos_file))
+    table = Table("", "", show_header=False, title=printable(dos_file))
     for name, fact in facts.items():
         table.add_row(name, Text(fact, overflow="fold"))
-    Console().print(table)
+    show(table)
     if plot is not None:
         from dosmatgen_ase.plotting import plot_dos
 
         plot_dos(target, path=plot)
-        typer.echo(f"picture: {plot}")
+        tell(f"picture: {plot}")
 
 
 def _windows(target: TargetDOS) -> str:

@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from dosmatgen_ase.cli.application import app
+from dosmatgen_ase.cli.application import app, printable, show, tell
 from dosmatgen_ase.cli.options import (
+    PICTURES,
     Device,
     DosFile,
     OptionGroup,
+    Overwrite,
     TargetOptions,
     figure,
     generation_settings,
+    output,
     with_options,
-    writable,
 )
 from dosmatgen_ase.generate.settings import DEFAULT_COUNT, GenerationSettings
 
@@ -73,10 +74,18 @@ def generate(
     settings: GenerationSettings,
     best: RankingOptions,
     target: TargetOptions,
+    ctx: typer.Context,
     n: Annotated[int, typer.Option("-n", help="Number of structures.")] = DEFAULT_COUNT,
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="extxyz file that grows as structures are made; continued if it exists.")
+        Path,
+        typer.Option(
+            "-o",
+            "--out",
+            help="File of the structures: .extxyz or .xyz, which grows as they are made; or .cif, .vasp, .traj, .db, "
+            ".json, written at the end from an extxyz file beside it. A run of the same command is continued.",
+        ),
     ] = Path("out.extxyz"),
+    overwrite: Overwrite = False,
     plot: Annotated[
         Path | None,
         typer.Option(help="Picture (.png, .pdf, .svg) of the best four: target and predicted DOS, crystal."),
@@ -92,10 +101,8 @@ def generate(
     """
     start = time.perf_counter()
     dos = target.read(dos_file)
-    writable(out, (".extxyz", ".xyz"))
-    writable(plot)
-    best_file = out if best.oversample == 1 and best.relax is None else out.with_name(f"{out.stem}-best{out.suffix}")
-    writable(best_file, (".extxyz", ".xyz"))
+    files = _Files.of(out, n, best)
+    _check_files(ctx, files, n)
 
     from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
     from dosmatgen_ase.generate.generator import DOSGenerator
@@ -112,61 +119,100 @@ def generate(
     failed: RuntimeError | None = None
     try:
         try:
-            for _ in generator.generate_iter(dos, draws, settings=settings, progress=True, out=out):
+            drawn = generator.generate_iter(dos, draws, settings=settings, progress=True, out=out, overwrite=overwrite)
+            for _ in drawn:
                 made += 1
         except RuntimeError as error:  # some were rejected too often, which must not cost the others
             if not made:
                 raise
             failed = error
-        found = _ranked(out, draws, n, request, best, ranking, forward)
+        found = _ranked(files, draws, n, request, best, ranking, forward)
     except KeyboardInterrupt:
-        kept = f"{made} of {draws} structures are kept in {out}"
+        kept = f"{made} of {draws} structures are kept in {files.stream}"
         raise KeyboardInterrupt(f": {kept}; the same command goes on from there") from None
-    _show(found, out, best_file, request, ranking)
+    _show(found, files, request, ranking)
     if plot is not None:
         _draw(found[:4], plot, request, forward)
     if settings.seed is None and found:
-        typer.echo(f"seed: {found[0].info['dosmatgen']['seed']} (--seed gives the same structures again)")
-    typer.echo(f"{time.perf_counter() - start:.1f} s")
+        tell(f"seed: {found[0].info['dosmatgen']['seed']} (--seed gives the same structures again)")
+    tell(f"{time.perf_counter() - start:.1f} s")
     if failed is not None:
         raise failed
 
 
+@dataclass(frozen=True)
+class _Files:
+    """Files of one run: all draws, the stream that they grow in, what is relaxed, and the best."""
+
+    out: Path
+    stream: Path
+    relaxed: Path | None
+    best: Path
+
+    @classmethod
+    def of(cls, out: Path, n: int, options: RankingOptions) -> _Files:
+        """Derive the names from that of OUT."""
+        from dosmatgen_ase.files import stream_of
+
+        stream = stream_of(out)
+        relaxed = None if options.relax is None else stream.with_name(f"{stream.stem}-relaxed{stream.suffix}")
+        picked = options.oversample > 1 or options.relax is not None
+        return cls(out, stream, relaxed, out.with_name(f"{out.stem}-best{out.suffix}") if picked else out)
+
+
+def _check_files(ctx: typer.Context, files: _Files, n: int) -> None:
+    """Check the outputs of a run; what the stream of structures holds is looked at by the generator."""
+    from dosmatgen_ase.files import STRUCTURES
+
+    output(ctx, "out", STRUCTURES, path=files.stream, continued=True)
+    if files.out != files.stream:
+        output(ctx, "out", STRUCTURES, count=n)
+    if files.best != files.out:
+        output(ctx, "out", STRUCTURES, path=files.best, count=n)
+    if files.relaxed is not None:
+        output(ctx, "out", STRUCTURES, path=files.relaxed)
+    output(ctx, "plot", PICTURES)
+
+
 def _ranked(
-    out: Path, draws: int, n: int, request: Request, options: RankingOptions, ranking: Ranking, forward: DOSPredictor
+    files: _Files,
+    draws: int,
+    n: int,
+    request: Request,
+    options: RankingOptions,
+    ranking: Ranking,
+    forward: DOSPredictor,
 ) -> list[Atoms]:
     """Relax, if asked, and rank the structures drawn into `out`; return the best."""
-    import ase.io
-
+    from dosmatgen_ase.files import read_structures
     from dosmatgen_ase.generate.generator import not_new
     from dosmatgen_ase.judge.ranking import best, score
     from dosmatgen_ase.judge.relaxation import relax_into
 
-    drawn = ase.io.read(out, ":", format="extxyz")
+    drawn = read_structures(files.stream, format="extxyz")
     for frame, atoms in enumerate(drawn):
         atoms.info["frame"] = frame
     drawn = [atoms for atoms in drawn if atoms.info["dosmatgen"]["index"] < draws]
-    if options.relax is not None:
-        relaxed = out.with_name(f"{out.stem}-relaxed{out.suffix}")
+    if files.relaxed is not None and options.relax is not None:
         held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
-        drawn = relax_into(relaxed, drawn, options.relax, progress=True, **held)
+        drawn = relax_into(files.relaxed, drawn, options.relax, progress=True, **held)
     sites, total, progress = request.site_targets, request.total_target, options.relax is not None
     scored = score(drawn, sites, total, predictor=forward, ranking=ranking, progress=progress)
     return best([atoms for atoms in scored if not_new(request, atoms) is None], n)  # some relax into known ones
 
 
-def _show(found: list[Atoms], out: Path, best_file: Path, request: Request, ranking: Ranking) -> None:
+def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking) -> None:
     """Keep the best and print their table, and the known crystal that has the DOS best."""
-    from dosmatgen_ase.files import write_extxyz
+    from dosmatgen_ase.files import write_structures
     from dosmatgen_ase.judge.stability import in_words
     from dosmatgen_ase.retrieval.index import default_index
 
-    if best_file != out:
+    if files.best != files.out:
         for frame, atoms in enumerate(found):
             atoms.info["frame"] = frame
-        write_extxyz(best_file, found)
+        write_structures(files.best, found)
     known = default_index()
-    table = Table(title=f"{len(found)} structures in {best_file}, best first")
+    table = Table(title=printable(f"{len(found)} structures in {files.best}, best first"))
     energies = ranking.energy > 0
     for name in ("frame", "formula", "sites", "atoms", "Å³/atom", "predicted distance", "expected error"):
         table.add_column(name, justify="left" if name in ("formula", "sites") else "right")
@@ -181,7 +227,7 @@ def _show(found: list[Atoms], out: Path, best_file: Path, request: Request, rank
         figures += [known.find(atoms) or "new"]
         figures += [in_words(told["energy_above_hull"], 2) or "unknown"] if energies else []
         table.add_row(str(atoms.info["frame"]), atoms.get_chemical_formula(), given, *figures)
-    Console().print(table)
+    show(table)
     typer.echo("frame: place in the file, as in ase.io.read(file, frame); sites: those with the DOS")
     typer.echo("predicted distance: normalised L1 of the DOS that a forward model predicts, to the target")
     typer.echo(f"known as: which of {len(known)} known crystals it is, if any")
@@ -216,4 +262,4 @@ def _draw(found: list[Atoms], plot: Path, request: Request, forward: DOSPredicto
         title = f"frame {atoms.info['frame']}: {atoms.get_chemical_formula()}, predicted distance {distance}"
         shown.append((title, atoms, [dos for dos, _ in predicted_for_targets(prediction, sites, total)]))
     plot_candidates(target, shown, plot, sites=list(sites))
-    typer.echo(f"picture: {plot}")
+    tell(f"picture: {plot}")

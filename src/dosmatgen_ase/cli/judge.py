@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from dosmatgen_ase.cli.application import app
-from dosmatgen_ase.cli.options import Structures, figure, read_structures, site_list, writable
+from dosmatgen_ase.cli.application import app, show, tell
+from dosmatgen_ase.cli.options import PICTURES, Overwrite, Structures, figure, output, read_structures, site_list
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -22,10 +21,15 @@ if TYPE_CHECKING:
 
 @app.command()
 def relax(
+    ctx: typer.Context,
     files: Structures,
-    out: Annotated[Path, typer.Option("-o", "--out", help="extxyz file of the relaxed structures.")] = Path(
-        "relaxed.extxyz"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", help="File of the relaxed structures: .extxyz, .xyz, .cif, .vasp, .traj, .db or .json."
+        ),
+    ] = Path("relaxed.extxyz"),
+    overwrite: Overwrite = False,
     calculator: Annotated[
         str, typer.Option(help="chgnet, or a MACE model: the path of a file, or a name such as medium-mpa-0.")
     ] = "chgnet",
@@ -43,14 +47,15 @@ def relax(
     With CHGNet the table also has the energy above the hull, made by the same potential. A run that was killed goes on
     where it stopped: give the same command again. Atoms that a file marks as fixed stay, and the cell with them.
     """
-    from dosmatgen_ase.files import write_extxyz
+    from dosmatgen_ase.files import STRUCTURES, stream_of, write_structures
     from dosmatgen_ase.judge.relaxation import relax_into
     from dosmatgen_ase.judge.stability import in_words, load_hull
 
-    writable(out, (".extxyz", ".xyz"))
-    if out.resolve() in [file.resolve() for file in files]:  # it grows as structures are relaxed
-        raise ValueError(f"--out {out} is one of the files to relax: choose another name")
+    stream = stream_of(out)
+    output(ctx, "out", STRUCTURES, path=stream, marks=(b"relaxation=",))
     named = read_structures(files)
+    if out != stream:
+        output(ctx, "out", STRUCTURES, count=len(named), marks=(b"relaxation",))
     limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "processes": jobs}
     held: dict[str, Any] = {
         "fixed_cell": fixed_cell,
@@ -58,9 +63,9 @@ def relax(
     }
     warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
     try:
-        relaxed = relax_into(out, list(named.values()), calculator, **limits, **held, progress=True)
+        relaxed = relax_into(stream, list(named.values()), calculator, **limits, **held, progress=True)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f": what is relaxed is kept in {out}; the same command goes on from there") from None
+        raise KeyboardInterrupt(f": what is relaxed is kept in {stream}; the same command goes on from there") from None
     hull = load_hull() if calculator == "chgnet" else None
     table = Table("structure", "formula", "steps", "eV/atom", "above hull", "moved, A", "outcome")
     for name, atoms in zip(named, relaxed, strict=True):
@@ -71,12 +76,14 @@ def relax(
             atoms.info["energy_above_hull"] = above
         figures = str(told["steps"]), energy, in_words(above), f"{told['rmsd']:.2f}"
         table.add_row(name, atoms.get_chemical_formula(), *figures, told["reason"] or "converged")
-    write_extxyz(out, relaxed)
-    Console().print(table)
+    for path in {stream, out}:
+        write_structures(path, relaxed)
+    show(table)
 
 
 @app.command()
 def predict(
+    ctx: typer.Context,
     files: Structures,
     out: Annotated[
         Path, typer.Option("-o", "--out", help="Folder of the results, NAME.json, which every DOS_FILE may be.")
@@ -85,6 +92,7 @@ def predict(
     bands: Annotated[
         bool, typer.Option("--bands", help="Write the bands, too: NAME_bands.json (ASE) and NAME_bands.png.")
     ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Predict the site DOS of structures in milliseconds, by the forward model that ships.
 
@@ -94,9 +102,15 @@ def predict(
     from dosmatgen_ase.files import write_atomic
     from dosmatgen_ase.forward.predictor import predict_dos
 
-    writable(plot)
+    output(ctx, "plot", PICTURES)
     named = read_structures(files)
     out.mkdir(parents=True, exist_ok=True)
+    for name in named:
+        output(ctx, "out", (".json",), path=out / f"{name}.json")
+        for ending in (".json", ".png") if bands else ():
+            output(
+                ctx, "out", (ending,), path=out / f"{name}_bands{ending}", marks=(b"BandStructure", b"bandstructure")
+            )
     table = Table("structure", "site", "element", "states below 0 eV", "band centre, eV", "expected error")
     first: tuple[str, list[TargetDOS | None]] | None = None
     for name, atoms in named.items():
@@ -117,17 +131,17 @@ def predict(
                 error_expected = figure(dos.provenance["expected_distance"])
                 figures = (f"{dos.total_states(hi=0.0):.2f}", f"{dos.band_centre():.2f}", error_expected)
             table.add_row(name if i == 0 else "", str(i), atoms.symbols[i], *figures)
-    Console().print(table)
+    show(table)
     if first is None:
         raise RuntimeError("no structure could be predicted: the reasons stand in the table")
     name, sites = first
     known = {i: dos for i, dos in enumerate(sites) if dos is not None}
-    typer.echo(f"results: {out}/NAME.json, as in dosmatgen dos {out}/{name}.json --site {min(known)}")
+    tell(f"results: {out}/NAME.json, as in dosmatgen dos {out}/{name}.json --site {min(known)}")
     if plot is not None:
         from dosmatgen_ase.plotting import plot_dos
 
         plot_dos(list(known.values()), [f"site {i}" for i in known], path=plot)
-        typer.echo(f"picture: {plot}")
+        tell(f"picture: {plot}")
 
 
 def _write_bands(atoms: Atoms, stem: Path) -> None:
@@ -140,4 +154,5 @@ def _write_bands(atoms: Atoms, stem: Path) -> None:
     found.write(stem.with_name(f"{stem.name}.json"))
     figure = Figure(figsize=(5, 4), layout="constrained")
     found.plot(ax=figure.subplots(), emin=-10, emax=5)
-    figure.savefig(stem.with_name(f"{stem.name}.png"), dpi=150)
+    picture = stem.with_name(f"{stem.name}.png")
+    figure.savefig(picture, dpi=150, metadata={"Software": "dosmatgen"})

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from dosmatgen_ase.cli.application import tell
 from dosmatgen_ase.generate.settings import GenerationSettings, described
 from dosmatgen_ase.parsing import names_from_text, numbers_from_text, pins_from_text
 
@@ -34,6 +35,8 @@ DosFile = Annotated[
         show_default=False,
     ),
 ]
+PICTURES = (".png", ".pdf", ".svg")
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there and hold something else.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is one.")]
 Data = Annotated[Path, typer.Option(help="Folder with structures.parquet and site_dos/*.npz.")]
 Predictor = Annotated[
@@ -182,7 +185,7 @@ class TargetOptions:
             target = target.scaled(electrons=self.electrons)
         target.on_grid()  # what the model cannot see is an error before anything is said
         if assumed := target.provenance.get("assumed"):
-            typer.echo(f"{dos_file}: assumed: {'; '.join(assumed)} (see --help: {TARGET_PANEL})", err=True)
+            tell(f"{dos_file}: assumed: {'; '.join(assumed)} (see --help: {TARGET_PANEL})", err=True)
         return target
 
 
@@ -262,20 +265,49 @@ def site_list(text: str | None, option: str) -> list[int]:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 
-def writable(path: Path | None, endings: Sequence[str] = (".png", ".pdf", ".svg")) -> None:
-    """Find out before the work, not after it, that a result cannot be written; None is not asked for."""
+def output(
+    ctx: typer.Context,
+    option: str,
+    endings: Sequence[str],
+    *,
+    path: Path | None = None,
+    count: int = 1,
+    marks: Sequence[bytes] = (),
+    continued: bool = False,
+) -> None:
+    """Find out before the work that an output can be written, and nothing of the user's is lost.
+
+    Parameters
+    ----------
+    option : str
+        Name of the parameter that holds the path.
+    endings : sequence of str
+        That its name may have.
+    path : path, optional
+        What is to be written, if it is only derived from that parameter.
+    count : int
+        Number of structures; several in POSCAR format become numbered files.
+    marks : sequence of bytes
+        By which a file is known as made by this command, beside the name of the package.
+    continued : bool
+        Whoever writes it looks at what it holds, and goes on from there.
+    """
+    from dosmatgen_ase.files import MARK, STRUCTURES, check_output, structure_format, written_files
+
+    path = path or ctx.params[option]
     if path is None:
         return
-    if path.suffix.lower() not in endings:
+    if endings == STRUCTURES:
+        structure_format(path)
+    elif path.suffix.lower() not in endings:
         raise ValueError(f"cannot write {path}: its name must end in {' or '.join(endings)}")
-    existed = path.exists()
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; choose another place") from error
-    if not existed:
-        path.unlink()
+    others: list[Path] = []
+    for name, value in ctx.params.items():
+        given = value if isinstance(value, list | tuple) else [value]
+        others += [Path(v) for v in given if name != option and isinstance(v, str | Path) and v]
+    overwrite = continued or bool(ctx.params.get("overwrite"))
+    for file in written_files(path, count) if endings == STRUCTURES else [path]:
+        check_output(file, inputs=others, marks=(MARK, *marks), overwrite=overwrite)
 
 
 def figure(value: float | None) -> str:
@@ -283,28 +315,28 @@ def figure(value: float | None) -> str:
     return "unknown" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
-def read_structure(path: Path) -> Atoms:
+def read_structure(path: Path) -> Any:
     """Read the template."""
-    import ase.io
+    from dosmatgen_ase.files import read_structures as read
 
     if not path.is_file():
         raise FileNotFoundError(f"no template {path}: give a file that ASE reads (CIF, POSCAR, extxyz, ...)")
     try:
-        return ase.io.read(path)
+        return read(path, -1)
     except Exception as error:
         raise ValueError(f"template {path} is not a structure that ASE reads: {error}") from error
 
 
 def read_structures(files: Sequence[Path]) -> dict[str, Atoms]:
     """Every structure of the files, named ``STEM`` or, where a file has many, ``STEM-0000``, ``STEM-0001``, ..."""
-    import ase.io
+    from dosmatgen_ase.files import read_structures as read
 
     found: dict[str, Atoms] = {}
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}: give files that ASE reads (CIF, POSCAR, extxyz, ...)")
         try:
-            frames = ase.io.read(path, ":")
+            frames = read(path)
         except Exception as error:
             raise ValueError(f"{path} holds no structures that ASE reads: {error}") from error
         stem = re.sub(r"[^\w+-]+", "_", path.stem)

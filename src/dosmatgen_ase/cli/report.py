@@ -7,22 +7,24 @@ from typing import Annotated
 
 import typer
 
-from dosmatgen_ase.cli.application import app
-from dosmatgen_ase.cli.options import writable
+from dosmatgen_ase.cli.application import app, tell
+from dosmatgen_ase.cli.options import Overwrite, output
 
 
 @app.command()
 def report(
+    ctx: typer.Context,
     result: Annotated[
         Path, typer.Argument(metavar="RESULT", help="result.json of an inverse-design run.", show_default=False)
     ],
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="HTML file. Default: report.html beside RESULT.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show an inverse-design run as one HTML file: target and computed DOS, crystals, a table sorted by match."""
     path = result.with_name("report.html") if out is None else out
-    writable(path, (".html", ".htm"))
+    output(ctx, "out", (".html", ".htm"), path=path)
     from dosmatgen_ase.report import read_result, write_report
 
-    typer.echo(f"report: {write_report(read_result(result), path)}")
+    tell(f"report: {write_report(read_result(result), path)}")

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from dosmatgen_ase.cli.application import app
+from dosmatgen_ase.cli.application import app, show, tell
 from dosmatgen_ase.cli.options import (
+    PICTURES,
     DosFile,
     OptionGroup,
+    Overwrite,
     Predictor,
     TargetOptions,
     figure,
+    output,
     read_structures,
     with_options,
-    writable,
 )
 from dosmatgen_ase.parsing import names_from_text, numbers_from_text
 
@@ -39,6 +40,7 @@ DRAWN = 3  # crystals in the picture
 def search(
     dos_file: DosFile,
     reading: TargetOptions,
+    ctx: typer.Context,
     site: Annotated[
         str | None,
         typer.Option(
@@ -47,8 +49,12 @@ def search(
         ),
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Number of crystals.")] = 10,
+    overwrite: Overwrite = False,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write the crystals into this file: .extxyz, .xyz or .cif.")
+        Path | None,
+        typer.Option(
+            "-o", "--out", help="Write the crystals into this file: .extxyz, .xyz, .cif, .vasp, .traj, .db or .json."
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -73,8 +79,10 @@ def search(
     One site of the file may be any site of a crystal. Several are assigned to sites of one crystal, in the best way.
     The distance is the normalised L1 to the target, of the computed DOS where there is one and else of the predicted.
     """
-    writable(out, (".extxyz", ".xyz", ".cif"))
-    writable(plot)
+    from dosmatgen_ase.files import STRUCTURES, write_structures
+
+    output(ctx, "out", STRUCTURES, count=n)
+    output(ctx, "plot", PICTURES)
     sites = [None] if site is None else numbers_from_text(site)
     targets = [replace(reading, site=i).read(dos_file) for i in sites]
     from dosmatgen_ase.retrieval.index import DOSIndex, default_index
@@ -94,15 +102,15 @@ def search(
     )
     if not hits:
         raise ValueError(f"none of the {len(known)} known crystals fits what was asked for: ask for less")
-    Console().print(hit_table(hits, f"nearest of {len(known)} known crystals"))
+    show(hit_table(hits, f"nearest of {len(known)} known crystals"))
     typer.echo("distance: normalised L1 to the target; error: to be expected of what is predicted of it, likewise")
     typer.echo("gap: eV; hull: eV/atom above the hull, as given with the crystals")
     if out is not None:
-        _write(out, hits)
-        typer.echo(f"crystals: {out}")
+        write_structures(out, hits)
+        tell(f"crystals: {out}")
     if plot is not None:
         _draw(plot, targets[0], hits[:DRAWN], known)
-        typer.echo(f"picture: {plot}")
+        tell(f"picture: {plot}")
 
 
 def hit_table(hits: Sequence[Atoms], title: str) -> Table:
@@ -126,24 +134,6 @@ def hit_table(hits: Sequence[Atoms], title: str) -> Table:
     return table
 
 
-def _write(path: Path, hits: Sequence[Atoms]) -> None:
-    import io
-
-    from ase.io.cif import write_cif
-
-    from dosmatgen_ase.files import write_atomic, write_extxyz
-
-    if path.suffix.lower() != ".cif":
-        write_extxyz(path, hits)
-        return
-    blocks = []
-    for atoms in hits:
-        text = io.BytesIO()
-        write_cif(text, atoms)
-        blocks.append(text.getvalue().replace(b"data_image0", f"data_{atoms.info['material_id']}".encode(), 1))
-    write_atomic(path, b"\n".join(blocks))
-
-
 def _draw(path: Path, target: TargetDOS, hits: Sequence[Atoms], index: DOSIndex) -> None:
     """Draw the first target beside what each crystal has for it."""
     from dosmatgen_ase.dos import TargetDOS
@@ -163,6 +153,7 @@ def _draw(path: Path, target: TargetDOS, hits: Sequence[Atoms], index: DOSIndex)
 
 @app.command("index")
 def make_index(
+    ctx: typer.Context,
     structures: Annotated[
         list[Path],
         typer.Argument(
@@ -181,6 +172,7 @@ def make_index(
         typer.Option(help="Folder of what is predicted so far; kept. Default: OUT-parts, removed at the end."),
     ] = None,
     predictor: Predictor = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make the index of known crystals that dosmatgen search looks in: about 25 crystals a second.
 
@@ -191,7 +183,7 @@ def make_index(
     from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR
     from dosmatgen_ase.retrieval.build import build_index, read_known
 
-    writable(out, (".npz",))
+    output(ctx, "out", (".npz",), marks=(b"material_id.npy",))
     tables = [path for path in structures if path.suffix == ".parquet"]
     if tables and len(structures) > 1:
         raise ValueError(f"give {tables[0]} alone: a table and other files cannot be indexed in one run")
@@ -210,9 +202,9 @@ def make_index(
         shutil.rmtree(folder, ignore_errors=True)
     size = out.stat().st_size / 1e6
     count = int(made.computed.sum())
-    typer.echo(f"{out}: {len(made)} crystals, {count} with a computed DOS, {size:.1f} MB")
+    tell(f"{out}: {len(made)} crystals, {count} with a computed DOS, {size:.1f} MB")
     for name, reason in list(made.info["without_prediction"].items())[:10]:
-        typer.echo(f"no prediction for {name}: {reason}")
+        tell(f"no prediction for {name}: {reason}")
 
 
 def _named(crystals: dict[str, Atoms]) -> list[Atoms]:

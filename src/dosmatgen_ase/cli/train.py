@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from dosmatgen_ase.cli.application import app
-from dosmatgen_ase.cli.options import Data, Device, Predictor, figure
+from dosmatgen_ase.cli.application import app, show, tell
+from dosmatgen_ase.cli.options import Data, Device, Overwrite, Predictor, figure, output
 
 
 @app.command()
@@ -62,7 +61,7 @@ def train(
 
                 forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
                 bare = structures.select(dataset.dos_index < 0)
-                typer.echo(f"predicting the DOS of {len(bare)} structures (once; kept in {path})", err=True)
+                tell(f"predicting the DOS of {len(bare)} structures (once; kept in {path})", err=True)
                 write_pseudo_labels(path, bare, forward, cache=out / "chgnet_features")
         if not path.is_file():
             raise FileNotFoundError(f"no pseudo-labels at {path}: give a file, or 'auto' to make it")
@@ -77,7 +76,7 @@ def train(
         kept = (out / "state.safetensors").exists()
         what = f"the last state is kept in {out}; the same command goes on" if kept else "no state was saved yet"
         raise KeyboardInterrupt(f": {what}") from None
-    typer.echo(f"weights: {weights}")
+    tell(f"weights: {weights}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -94,6 +93,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @app.command("train-predictor")
 def train_predictor(
+    ctx: typer.Context,
     data: Data = Path("data"),
     out: Annotated[
         Path, typer.Option(help="Folder for predictor.safetensors (generate --predictor), ranker and judge.")
@@ -102,6 +102,7 @@ def train_predictor(
         int, typer.Option(min=1, help="Of each tight-binding model; 60 take about an hour on a CPU core.")
     ] = 60,
     device: Device = None,
+    overwrite: Overwrite = False,
     seed: Annotated[int, typer.Option(min=0, help="Of initial weights, dropout and order.")] = 0,
 ) -> None:
     """Train the forward models (structure to site DOS): one on all labels, two on the halves of the formulas.
@@ -115,6 +116,8 @@ def train_predictor(
 
     out.mkdir(parents=True, exist_ok=True)
     paths = {name: out / f"{name}.safetensors" for name in ROLES}
+    for path in paths.values():
+        output(ctx, "out", (".safetensors",), path=path)
     figures = train_predictors(
         data / "site_dos",
         paths,
@@ -131,4 +134,4 @@ def train_predictor(
         test = figures[name].get("test", figures[name]["val"])
         error, element = figure(test["mean"]), figure(test["element_mean"])
         table.add_row(name, error, element, f"{test['structures']:.0f}", str(path))
-    Console().print(table)
+    show(table)

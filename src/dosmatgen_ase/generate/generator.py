@@ -98,6 +98,7 @@ class DOSGenerator:
         ranking: Ranking | None = None,
         progress: bool = False,
         out: str | Path | None = None,
+        overwrite: bool = False,
         **options: Unpack[GenerationOptions],
     ) -> Atoms: ...
     @overload
@@ -112,6 +113,7 @@ class DOSGenerator:
         ranking: Ranking | None = None,
         progress: bool = False,
         out: str | Path | None = None,
+        overwrite: bool = False,
         **options: Unpack[GenerationOptions],
     ) -> list[Atoms]: ...
     @spelled
@@ -126,6 +128,7 @@ class DOSGenerator:
         ranking: Ranking | None = None,
         progress: bool = False,
         out: str | Path | None = None,
+        overwrite: bool = False,
         **options: Unpack[GenerationOptions],
     ) -> Atoms | list[Atoms]:
         """Generate one structure, or a list of ``n``; draw more, relax and rank them if asked.
@@ -149,9 +152,12 @@ class DOSGenerator:
         progress : bool
             Show a bar.
         out : path, optional
-            Append each structure to this extxyz file as it is made, by index, before any ranking; a file of the same
-            request is continued, with the seed of that file if none is given. After an interruption the same call
-            completes it, on a CPU to the last byte as if there had been none.
+            Keep each structure in this file, by index, before any ranking. An extxyz file (.extxyz, .xyz) grows as
+            they are made. A file of the same request is continued, with the seed of that file if none is given: after
+            an interruption the same call completes it, on a CPU to the last byte as if there had been none. Other
+            formats (.cif, .vasp or POSCAR, .traj, .db, .json) are written at the end, from the extxyz file beside it.
+        overwrite : bool
+            Replace a file that holds something else, instead of an error. What can be continued is.
         **options
             Fields of `GenerationSettings`: ``num_atoms``, ``sites``, ``template``, ``strength``, ``fixed_species``,
             ``composition``, ``elements``, ``seed`` and the others. They replace those of ``settings``.
@@ -179,7 +185,8 @@ class DOSGenerator:
 
             targets, total = request.site_targets, request.total_target
             score([], targets, total, ranking=ranking, relax=relax)  # what cannot be is told before the work
-        made = self._start(request, chosen, wanted * oversample if ranked else wanted, progress, out)
+        stream = None if out is None else Stream(Path(out), overwrite)
+        made = self._start(request, chosen, wanted * oversample if ranked else wanted, progress, stream)
         ordered: list[Atoms] = []
         try:
             ordered.extend(made)  # keeps what came before an error
@@ -210,21 +217,22 @@ class DOSGenerator:
         settings: GenerationSettings | None = None,
         progress: bool = False,
         out: str | Path | None = None,
+        overwrite: bool = False,
         **options: Unpack[GenerationOptions],
     ) -> Iterator[Atoms]:
         """Yield structures by index as they are made, batch by batch; parameters and errors as :meth:`generate`."""
         chosen = _chosen(settings, options)
-        return self._start(Request.of(dos, chosen), chosen, n, progress, out)
+        request = Request.of(dos, chosen)
+        return self._start(request, chosen, n, progress, None if out is None else Stream(Path(out), overwrite))
 
     def _start(
-        self, request: Request, settings: GenerationSettings, n: int, progress: bool, out: str | Path | None
+        self, request: Request, settings: GenerationSettings, n: int, progress: bool, stream: Stream | None
     ) -> Iterator[Atoms]:
-        """Check what is left to check, open the file, and settle the record; then draw one by one."""
+        """Check what is left to check, and settle the record; then draw one by one."""
         n = whole_number(n, "n", 1)
         request.check_template(self.model.denoiser.config.cutoff)
         guidance, config = request.sampling(SamplerConfig(num_steps=settings.num_steps), settings.guidance_scale)
         request.warn_of_doubts()
-        stream = None if out is None else Stream(Path(out))
         seed = settings.seed
         if seed is None and stream is not None:
             seed = stream.seed()
@@ -290,6 +298,8 @@ class DOSGenerator:
                 tried.add(sizes[batch[0]])
                 if reasons and not accepted and tried == set(sizes):
                     break  # a hopeless wish ends early
+        if stream is not None:
+            stream.finish()
         if reasons:
             which = f"structure {min(reasons)} was" if len(reasons) == 1 else f"{len(reasons)} of {n} structures were"
             told = f"{which} rejected {MAX_ATTEMPTS} times, last because: {reasons[max(reasons)]}"

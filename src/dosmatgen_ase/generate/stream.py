@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ase.io
 
-from dosmatgen_ase.files import write_atomic
+from dosmatgen_ase.files import check_output, extxyz, stream_of, write_atomic, write_structures
 from dosmatgen_ase.generate.request import completed
 
 if TYPE_CHECKING:
@@ -20,19 +20,15 @@ if TYPE_CHECKING:
 class Stream:
     """An extxyz file that grows structure by structure and survives a kill."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist, create it")
-        try:
-            with path.open("a"):
-                pass
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror}; choose another place") from error
+    def __init__(self, out: Path, overwrite: bool = False) -> None:
+        self.out, self.path, self.overwrite = out, stream_of(out), overwrite
+        if self.out != self.path:
+            check_output(out, overwrite=overwrite)
+        check_output(self.path, overwrite=True)  # what it holds is looked at in full below
 
     def seed(self) -> int | None:
         """Seed of the structures already there, None if there are none; ``ValueError`` as :meth:`resume`."""
-        frames, _, _ = self._read()
+        frames, _, _ = self._begun()
         return int(frames[0].info["dosmatgen"]["seed"]) if frames else None
 
     def resume(self, record: dict[str, Any]) -> list[Atoms]:
@@ -43,17 +39,36 @@ class Stream:
         ValueError
             If the file holds structures of another request.
         """
-        frames, whole, rest = self._read()
+        frames, whole, rest = self._begun()
         wanted = json.loads(json.dumps(record))
         told = [completed(atoms.info["dosmatgen"]) for atoms in frames]
         if any(record.get(k) != v for record in told for k, v in wanted.items()):
-            raise self._another()
+            if not self.overwrite:
+                raise self._another()
+            frames, whole, rest = [], "", "other structures"
         if rest:
             write_atomic(self.path, whole.encode())
         return frames
 
+    def finish(self) -> None:
+        """Write what was made in the format that was asked for, if that is not the stream's own."""
+        if self.out != self.path:
+            frames, _, _ = self._read()
+            write_structures(self.out, sorted(frames, key=lambda atoms: atoms.info["dosmatgen"]["index"]))
+
+    def _begun(self) -> tuple[list[Atoms], str, str]:
+        """As `_read`, but a file that is not ours counts as empty where it may be overwritten."""
+        try:
+            return self._read()
+        except ValueError:
+            if not self.overwrite:
+                raise
+            return [], "", "what is not ours"
+
     def _read(self) -> tuple[list[Atoms], str, str]:
         """Whole frames, their text, and what follows; ``ValueError`` if any of it was not written here."""
+        if not self.path.exists():
+            return [], "", ""
         try:
             lines = self.path.read_text().splitlines(keepends=True)
         except UnicodeDecodeError:
@@ -76,12 +91,13 @@ class Stream:
         return frames, "".join(lines[:end]), "".join(rest)
 
     def _another(self) -> ValueError:
-        return ValueError(f"{self.path} holds structures of another request: choose another file or delete it")
+        return ValueError(f"{self.path} holds structures of another request: choose another file, or overwrite it")
 
     def append(self, atoms: Atoms) -> None:
         """Add one structure and flush it."""
         try:
-            ase.io.write(self.path, atoms, format="extxyz", append=True)
+            with self.path.open("a") as file:
+                file.write(extxyz([atoms]).decode())
         except OSError as error:
             fix = "make room, then ask for the same again: what it holds is kept"
             raise OSError(f"cannot go on writing {self.path}: {error.strerror}; {fix}") from error

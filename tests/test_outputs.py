@@ -1,0 +1,273 @@
+"""Outputs: written in the format that their name says, and never over what is the user's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.db import connect
+from typer.testing import CliRunner, Result
+
+from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase.cli import app
+from dosmatgen_ase.files import STRUCTURES, check_output, read_structures, stream_of, write_atomic, write_structures
+from dosmatgen_ase.plotting import plot_dos
+
+TARGET = TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1))
+SALT = bulk("NaCl", "rocksalt", a=5.6)
+NOTES = b"the only copy of my notes\n"
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_weights: Path) -> DOSGenerator:
+    return DOSGenerator(tiny_weights, device="cpu")
+
+
+def make(generator: DOSGenerator, out: Path, n: int = 3, **settings: Any) -> list[Atoms]:
+    return generator.generate(TARGET, n, **{"num_atoms": 3, "num_steps": 2, "seed": 0, "out": out, **settings})
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def assert_same(first: Atoms, second: Atoms) -> None:
+    assert (first.numbers == second.numbers).all()
+    np.testing.assert_allclose(first.cell.cellpar(), second.cell.cellpar(), atol=1e-4)
+    difference = first.get_scaled_positions() - second.get_scaled_positions()
+    np.testing.assert_allclose(difference - np.round(difference), 0, atol=1e-4)
+
+
+# -- formats -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.cif", "a.traj", "a.db", "a.json", "a.extxyz", "a.XYZ", "a@1.cif", "a@1.extxyz"])
+def test_every_format_is_what_its_name_says(name: str, generator: DOSGenerator, tmp_path: Path) -> None:
+    out = tmp_path / name
+    made = make(generator, out)
+    kind = {".XYZ": "extxyz"}.get(out.suffix, out.suffix.lstrip("."))
+    frames = read_structures(out, format=kind)
+    assert len(frames) == 3
+    told = [frame.info for frame in frames]
+    if kind in ("db", "json"):
+        told = [row.data for row in connect(out).select()]
+    for atoms, frame, info in zip(made, frames, told, strict=True):
+        assert_same(atoms, frame)
+        assert kind == "cif" or info["dosmatgen"]["index"] == atoms.info["dosmatgen"]["index"]
+    assert stream_of(out).exists()
+    assert set(tmp_path.iterdir()) == {out, stream_of(out)}
+
+
+@pytest.mark.parametrize(("name", "files"), [("a.vasp", "a-000{}.vasp"), ("POSCAR", "POSCAR-000{}")])
+def test_several_structures_in_poscar_format_are_numbered_files(
+    name: str, files: str, generator: DOSGenerator, tmp_path: Path
+) -> None:
+    made = make(generator, tmp_path / name)
+    for i, atoms in enumerate(made):
+        assert_same(atoms, ase.io.read(tmp_path / files.format(i), format="vasp"))
+    one = make(generator, tmp_path / f"one-{name}.vasp", n=1)
+    assert_same(one[0], ase.io.read(tmp_path / f"one-{name}.vasp", format="vasp"))
+
+
+@pytest.mark.parametrize("ending", [".cif", ".db", ".traj", ".json"])
+def test_a_killed_run_is_continued_in_any_format(
+    ending: str, generator: DOSGenerator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / f"a{ending}"
+    whole = make(generator, out, n=4)
+    stream = stream_of(out)
+    text = stream.read_bytes()
+    stream.write_bytes(text[: len(text) // 2])
+    out.unlink()
+    again = make(generator, out, n=4)
+    assert stream.read_bytes() == text
+    for atoms, frame in zip(whole, read_structures(out), strict=True):
+        assert_same(atoms, frame)
+    monkeypatch.setattr(DOSGenerator, "_draw", None)  # nothing is left to draw
+    assert len(make(generator, out, n=4)) == len(again)
+
+
+@pytest.mark.parametrize("name", ["a.xsf", "a", "a.extxyz.gz", ".cif"])
+def test_a_name_without_a_known_ending_is_refused(name: str, generator: DOSGenerator, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"its name must end in \.extxyz, \.xyz, \.cif, \.vasp, \.traj, \.db or"):
+        make(generator, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+# -- what is there already ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", STRUCTURES)
+def test_a_foreign_file_is_replaced_only_if_told(ending: str, generator: DOSGenerator, tmp_path: Path) -> None:
+    out = tmp_path / f"a{ending}"
+    out.write_bytes(NOTES)
+    with pytest.raises((ValueError, FileExistsError), match=r"choose another"):
+        make(generator, out, n=1)
+    assert out.read_bytes() == NOTES
+    make(generator, out, n=1, overwrite=True)
+    assert out.read_bytes() != NOTES
+    make(generator, out, n=1)  # ours now
+
+
+def test_a_run_of_ours_is_continued_though_it_may_be_overwritten(generator: DOSGenerator, tmp_path: Path) -> None:
+    out = tmp_path / "a.extxyz"
+    make(generator, out)
+    before = out.read_bytes()
+    make(generator, out, n=4, overwrite=True)
+    assert out.read_bytes().startswith(before)
+    make(generator, out, n=2, seed=1, overwrite=True)
+    assert {atoms.info["dosmatgen"]["seed"] for atoms in ase.io.read(out, ":")} == {1}
+
+
+def test_links_are_written_through(generator: DOSGenerator, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for name, ending in (("dangling", ".extxyz"), ("ours", ".cif")):
+        target, link = tmp_path / "real" / f"{name}{ending}", tmp_path / f"{name}{ending}"
+        if name == "ours":
+            write_structures(target, [SALT])
+        link.symlink_to(target)
+        make(generator, link)
+        assert link.is_symlink()
+        assert len(read_structures(target)) == 3
+    write_atomic(tmp_path / "dangling.extxyz", b"x")
+    assert (tmp_path / "dangling.extxyz").is_symlink()
+    assert (tmp_path / "real" / "dangling.extxyz").read_bytes() == b"x"
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def linked_to_notes(path: Path) -> None:
+    path.with_name("notes.txt").write_bytes(NOTES)
+    path.symlink_to(path.with_name("notes.txt"))
+
+
+PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "folder": (Path.mkdir, "it is a folder; choose another place"),
+    "fifo": (fifo, "it is no file; choose another place"),
+    "notes": (lambda path: path.write_bytes(NOTES), "choose another"),
+    "link to notes": (linked_to_notes, "choose another"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["generate", "{dos}", "-o"], "a.extxyz"),
+        (["generate", "{dos}", "-o"], "a.cif"),
+        (["generate", "{dos}", "-o", "new.extxyz", "--plot"], "a.png"),
+        (["dos", "{dos}", "--plot"], "a.png"),
+        (["relax", "{salt}", "-o"], "a.extxyz"),
+        (["relax", "{salt}", "-o"], "a.cif"),
+        (["predict", "{salt}", "--plot"], "a.svg"),
+        (["search", "{dos}", "-o"], "a.cif"),
+        (["report", "{dos}", "-o"], "a.html"),
+        (["data", "--plot"], "a.png"),
+    ],
+    ids=lambda value: str(value[0] if isinstance(value, list) else value),
+)
+def test_no_command_touches_what_is_not_its_own(command: list[str], name: str, place: str, tmp_path: Path) -> None:
+    dos, salt, out = tmp_path / "dos.json", tmp_path / "salt.cif", tmp_path / name
+    dos.write_text(json.dumps(TARGET.to_dict()))
+    ase.io.write(salt, SALT)
+    lay, fragment = PLACES[place]
+    lay(out)
+    result = run(*[part.format(dos=dos, salt=salt).replace("new", str(tmp_path / "new")) for part in command], out)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.count("\n") == 1
+    assert re.search(fragment, result.stderr)
+    if place in ("notes", "link to notes"):
+        assert out.read_bytes() == NOTES
+        assert out.is_symlink() == (place == "link to notes")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "{same}", "-o", "{same}"],
+        ["generate", "{same}", "-o", "{other}.extxyz", "--plot", "{other}.extxyz"],
+        ["generate", "{same}", "--template", "{salt}", "-o", "{salt}"],
+        ["generate", "{same}", "--template", "{best}", "-o", "a.extxyz", "--oversample", "2"],
+        ["dos", "{picture}", "--plot", "{picture}"],
+        ["relax", "{salt}", "-o", "{salt}"],
+        ["relax", "{link}", "-o", "{salt}"],
+        ["predict", "{predicted}", "--out", "{folder}"],
+        ["report", "{page}", "-o", "{page}"],
+        ["search", "{same}", "-o", "{same}"],
+    ],
+    ids=" ".join,
+)
+def test_no_command_overwrites_its_input(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"same": "dos.json", "salt": "salt.extxyz", "best": "a-best.extxyz", "picture": "f.svg", "page": "R.html"}
+    names |= {"predicted": "x.json", "link": "link.extxyz", "other": "new", "folder": "."}
+    Path("dos.json").write_text(json.dumps(TARGET.to_dict()))
+    for name in ("salt", "best"):
+        ase.io.write(names[name], SALT)
+    write_structures(Path("x.json"), [SALT])
+    Path("link.extxyz").symlink_to("salt.extxyz")
+    plot_dos(TARGET, path="f.svg")
+    Path("R.html").write_text("<!-- by dosmatgen -->")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    result = run(*[part.format(**names) for part in command], "--overwrite")
+    assert result.exit_code == 1, result.output
+    assert "this command reads it" in result.stderr or "its name must end in" in result.stderr, result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_pictures_are_known_again(tmp_path: Path) -> None:
+    for name in ("a.png", "a.pdf", "a.svg", "a.PNG"):
+        plot_dos(TARGET, path=tmp_path / name)
+        check_output(tmp_path / name)
+    ase.io.write(tmp_path / "mine.png", SALT)
+    with pytest.raises(FileExistsError, match="give --overwrite"):
+        check_output(tmp_path / "mine.png")
+    (tmp_path / "empty.png").touch()
+    check_output(tmp_path / "empty.png")
+
+
+def test_large_files_are_known_by_their_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.extxyz"
+    path.write_bytes(b"\0" * (9 << 20) + b"dosmatgen")
+    check_output(path)
+    path.write_bytes(b"\0" * (9 << 20))
+    with pytest.raises(FileExistsError):
+        check_output(path)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["a[/b].json", "[/bold]x.json", "a\x1b[31mb.json", ":smile:.json", "host@1.json", "µ 1.json"]
+)
+def test_any_name_is_shown_as_it_is_and_read_as_it_is(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(TARGET.to_dict()))
+    result = run("dos", path)
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    absent = run("dos", tmp_path / f"absent{name}")
+    assert absent.exit_code == 1
+    assert f"no file {tmp_path}/absent{name}".replace("\x1b", "\N{REPLACEMENT CHARACTER}") in absent.stderr
+
+
+def test_an_at_sign_in_a_name_is_no_frame_number(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "host.cif", bulk("Cu"))
+    write_structures(tmp_path / "host@1.extxyz", [SALT, SALT])
+    assert [atoms.get_chemical_formula() for atoms in read_structures(tmp_path / "host@1.extxyz")] == ["ClNa", "ClNa"]
+    result = run("predict", tmp_path / "host@1.extxyz", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["host_1-0000.json", "host_1-0001.json"]
