@@ -69,8 +69,8 @@ class GenerationSettings:
         Sites of the template that keep their position in the cell and their element. FixAtoms on the template adds its
         sites and fixes the cell.
     free_species : several int, optional
-        Sites of the template whose element is drawn from nothing, although `fixed_sites` or strength 0 hold their
-        position: which dopant fits here?
+        Sites of the template whose element is drawn anew, even where `fixed_sites` or strength 0 hold the position. So
+        the model tells which dopant fits there.
     fixed_cell : bool
         Keep the cell of the template.
     composition : str or mapping, optional
