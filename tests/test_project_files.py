@@ -230,7 +230,7 @@ def test_results_are_of_the_models_that_ship(name: str) -> None:
 
 
 def test_every_exception_is_of_a_result_that_exists() -> None:
-    assert WITHOUT_GENERATOR | JUDGED <= RESULTS.keys()
+    assert RESULTS.keys() >= WITHOUT_GENERATOR | JUDGED
 
 
 @pytest.mark.parametrize("name", sorted(JUDGED))
