@@ -2,14 +2,21 @@
 
     python benchmarks/cost.py
 
-Writes ``results/cost.json`` and ``results/cost.md`` beside this file. Both sides run in one process on one thread and
-take turns, so that they meet the same machine; the time is CPU time (:func:`time.process_time`), medians of repeats.
+Writes ``cost.json``, ``cost.md`` and ``cost_threads.md`` into ``results/`` beside this file. Both sides run in one
+process on one thread and take turns, so that they meet the same machine; the time is CPU time
+(:func:`time.process_time`), medians of repeats.
 
 Ours is ``DOSGenerator().generate`` with its default settings, everything included: target, sampler, redraws, Atoms.
 The published side is the network alone, timed for some calls and multiplied by the 4,000 calls that its sampler makes
 (predictor and corrector, 1,000 steps each, with a conditional and an unconditional pass; arXiv 2504.06249). A pass
 over a batch counts as one call of each of its structures, on both sides, so that a conditional and an unconditional
 pass done together are two.
+
+The threads are measured apart: the CPU time of ``generate(n=64, num_atoms=4)`` in processes with the environment's own
+number of threads and with ``OMP_NUM_THREADS=1``, in turns. On two busy cores torch's default of two threads cost
+twenty times as much before the generator chose one by itself.
+
+    python benchmarks/cost.py --only-threads     # keeps the rest of the results
 """
 
 from __future__ import annotations
@@ -19,6 +26,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -199,6 +208,40 @@ def measure(
     )
 
 
+IN_A_PROCESS = """
+import sys, time
+import torch
+from dosmatgen_ase import DOSGenerator, TargetDOS
+generator = DOSGenerator(sys.argv[1], device="cpu")
+dos = TargetDOS.from_file(sys.argv[2], site=int(sys.argv[3]))
+generator.generate(dos, n=4, num_atoms=4, seed=0)
+start = time.process_time()
+generator.generate(dos, n=64, num_atoms=4, seed=1)
+print(torch.get_num_threads(), time.process_time() - start)
+"""
+
+
+def cost_of_threads(weights: str, target: Path, site: int, repeats: int) -> dict[str, Any]:
+    """CPU time of 64 crystals with the default number of threads and with one, each in processes of its own."""
+    seconds: dict[str, list[float]] = {"default": [], "one": []}
+    threads: dict[str, int] = {}
+    for _ in range(repeats):
+        for name in seconds:
+            environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+            if name == "one":
+                environment["OMP_NUM_THREADS"] = "1"
+            command = [sys.executable, "-c", IN_A_PROCESS, weights, str(target), str(site)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            count, took = done.stdout.split()
+            threads[name] = int(count)
+            seconds[name].append(float(took))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "n": 64, "num_atoms": 4, "repeats": repeats, "threads_of_the_caller": threads, "cpu_s": seconds,
+        "median_cpu_s": median, "ratio": median["default"] / median["one"],
+    }  # fmt: skip
+
+
 def markdown(rows: list[Row], report: dict[str, Any]) -> str:
     """The table that the README includes."""
     lines = [
@@ -220,6 +263,16 @@ def markdown(rows: list[Row], report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def threads_markdown(told: dict[str, Any]) -> str:
+    """One sentence on the cost of the machine's default number of threads."""
+    median, callers = told["median_cpu_s"], told["threads_of_the_caller"]
+    return (
+        f"{told['n']} crystals of {told['num_atoms']} atoms cost {median['default']:.2f} CPU s where torch has its "
+        f"default of {callers['default']} threads, and {median['one']:.2f} with `OMP_NUM_THREADS=1`: "
+        f"{told['ratio']:.2f}x (medians of {told['repeats']} processes each, in turns; the bar is 1.2x).\n"
+    )
+
+
 def main() -> None:
     """Measure every case and write the results."""
     parser = argparse.ArgumentParser(description="Cost of one structure, beside the published sampler.")
@@ -228,13 +281,20 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=ROOT / "data" / "ni_in_au3ni.npz", help="file with a DOS")
     parser.add_argument("--site", type=int, default=3, help="its site (default 3)")
     parser.add_argument("--weights", default="default", help="weights of DOSGenerator (default: the ones that ship)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for cost.json and cost.md")
+    parser.add_argument("--only-threads", action="store_true", help="measure the threads, keep the rest of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for cost.json, cost.md and cost_threads.md")
     options = parser.parse_args()
     if options.repeats < 1 or options.calls < 1:
         parser.error("--repeats and --calls must be at least 1")
 
     from dosmatgen_ase import DOSGenerator, TargetDOS, __version__
 
+    threads = cost_of_threads(options.weights, options.target, options.site, options.repeats)
+    print(threads, flush=True)
+    if options.only_threads:
+        report = json.loads((options.out / "cost.json").read_text()) | {"threads": threads}
+        write(report, options.out)
+        return
     torch.set_num_threads(1)
     generator = DOSGenerator(options.weights, device="cpu")
     dos = TargetDOS.from_file(options.target, site=options.site)
@@ -245,20 +305,28 @@ def main() -> None:
         print(rows[-1], flush=True)
 
     report = {
-        "weights": options.weights,
+        "weights": generator.header["sha256"],
         "version": __version__,
         "torch": torch.__version__.split("+")[0],
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "threads": 1,
+        "threads": threads,
         "repeats": options.repeats,
         "published_parameters": num_parameters(network),
         "targets": TARGETS,
         "rows": [asdict(row) | {"ratio_calls": row.ratio_calls, "ratio_cpu": row.ratio_cpu} for row in rows],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "cost.json").write_text(json.dumps(report, indent=2) + "\n")
-    (options.out / "cost.md").write_text(markdown(rows, report))
+    write(report, options.out)
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Write ``cost.json``, ``cost.md`` and ``cost_threads.md``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = Row.__dataclass_fields__
+    rows = [Row(**{k: v for k, v in row.items() if k in names}) for row in report["rows"]]
+    (folder / "cost.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "cost.md").write_text(markdown(rows, report))
+    (folder / "cost_threads.md").write_text(threads_markdown(report["threads"]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import cost
 import pytest
 import torch
@@ -86,3 +92,34 @@ def test_a_case_counts_per_structure(network: PublishedNetwork, monkeypatch: pyt
     assert row.ours_calls == 75  # every other structure was drawn twice
     assert row.ours_cpu_s == 2.0 / 16
     assert row.published_cpu_s == 2.0 * 4000 / 16
+
+
+def test_threads_are_compared_in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str | None] = []
+
+    def run(command: list[str], *, env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(env.get("OMP_NUM_THREADS"))
+        answer = "1 0.5" if env.get("OMP_NUM_THREADS") == "1" else "8 0.55"
+        return subprocess.CompletedProcess(command, 0, answer, "")
+
+    monkeypatch.setattr(cost.subprocess, "run", run)
+    told = cost.cost_of_threads("default", Path("target.npz"), 3, repeats=2)
+    assert asked == [None, "1", None, "1"]
+    assert told["threads_of_the_caller"] == {"default": 8, "one": 1}
+    assert told["ratio"] == pytest.approx(1.1)
+    rows = json.loads((cost.RESULTS / "cost.json").read_text())
+    cost.write({**rows, "threads": told}, tmp_path)
+    assert "its default of 8 threads, and 0.50 with `OMP_NUM_THREADS=1`: 1.10x" in (
+        tmp_path / "cost_threads.md"
+    ).read_text()
+    assert (tmp_path / "cost.md").read_text() == (cost.RESULTS / "cost.md").read_text()
+
+
+def test_what_is_timed_in_a_process_runs(tiny_weights: Path) -> None:
+    program = cost.IN_A_PROCESS.replace("n=64", "n=1").replace("n=4", "n=1")
+    command = [sys.executable, "-c", program, str(tiny_weights), str(cost.ROOT / "data" / "ni_in_au3ni.npz"), "3"]
+    environment = {**os.environ, "PYTHONPATH": str(cost.ROOT / "src")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    threads, seconds = done.stdout.split()
+    assert (threads, float(seconds) > 0) == ("1", True)
