@@ -207,8 +207,8 @@ def test_every_library_that_the_source_imports_is_declared() -> None:
 
 
 RESULTS = {path.stem: path for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))}
-# Of the readers of DFT output, of the labels, and of the predictors: no generator has a part in them.
-WITHOUT_GENERATOR = {"electronic", "label_error", "predictor"}
+# Of the readers of DFT output, of the labels, of the predictors, and of the search: no generator has a part in them.
+WITHOUT_GENERATOR = {"electronic", "label_error", "predictor", "search"}
 JUDGED = {"candidates", "constraints", "round_trip"}  # by the predictor that judges
 
 
