@@ -185,6 +185,20 @@ def test_projections_of_espresso_add_up_to_the_site(tmp_path: Path) -> None:
     assert site.energies == pytest.approx(ENERGIES, abs=1e-4)
     assert site.values == pytest.approx(BOTH, abs=1e-4)
     assert "orbitals of one atom added from 2 files" in site.provenance["steps"]
+    assert "raw projection: there is no ni.pdos_tot to scale it by" in site.provenance["steps"]
+    # The other atom has as many states, and the projections miss a tenth of the total.
+    head = "# E (eV)  dosup(E)   dosdw(E)  pdosup(E)  pdosdw(E)\n"
+    both = rows(ENERGIES + LEVEL, 2 * UP / 0.9, 2 * DOWN / 0.9, 2 * UP, 2 * DOWN, form="%.6E")
+    (tmp_path / "ni.pdos_tot").write_text(head + both)
+    scaled = TargetDOS.from_file(path, efermi=LEVEL)
+    assert scaled.values == pytest.approx(BOTH / 0.9, abs=1e-4)
+    assert scaled.known.all()
+    (tmp_path / "ni.pdos_tot").write_text(head + rows(ENERGIES + LEVEL, 4 * UP, 4 * DOWN, 2 * UP, 2 * DOWN))
+    with pytest.raises(ValueError, match="nothing is known"):  # half of the total is not projected
+        TargetDOS.from_file(path, efermi=LEVEL)
+    (tmp_path / "ni.pdos_tot").write_text(head + rows(ENERGIES, UP, DOWN, UP, DOWN))
+    with pytest.raises(ValueError, match="not of one calculation"):
+        TargetDOS.from_file(path, efermi=LEVEL)
     one = TargetDOS.from_file(path, efermi=LEVEL, columns=("E (eV)", "ldosup(E)"), spin="one")
     assert one.values == pytest.approx(1.8 * UP, abs=1e-4)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dosmatgen_ase.dos.readers.numbers import Table
@@ -80,6 +80,8 @@ class Layout:
         File of the other spin.
     siblings : tuple of paths
         Further files whose columns add up with this one's to the DOS of one site.
+    total : path or None
+        File of the total DOS and of the sum of the projections, by which those of a site are scaled.
     """
 
     source: str = "text"
@@ -95,7 +97,8 @@ class Layout:
     notes: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     partner: Path | None = None
-    siblings: tuple[Path, ...] = field(default=())
+    siblings: tuple[Path, ...] = ()
+    total: Path | None = None
 
 
 def layout_of(table: Table, path: Path) -> Layout:
@@ -177,12 +180,15 @@ def _espresso(table: Table, path: Path) -> Layout | None:
     if len(levels) > 1:
         raise ValueError(f"{table.name} has two Fermi levels, of a fixed moment: give efermi= (--efermi) for its zero")
     siblings: tuple[Path, ...] = ()
+    total = None
     if kind == "site" and (found := re.search(r"\.pdos_atm#\d+\(\w+\)_wfc#", path.name)):
         others = path.parent.iterdir() if path.parent.is_dir() else ()
         start = path.name[: found.end()]
         siblings = tuple(sorted(o for o in others if o.name.startswith(start) and o.name != path.name))
+        total = path.with_name(path.name[: found.start()] + ".pdos_tot")
     return Layout(
         source, columns, kind, float(levels[0]) if levels else None, periodic=True, unit=1.0, siblings=siblings,
+        total=total,
         absolute="Quantum ESPRESSO writes absolute energies, and no Fermi level in this file: ",
     )  # fmt: skip
 

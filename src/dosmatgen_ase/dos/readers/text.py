@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dosmatgen_ase.dos.broadening import scale_sites_to_total
 from dosmatgen_ase.dos.grid import GAP_DOS, Array, Mask
 from dosmatgen_ase.dos.readers.common import Request, clip_negative_lobes, named, read_bytes, record
 from dosmatgen_ase.dos.readers.layouts import DOWN, ENERGY_UNITS, UP, Layout, layout_of
@@ -42,6 +43,9 @@ def parse_text(content: bytes, path: str | PathLike[str], request: Request) -> T
         curve = _add(curve, _other(sibling, columns, layout, request), f"{table.name} and {sibling.name}")
     if layout.siblings and request.columns is None:
         steps.append(f"orbitals of one atom added from {len(layout.siblings) + 1} files")
+    trusted = None
+    if layout.total is not None and request.columns is None:
+        curve, trusted = _scaled_to_total(curve, layout.total, table.name, steps)
     zero, reference = _zero(table.name, layout, request, assumed)
     energies, values = curve[0] - zero, curve[1]
     if zero:
@@ -54,6 +58,8 @@ def parse_text(content: bytes, path: str | PathLike[str], request: Request) -> T
             "it is too much for smearing: is it a difference of spins, or a column of something else (--columns)?"
         )
     known = _known(energies, values, layout)
+    if trusted is not None:
+        known &= trusted
     kind = request.kind or layout.kind or "site"
     if kind != (request.kind or layout.kind):
         assumed.append("the DOS of one site")
@@ -298,6 +304,26 @@ def _add(curve: tuple[Array, Array], other: tuple[Array, Array], names: str) -> 
         raise ValueError(f"{names} have different energies: they are not of one calculation")
     down = _drawn_down(curve[1][np.isfinite(curve[1])])
     return curve[0], np.abs(other[1]) + (-curve[1] if down else curve[1])
+
+
+def _scaled_to_total(
+    curve: tuple[Array, Array], path: Path, name: str, steps: list[str]
+) -> tuple[tuple[Array, Array], Mask | None]:
+    """Scale a site's projections by the file of the total and of all projections, if there is one; where it is known."""
+    if not path.is_file():
+        steps.append(f"raw projection: there is no {path.name} to scale it by")
+        return curve, None
+    table = read_table(read_bytes(path), str(path))
+    spins = (table.rows.shape[1] - 1) // 2
+    if table.rows.shape[1] not in (3, 5) or len(table.rows) != len(curve[0]):
+        raise ValueError(f"{name} and {path} do not fit together: they are not of one calculation")
+    energies, total, projected = table.rows[:, 0], table.rows[:, 1 : spins + 1], table.rows[:, spins + 1 :]
+    if not np.allclose(energies, curve[0], atol=1e-6):
+        raise ValueError(f"{name} and {path} have different energies: they are not of one calculation")
+    sites = np.maximum([curve[1], projected.sum(axis=1) - curve[1]], 0.0)
+    scaled, known = scale_sites_to_total(sites, np.maximum(total.sum(axis=1), 0.0), energies=energies)
+    steps.append(f"scaled as all projections of {path.name} to the total")
+    return (curve[0], scaled[0]), known
 
 
 # -- zero and window ---------------------------------------------------------------------------------------------------
