@@ -223,6 +223,14 @@ def test_a_gap_of_a_known_total_moves_its_zero(tmp_path: Path) -> None:
     assert stated.energies == pytest.approx(ENERGIES, abs=1e-4)
 
 
+def test_a_total_that_does_not_reach_its_fermi_level_is_read(tmp_path: Path) -> None:
+    head = f"#  E (eV)   dos(E)     Int dos(E) EFermi = {LEVEL:7.3f} eV\n"
+    below = ENERGIES < -2.0
+    target = read(tmp_path, head + rows(ENERGIES[below] + LEVEL, BOTH[below], integral(BOTH[below])))
+    assert target.reference == "fermi"
+    assert target.energies == pytest.approx(ENERGIES[below], abs=1e-4)
+
+
 def test_energies_above_the_last_band_are_unknown(tmp_path: Path) -> None:
     head = f"#  E (eV)   dos(E)     Int dos(E) EFermi = {LEVEL:7.3f} eV\n"
     cut = np.where(ENERGIES < 2.0, BOTH, 0.0)

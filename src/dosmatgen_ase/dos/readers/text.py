@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dosmatgen_ase.dos.broadening import scale_sites_to_total
+from dosmatgen_ase.dos.checks import gap_at_zero
 from dosmatgen_ase.dos.grid import GAP_DOS, Array, Mask
 from dosmatgen_ase.dos.readers.common import Request, clip_negative_lobes, named, read_bytes, record
 from dosmatgen_ase.dos.readers.layouts import DOWN, ENERGY_UNITS, UP, Layout, layout_of
@@ -70,7 +71,7 @@ def parse_text(content: bytes, path: str | PathLike[str], request: Request) -> T
     told = record(f"{layout.source} {Path(path).name}", [*steps, *note], assumed)
     target = named(table.name, TargetDOS, energies, values, known, reference, request.sigma, kind, told)
     settled = request.reference is None and request.efermi is None and layout.periodic and kind == "total"
-    return target.aligned() if settled else target
+    return target.aligned() if settled and gap_at_zero(target) else target
 
 
 def _check(request: Request) -> None:
@@ -309,7 +310,7 @@ def _add(curve: tuple[Array, Array], other: tuple[Array, Array], names: str) -> 
 def _scaled_to_total(
     curve: tuple[Array, Array], path: Path, name: str, steps: list[str]
 ) -> tuple[tuple[Array, Array], Mask | None]:
-    """Scale a site's projections by the file of the total and of all projections, if there is one; where it is known."""
+    """Scale a site's projections by the file of the total and of all projections, if there is one."""
     if not path.is_file():
         steps.append(f"raw projection: there is no {path.name} to scale it by")
         return curve, None
