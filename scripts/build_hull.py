@@ -2,15 +2,16 @@
 
     python scripts/build_hull.py                  # from data/structures.parquet alone: hours of one core
     python scripts/build_hull.py --minutes 30     # goes on where it was, and writes the hull as far as it got
-    python scripts/build_hull.py --onto src/dosmatgen_ase/references/hull.npz --structures LARGE.parquet
+    python scripts/build_hull.py --onto src/dosmatgen_ase/references/hull.npz --structures LARGE.parquet --minutes 0
 
-The hull that ships was made by the first command, and enlarged by the third with a table of cells of 21 to 120 atoms.
+The hull that ships was made by the first command and enlarged by the third, with a table of cells of 21 to 120 atoms
+(the same columns, from the same source). It went through a part of that table; the same command goes on.
 
 1. The energy of every crystal of the tables as it stands, and of a reference crystal for each element that they lack.
 2. Those within `--margin` of the hull of these energies are relaxed with the defaults of `dosmatgen_ase.relax`.
 3. The lowest energy of every formula is written, as far as it lies within `--keep` of the hull. A hull from nothing is
    written if step 1 is complete, else it would lack formulas; with `--onto`, what is known by then comes to the entries
-   of that hull, which are taken as they are.
+   of that hull.
 
 Both steps begin where an energy is cheap and bounds most: see `priority`. The energies on the way are kept in
 `--cache`, where `benchmarks/stability.py` adds its own: "relaxed" is None where the relaxation did not converge, for
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -46,7 +48,6 @@ ROOT = Path(__file__).parents[1]
 CHUNK = 32
 RARE = {2, 10, 18, 36, 54, 86, *range(89, 95)}  # noble gases and actinides: little asked for, so they come last
 MOSTLY_MEASURED = 700_000  # numbers of the Materials Project below this are mostly of crystals that were made
-KEEP = 0.2  # eV/atom
 
 
 def read_crystals(path: Path) -> list[Atoms]:
@@ -116,9 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / "data" / "cache" / "hull.jsonl")
     parser.add_argument("--out", type=Path, default=DEFAULT_HULL)
     parser.add_argument("--margin", type=float, default=0.03, help="relax what lies this close, eV/atom (default 0.03)")
-    parser.add_argument(
-        "--keep", type=float, default=KEEP, help=f"write what lies this close, eV/atom (default {KEEP})"
-    )
+    parser.add_argument("--keep", type=float, default=math.inf, help="write what is this close, eV/atom (default: all)")
     parser.add_argument("--energy-minutes", type=float, default=float("inf"), help="step 1 no longer than this")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="step 2 no longer than this")
     parser.add_argument("--processes", type=int, default=1)
@@ -168,35 +167,36 @@ def main(arguments: list[str] | None = None) -> None:
                     keep(i, "static", energy)
                 cache.flush()
 
-            end = time.monotonic() + 60 * options.minutes
-            todo = near_hull(hull(), crystals, [known.get(n, {}) for n in names], options.margin)
-            todo = [i for i in order if i in todo]
-            finished = relax_each([crystals[i] for i in todo], processes=options.processes)
-            for i, atoms in tqdm(zip(todo, finished, strict=True), total=len(todo), desc="relaxations"):
-                report = atoms.info["relaxation"]
-                keep(i, "relaxed", report["energy"] if report["converged"] else None)
-                cache.flush()
+            bound, end = hull(), time.monotonic() + 60 * options.minutes
+            todo = [i for i in order if to_relax(known.get(names[i], {}))]
+            for start in tqdm(range(0, len(todo), CHUNK), desc="relaxations", unit="chunk"):
                 if time.monotonic() > end:
-                    return
+                    break
+                chunk = todo[start : start + CHUNK]
+                above = [bound.above(crystals[i].numbers, known[names[i]]["static"]) for i in chunk]
+                rows = [i for i, e in zip(chunk, above, strict=True) if e is not None and e <= options.margin]
+                finished = relax_each([crystals[i] for i in rows], processes=options.processes)
+                for i, atoms in zip(rows, finished, strict=True):
+                    report = atoms.info["relaxation"]
+                    keep(i, "relaxed", report["energy"] if report["converged"] else None)
+                    cache.flush()
+                    if time.monotonic() > end:
+                        return
         except KeyboardInterrupt:
             print("stopped: the same command goes on from here")
         finally:
             if base is not None or all("static" in known.get(n, {}) for n in names):  # else it would lack formulas
                 made = hull()
-                made = made.without(made.above_itself() > options.keep)
+                if math.isfinite(options.keep):
+                    new = np.flatnonzero(~np.isin(made.name, list(known_names)))
+                    made = made.without(np.isin(np.arange(len(made.name)), new[made.above_itself(new) > options.keep]))
                 made.save(options.out)
                 print(f"{options.out}: {len(made.name)} formulas, {made.relaxed.sum()} of them relaxed")
 
 
-def near_hull(bound: Hull, crystals: Sequence[Atoms], known: Sequence[dict], margin: float) -> set[int]:
-    """Rows of the crystals that are to be relaxed: none yet, and within the margin of the hull."""
-    found = set()
-    for i, record in enumerate(known):
-        if record.get("static") is not None and "relaxed" not in record:
-            above = bound.above(crystals[i].numbers, record["static"])
-            if above is not None and above <= margin:
-                found.add(i)
-    return found
+def to_relax(record: dict[str, float | None]) -> bool:
+    """Whether a crystal has an energy and was not relaxed yet."""
+    return record.get("static") is not None and "relaxed" not in record
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_a_table_enlarges_a_hull_and_what_lies_far_above_is_not_kept(tmp_path: P
             atoms.info["relaxation"] = {"energy": energy, "converged": True}
             yield atoms
 
-    command = ["--onto", str(start), "--cache", str(tmp_path / "hull.jsonl"), "--out", str(out)]
+    command = ["--onto", str(start), "--cache", str(tmp_path / "hull.jsonl"), "--out", str(out), "--keep", "0.2"]
     table = in_table(*crystals, crystal("Cu", "Cu"))
     script(command, read_crystals=table, chgnet_energies=energies, relax_each=relaxed)
     assert sorted(asked) == ["mp-1", "mp-2", "mp-3", "mp-4"], "what the hull holds is not computed again"
@@ -98,8 +98,9 @@ def test_a_table_enlarges_a_hull_and_what_lies_far_above_is_not_kept(tmp_path: P
     assert held["mp-3"] == (pytest.approx(-2.45), False), "0.05 above Ni and Al: kept, not relaxed"
     assert held["mp-4"] == (pytest.approx(-1.4), False)
     assert hull.energy_at([29, 28]) == pytest.approx(-1.91)
-    script(command)
+    script([*command, "--keep", "inf"])
     assert len(asked) == 4, "and nothing is computed again"
+    assert "mp-2" in Hull.load(out).name
 
 
 def test_crystals_of_any_size_are_read_right_handed(tmp_path: Path) -> None:

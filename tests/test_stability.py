@@ -10,9 +10,12 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from ase.data import atomic_numbers, chemical_symbols
+from ase.spacegroup import crystal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dosmatgen_ase import DOSGenerator, predict_dos
 from dosmatgen_ase.judge import stability
 from dosmatgen_ase.judge.relaxation import relax
 from dosmatgen_ase.judge.stability import DEFAULT_HULL, Hull, energy_above_hull, in_words, load_hull
@@ -203,6 +206,101 @@ def test_known_prototypes(stable: Atoms, unstable: Atoms) -> None:
     low, high = energy_above_hull([stable, unstable], relax=True)  # type: ignore[misc]
     assert abs(low) < 0.02
     assert high > 0.02
+
+
+LARGE_CELLS = ("Mg3P2", "Zn3P2", "Cd3As2", "Mg17Al12", "Cr23C6", "Mn2O3", "Y3Al5O12", "NdF3", "Mg2SiO4")
+
+
+def magnesium_phosphide() -> Atoms:
+    """Mg3P2, anti-bixbyite, 40 atoms in the primitive cell."""
+    sites = [(0.8641, 0.1301, 0.3966), (0, 0, 0.5), (0.7738, 0.5, 0.75)]
+    return crystal(["Mg", "P", "P"], sites, spacegroup=206, cellpar=[12.01] * 3 + [90] * 3, primitive_cell=True)
+
+
+def entries_within(hull: Hull, elements: str) -> list[Any]:
+    from pymatgen.analysis.phase_diagram import PDEntry
+    from pymatgen.core import Composition
+
+    inside = [atomic_numbers[symbol] for symbol in elements.split("-")]
+    rows = np.flatnonzero(hull.counts[:, inside].sum(1) == hull.counts.sum(1))
+    found = []
+    for counts, energy in zip(hull.counts[rows].tolist(), hull.energy[rows].tolist(), strict=True):
+        composition = Composition({chemical_symbols[z]: n for z, n in enumerate(counts) if n})
+        found.append(PDEntry(composition, energy * composition.num_atoms))
+    return found
+
+
+def sites_of(formula: str) -> np.ndarray:
+    return np.asarray(Atoms(formula).numbers)
+
+
+def test_phases_with_large_cells_are_in_the_hull() -> None:
+    hull = load_hull()
+    for formula in LARGE_CELLS:
+        counts = np.bincount(sites_of(formula), minlength=hull.counts.shape[1])
+        rows = np.flatnonzero((hull.counts == counts).all(1))
+        assert len(rows) == 1, formula
+        assert hull.above_itself(rows)[0] < 0.1, f"{formula} is known to be stable"
+
+
+def test_a_compound_is_measured_against_phases_with_large_cells() -> None:
+    assert energy_above_hull(bulk("MgP", "rocksalt", a=5.4), relax=True) > 0.2
+    assert energy_above_hull(magnesium_phosphide()) == pytest.approx(0.0, abs=0.01)
+
+
+@pytest.mark.parametrize("elements", ["Mg-P", "Al-Mg", "Nd-F", "Y-Al-O", "Li-Fe-O", "Ca-Ti-N-O"])
+def test_pymatgen_finds_the_same_over_the_entries_that_ship(elements: str) -> None:
+    from pymatgen.analysis.phase_diagram import PhaseDiagram
+
+    hull = load_hull()
+    entries = entries_within(hull, elements)
+    assert len(entries) > len(elements.split("-"))
+    diagram = PhaseDiagram(entries)
+    for entry in entries:
+        numbers = sites_of(entry.composition.formula.replace(" ", ""))
+        assert hull.energy_at(numbers) == pytest.approx(diagram.get_hull_energy_per_atom(entry.composition), abs=1e-6)
+        assert hull.above(numbers, entry.energy_per_atom) == pytest.approx(diagram.get_e_above_hull(entry), abs=1e-6)
+
+
+def prototypes() -> list[Atoms]:
+    lattices = {
+        "rocksalt": {
+            "NaCl": 5.64, "KCl": 6.29, "LiF": 4.03, "MgO": 4.21, "CaO": 4.81, "TiC": 4.33, "TiN": 4.24, "PbS": 5.94,
+            "ScN": 4.5, "MgP": 5.4,
+        },
+        "zincblende": {"GaAs": 5.65, "ZnS": 5.41, "SiC": 4.36, "InP": 5.87, "AlP": 5.46, "BN": 3.62},
+        "cesiumchloride": {"CsCl": 4.12, "NiAl": 2.88, "CuZn": 2.95},
+        "fluorite": {"CaF2": 5.46, "ZrO2": 5.1},
+        "diamond": {"Si": 5.43, "C": 3.57},
+        "fcc": {"Cu": 3.61, "Al": 4.05},
+        "bcc": {"Fe": 2.87, "W": 3.16},
+    }  # fmt: skip
+    found = [bulk(formula, kind, a=a) for kind, members in lattices.items() for formula, a in members.items()]
+    found += [bulk("ZnO", "wurtzite", a=3.25, c=5.2), bulk("GaN", "wurtzite", a=3.19, c=5.19), bulk("Mg")]
+    return found
+
+
+@pytest.mark.slow
+def test_nothing_lies_far_below_the_hull_that_pymatgen_does_not_put_there() -> None:
+    """30 prototypes and 20 generated crystals, relaxed: what is below the hull is below a PhaseDiagram, too."""
+    from pymatgen.analysis.phase_diagram import PDEntry, PhaseDiagram
+
+    hull = load_hull()
+    known = prototypes()
+    assert len(known) == 30
+    dos = predict_dos(bulk("Ni"))[0]
+    structures = relax([*known, *DOSGenerator().generate(dos, 20, num_atoms=4, seed=1)])
+    below = {}
+    for atoms in structures:
+        energy = atoms.info["relaxation"]["energy"]
+        above = hull.above(atoms.numbers, energy)
+        print(f"{atoms.get_chemical_formula():12s} {in_words(above)}")
+        if above is not None and above < -0.02:
+            diagram = PhaseDiagram(entries_within(hull, "-".join(sorted(set(atoms.symbols)))))
+            entry = PDEntry(atoms.get_chemical_formula(), energy * len(atoms))
+            theirs = entry.energy_per_atom - diagram.get_hull_energy_per_atom(entry.composition)
+            below[atoms.get_chemical_formula()] = (above, theirs)
+    assert all(theirs == pytest.approx(above, abs=1e-5) for above, theirs in below.values()), below
 
 
 def test_relax_is_what_relax_does() -> None:
