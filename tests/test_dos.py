@@ -699,6 +699,9 @@ def test_hostile_arrays(
         (lambda: TargetDOS.from_ase("dos"), TypeError, "not str"),
         (lambda: TargetDOS.from_ase(GridDOSData(E, V), 0), ValueError, "leave out site"),
         (lambda: TargetDOS.from_ase(RawDOSData([], [])), ValueError, "at least one state"),
+        (lambda: TargetDOS.from_ase(RawDOSData([-1e6, 0], [1, 1]), sigma=1e-3), ValueError, "widen sigma"),
+        (lambda: TargetDOS.from_ase(RawDOSData([math.nan, 0], [1, 1])), ValueError, "finite energies"),
+        (lambda: TargetDOS.from_ase(RawDOSData([-1, 0], [1, 1]), sigma=math.nan), ValueError, "sigma > 0"),
         (lambda: TargetDOS.from_ase(RawDOSCollection([])), ValueError, "empty"),
         (lambda: TargetDOS.from_ase(GridDOSCollection(rows_of("grid")), 2), ValueError, "site 2 does not exist"),
         (

@@ -71,15 +71,16 @@ def vasprun(*steps: str, symbols: str = "Na", kpoints: str = "", **parameters: A
     )
 
 
+LOBSTER = " DOS and projected DOS file by LOBSTER. Energy is shifted such that the Fermi level lies at 0 eV. "
+
+
 def doscar(energies: Any, dos: Any, integrated: Any, sites: Any, efermi: float, *, lobster: bool = False) -> str:
     """DOSCAR; sites (sites, G, columns) or None. LOBSTER's window is on VASP's scale; it names the orbitals."""
     shift = efermi if lobster else 0.0
     window = f"{energies[-1] + shift:16.8f}{energies[0] + shift:16.8f}{len(energies):5d}{efermi:16.8f}{1.0:16.8f}"
-    if lobster:
-        window = f"{energies[0] + shift:.5f} {energies[-1] + shift:.5f} {len(energies)} {efermi:.5f} 1.00000"
     number = 0 if sites is None else len(sites)
     lines = [f"{number or 1:4d}{number or 1:4d}   1   0", "  0.2E+02  0.4E-09  0.4E-09  0.4E-09  0.5E-15"]
-    lines += ["  1.0E-004", "  CAR ", " LOBSTER DOS" if lobster else " unknown system", window]
+    lines += ["  1.0E-004", "  CAR ", LOBSTER if lobster else " unknown system", window]
     for block, table in enumerate([np.vstack([dos, integrated]).T, *(() if sites is None else sites)]):
         lines += [f"{window}; Z= 11; 3s 3p_y"] if lobster and block else [window] * bool(block)
         lines += [f"{e:11.3f} " + " ".join(f"{x:.4E}" for x in row) for e, row in zip(energies, table, strict=True)]
@@ -477,6 +478,26 @@ def test_doscar_with_spin_orbit(tmp_path: Path) -> None:
     site = TargetDOS.from_file(tmp_path / "DOSCAR", 0)
     assert site.total_states() == pytest.approx(2.0, rel=5e-3)
     assert "noncollinear" in steps_of(site)
+
+
+def test_doscar_of_lobster_is_told_by_its_window_too(tmp_path: Path) -> None:
+    """Without the word: the window is on VASP's scale, the energies are not."""
+    energies = np.linspace(-8.0, 8.0, 801)
+    dos, integrated = (2 * x[None] for x in level(energies, 0.0, 2.0))
+    text = doscar(energies, dos, integrated, None, 3.0, lobster=True).replace(LOBSTER, " unknown system")
+    (tmp_path / "DOSCAR").write_text(text)
+    target = TargetDOS.from_file(tmp_path / "DOSCAR")
+    assert target.energies[0] == pytest.approx(-8.0, abs=1e-6)
+
+
+def test_sites_that_hold_far_more_than_the_total_are_told(tmp_path: Path) -> None:
+    """Seen in a public DOSCAR: a total a hundred times too small."""
+    dos, sites = spins_and_sites(1)
+    path = tmp_path / "dos.json"
+    path.write_text(json.dumps(pymatgen_dict(SPREAD, 0.01 * dos, sites, 1.0)))
+    assert TargetDOS.from_file(path, 0).provenance["assumed"] == [
+        "scale: the sites hold 80.0 times the total DOS, which is taken for right"
+    ]
 
 
 def test_doscar_as_fortran_writes_numbers(tmp_path: Path) -> None:

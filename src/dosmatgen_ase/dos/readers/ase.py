@@ -12,6 +12,8 @@ from dosmatgen_ase.dos.grid import MODEL_SIGMA, Array, Mask
 from dosmatgen_ase.dos.readers.common import clip_negative_lobes
 from dosmatgen_ase.dos.target import TargetDOS
 
+_MAX_ENERGIES = 1_000_000
+
 
 def read_ase(dos: Any, site: int | None, *, sigma: float | None, efermi: float, reference: str) -> TargetDOS:
     """What `TargetDOS.from_ase` does."""
@@ -64,11 +66,15 @@ def _ase_table(rows: list[Any], sigma: float | None) -> tuple[Array, Array, floa
         raise ValueError("this DOSCollection mixes raw and grid data: sample the raw ones first (sample_grid)")
     sigma = MODEL_SIGMA if sigma is None else sigma
     states = np.concatenate([row.get_energies() for row in rows])
-    if not states.size or sigma <= 0:
+    if not states.size or not sigma > 0:
         raise ValueError("raw DOS data need at least one state and sigma > 0 (eV)")
+    if not np.isfinite(states).all():
+        raise ValueError("the states of these raw DOS data must have finite energies")
     # Known up to the highest state: bands above it may be missing. Below the lowest there is nothing to miss.
     lo, hi = states.min() - 5 * sigma, states.max()
     size = math.ceil((hi - lo) / (sigma / 4)) + 1
+    if size > _MAX_ENERGIES:
+        raise ValueError(f"states over {hi - lo:.3g} eV at sigma {sigma:g} eV need {size:.3g} energies: widen sigma")
     table = [row.sample_grid(size, xmin=lo, xmax=hi, width=sigma).get_weights() for row in rows]
     return np.linspace(lo, hi, size), np.array(table), sigma
 

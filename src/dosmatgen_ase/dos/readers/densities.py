@@ -17,6 +17,9 @@ from dosmatgen_ase.dos.target import TargetDOS
 HIGHEST = 1000.0
 """No DOS reaches so far (eV) above its zero of energy; one that does is in meV."""
 
+MOST_HELD = 1.5
+"""Most states that overlapping spheres may hold, as a share of the total DOS, before it is told."""
+
 _LEVEL_ERROR = 0.005  # eV: the Fermi level may be printed as the band edge itself, rounded to another digit
 _LOST = 0.005  # share of all states that the density column may lack before it is given up for the integrated one
 
@@ -107,8 +110,8 @@ class Densities:
         known = energies <= top
         values, kind = total, "total"
         if site is not None:
-            values, known, note = self._share(site, energies, total, top)
-            steps += note
+            values, known, note, doubt = self._share(site, energies, total, top)
+            steps, assumptions = steps + note, assumptions + doubt
             kind = "site"
         known[0] &= first or total[0] < GAP_DOS
         steps.append(f"zero of energy at {zero:.4f} eV ({reference})")
@@ -180,8 +183,8 @@ class Densities:
         doubt = f"states up to the Fermi level: {states:.2f} in the file where NELECT is {self.electrons:g}"
         return told, [f"{doubt}; is the window too narrow or the grid too coarse (EMIN, NEDOS, SIGMA)?"]
 
-    def _share(self, site: int, energies: Array, total: Array, top: float) -> tuple[Array, Mask, list[str]]:
-        """The DOS of one site, scaled so that all sites add up to the total, where it is known, and notes."""
+    def _share(self, site: int, energies: Array, total: Array, top: float) -> tuple[Array, Mask, list[str], list[str]]:
+        """The DOS of one site, scaled so that all sites add up to the total, where it is known, notes and doubts."""
         assert self.sites is not None
         projections = self.sites
         if energies.size < self.energies.size:  # between two energies
@@ -192,12 +195,16 @@ class Densities:
         if (projections < 0).any():
             raise ValueError(f"the projections of {self.source} are negative: {projections.min():.3g} states/eV")
         scaled, known = scale_sites_to_total(projections, total, energies=energies, e_max=top, min_coverage=0.0)
+        held = float(projections.sum() / max(total.sum(), GAP_DOS))
+        doubts = []
+        if held > MOST_HELD:
+            doubts.append(f"scale: the sites hold {held:.1f} times the total DOS, which is taken for right")
         name = f" ({self.symbols[site]})" if len(self.symbols) > site else ""
         notes = [f"site {site}{name}, sites scaled to add up to the total"]
         lost = float((cell_widths(energies) * total)[~known & (energies <= top)].sum())
         if lost > GAP_DOS:
             notes.append(f"unknown where no site has a projection: {lost:.2f} states of the cell")
-        return scaled[site], known, notes
+        return scaled[site], known, notes, doubts
 
 
 def gap_of(levels: Sequence[Array], fermi: float) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from dosmatgen_ase.dos.target import TargetDOS
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[EeDd][+-]?\d+|[+-]\d{3}(?![\d.]))?"
 # Ends of the window, number of energies, Fermi level, weight; LOBSTER adds element and orbitals of an atom.
 _SECTION = re.compile(rf"^\s*({_NUMBER})\s*({_NUMBER})\s+(\d+)\s*({_NUMBER})\s+({_NUMBER})\s*(;.*)?$")
-_MAX_ENERGIES = 2_000_000
+_MAX_ENERGIES, _MAX_LINES = 2_000_000, 10_000_000
 
 
 def is_doscar(content: Content) -> bool:
@@ -37,6 +37,8 @@ def read_doscar(content: Content, request: Request) -> TargetDOS:
 
 
 def _densities(content: Content) -> Densities:
+    if content.data.count(b"\n") > _MAX_LINES:
+        raise ValueError(f"it has more than {_MAX_LINES:,} lines")
     lines = content.data.decode("utf-8", errors="replace").splitlines()
     num_ions, sections, headers = int(lines[0].split()[1]), [], list[re.Match[str]]()
     start = 5

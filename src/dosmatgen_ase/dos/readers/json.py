@@ -11,7 +11,7 @@ from dosmatgen_ase.dos.readers.common import Content, Request, assumed, check_si
 from dosmatgen_ase.dos.readers.pymatgen import is_dict_of_dos, read_pymatgen
 from dosmatgen_ase.dos.target import TargetDOS
 
-_MAX_BRACKETS = 5_000_000  # lists and dicts; each takes 60 bytes and more
+_MAX_BRACKETS, _MAX_COMMAS = 5_000_000, 20_000_000  # a list or dict takes 60 bytes and more, a number 32
 _DEFAULTS = {
     "reference": "zero of energy: taken for the Fermi level, as the file does not say (--reference)",
     "kind": "kind: taken for the DOS of one site, as the file does not say (--kind)",
@@ -28,6 +28,8 @@ def read_json(content: Content, request: Request) -> TargetDOS:
     name, site = content.name, request.site
     if content.data.count(b"[") + content.data.count(b"{") > _MAX_BRACKETS:
         raise ValueError(f"{name} holds more than {_MAX_BRACKETS:,} lists and dicts: this is no DOS")
+    if content.data.count(b",") > _MAX_COMMAS:
+        raise ValueError(f"{name} holds more than {_MAX_COMMAS:,} numbers: this is no DOS")
     try:
         data = json.loads(content.data)
     except (ValueError, RecursionError) as error:
