@@ -581,11 +581,13 @@ class TargetDOS:
         efermi: float | None = None,
         units: str | None = None,
     ) -> TargetDOS:
-        """Read a file of any known form, told by its content: vasprun.xml, JSON, .npz or columns of text.
+        """Read a file of any known form, told by its content.
 
-        JSON is `to_dict`, a pymatgen ``Dos`` dict or what ``dosmatgen dft`` wrote; .npz holds ``energies``, ``total``,
-        ``pdos`` (sites, l, G), ``emax`` and ``gap`` of one structure with Loewdin projections. XML, JSON and text may
-        be gzipped.
+        These are ``vasprun.xml``, ``DOSCAR`` of VASP and LOBSTER, ``.bands`` of CASTEP, JSON, ``.npz`` and columns of
+        text. JSON is `to_dict`, a pymatgen ``Dos``, ``CompleteDos`` or ``LobsterCompleteDos``, or what
+        ``dosmatgen dft`` wrote; .npz holds ``energies``, ``total``, ``pdos`` (sites, l, G), ``emax`` and ``gap`` of
+        one structure with Loewdin projections. A file may be packed with gzip, bzip2 or xz, whatever its name; one
+        that unpacks to 1 GiB, or to 100 times its size and more than 32 MiB, is refused.
 
         Parameters
         ----------
