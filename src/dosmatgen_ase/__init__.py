@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dosmatgen_ase.dos import DOSWarning, EnergyGrid, TargetDOS
     from dosmatgen_ase.forward.predictor import predict_dos
     from dosmatgen_ase.generate.generator import DOSGenerator
+    from dosmatgen_ase.generate.settings import GenerationSettings
     from dosmatgen_ase.judge.ranking import Ranking
     from dosmatgen_ase.judge.relaxation import relax
     from dosmatgen_ase.judge.stability import energy_above_hull
@@ -27,6 +28,7 @@ __all__ = [
     "DOSIndex",
     "DOSWarning",
     "EnergyGrid",
+    "GenerationSettings",
     "KnownCrystals",
     "Ranking",
     "TargetDOS",
@@ -44,6 +46,7 @@ _HOME = {
     "DOSIndex": "retrieval.index",
     "DOSWarning": "dos",
     "EnergyGrid": "dos",
+    "GenerationSettings": "generate.settings",
     "KnownCrystals": "crystals.screening",
     "Ranking": "judge.ranking",
     "TargetDOS": "dos",

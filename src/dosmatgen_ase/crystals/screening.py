@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from dosmatgen_ase.crystals.checks import is_disordered
+from dosmatgen_ase.crystals.convert import to_structure
 
 if TYPE_CHECKING:
     from ase import Atoms
     from numpy.typing import NDArray
-    from pymatgen.core import Structure
 
-MAX_VOLUME_PER_ATOM = 100.0  # A^3; of what a model draws freely
+MAX_DRAWN_VOLUME_PER_ATOM = 100.0  # A^3; of what a model draws freely
 MAX_GIVEN_VOLUME_PER_ATOM = 1000.0  # A^3; of a cell that was given: a slab has vacuum, caesium alone has 111
 _MAX_DISTANCES = 2_000_000  # about 0.2 s; a Niggli-reduced cell of 20 atoms needs 10,000
 
@@ -71,7 +71,7 @@ def screen(
     *,
     min_distance: float = 0.5,
     min_volume_per_atom: float = 2.0,
-    max_volume_per_atom: float = MAX_VOLUME_PER_ATOM,
+    max_volume_per_atom: float = MAX_DRAWN_VOLUME_PER_ATOM,
 ) -> Screening:
     """Screen one structure: ordered, finite, periodic, right-handed, of sensible density, no atoms on top of others.
 
@@ -209,8 +209,8 @@ class KnownCrystals:
     def find(self, atoms: Atoms) -> str | None:
         """Return the name of the first known crystal that is the same, None if there is none."""
         same = self._named.get(reduced_formula(atoms), [])
-        wanted = _structure(atoms)
-        return next((name for name, other in same if self._matcher.fit(wanted, _structure(other))), None)
+        wanted = to_structure(atoms)
+        return next((name for name, other in same if self._matcher.fit(wanted, to_structure(other))), None)
 
 
 def reduced_formula(atoms: Atoms) -> tuple[tuple[int, int], ...]:
@@ -218,12 +218,6 @@ def reduced_formula(atoms: Atoms) -> tuple[tuple[int, int], ...]:
     counts = Counter(atoms.numbers.tolist())
     unit = math.gcd(*counts.values())
     return tuple(sorted((z, count // unit) for z, count in counts.items()))
-
-
-def _structure(atoms: Atoms) -> Structure:
-    from pymatgen.core import Structure
-
-    return Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions())
 
 
 def screen_many(

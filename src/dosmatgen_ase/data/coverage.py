@@ -29,7 +29,7 @@ UNLABELLED = {
 }
 """Atomic numbers that no label holds, and what they are."""
 
-MAX_VOLUME_PER_ATOM = 60.0
+MAX_LABELLED_VOLUME_PER_ATOM = 60.0
 """A^3; a crystal with more is not computed: its plane waves cost too much."""
 
 ENOUGH = 15
@@ -70,7 +70,7 @@ class Coverage:
         for split in ("train", "val", "test"):
             rows = labels.split == split
             splits[split] = (int(rows.sum()), int(labels.num_atoms[rows].sum()), int((labels.band_gap[rows] > 0).sum()))
-        fit = np.abs(np.linalg.det(structures.cell)) <= MAX_VOLUME_PER_ATOM * structures.num_atoms
+        fit = np.abs(np.linalg.det(structures.cell)) <= MAX_LABELLED_VOLUME_PER_ATOM * structures.num_atoms
         fit &= ~np.isin(structures.atomic_numbers, list(UNLABELLED)).any(axis=1)
         groups = structures.spacegroup[np.isin(structures.material_id, labels.material_id)]
         systems = np.searchsorted(list(CRYSTAL_SYSTEMS.values()), groups, side="right") - 1

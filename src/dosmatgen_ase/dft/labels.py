@@ -29,7 +29,7 @@ from ase.utils import atoms_to_spglib_cell
 from numpy.typing import ArrayLike
 
 from dosmatgen_ase.data import MAX_ATOMS, SHARD_UNIT, Structures
-from dosmatgen_ase.data.coverage import ENOUGH, MAX_VOLUME_PER_ATOM, UNLABELLED
+from dosmatgen_ase.data.coverage import ENOUGH, MAX_LABELLED_VOLUME_PER_ATOM, UNLABELLED
 from dosmatgen_ase.dft.espresso import (
     MAGNETIC,
     RECIPE,
@@ -284,8 +284,8 @@ def _skipped(candidates: Mapping[str, _Candidate], settings: EspressoSettings) -
         reasons = [no_label[symbol] for symbol in sorted(set(candidate.atoms.symbols)) if symbol in no_label]
         if len(candidate.atoms) > MAX_ATOMS:
             reasons.append(f"more than {MAX_ATOMS} atoms")
-        if candidate.atoms.get_volume() > MAX_VOLUME_PER_ATOM * len(candidate.atoms):
-            reasons.append(f"more than {MAX_VOLUME_PER_ATOM:g} A^3 per atom")
+        if candidate.atoms.get_volume() > MAX_LABELLED_VOLUME_PER_ATOM * len(candidate.atoms):
+            reasons.append(f"more than {MAX_LABELLED_VOLUME_PER_ATOM:g} A^3 per atom")
         if reasons:
             skipped[name] = reasons[0]
     return skipped

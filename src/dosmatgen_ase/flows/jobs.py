@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from jobflow import Maker, job
 from pymatgen.core import Structure
 
-from dosmatgen_ase.crystals.checks import is_disordered
+from dosmatgen_ase.crystals.convert import to_atoms, to_structure
 from dosmatgen_ase.crystals.screening import MAX_GIVEN_VOLUME_PER_ATOM
 from dosmatgen_ase.dos import NEAR_GAP, TargetDOS, mae, mean_distance
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, GenerationDoc, RelaxDoc, ScreeningDoc, TrainDoc
@@ -26,45 +26,9 @@ from dosmatgen_ase.generate.settings import DEFAULT_COUNT, GenerationOptions, Ge
 from dosmatgen_ase.parsing import DOSInput, split_targets, whole_number
 
 if TYPE_CHECKING:
-    from ase import Atoms
+    pass
 
 LATTICE_MATCH = 0.5  # Angstrom: an engine that reorders sites moves none of them this far
-
-
-def to_atoms(structure: Structure) -> Atoms:
-    """The same crystal for ASE; coordinates that pymatgen's ``selective_dynamics`` holds become constraints.
-
-    Raises
-    ------
-    ValueError
-        If sites are disordered.
-    """
-    from ase import Atoms
-    from ase.constraints import FixAtoms, FixCartesian
-
-    if not structure.is_ordered:
-        raise ValueError(f"{structure.formula} has disordered sites: order them first (pymatgen's transformations do)")
-    numbers = [site.specie.Z for site in structure]
-    atoms = Atoms(numbers, cell=structure.lattice.matrix, scaled_positions=structure.frac_coords, pbc=True)
-    free = structure.site_properties.get("selective_dynamics", [None] * len(atoms))  # three truth values of each site
-    held = {i: [not moves for moves in site] for i, site in enumerate(free) if site is not None and not all(site)}
-    whole = [i for i, mask in held.items() if all(mask)]
-    partly = [FixCartesian(i, mask) for i, mask in held.items() if not all(mask)]
-    atoms.set_constraint([*([FixAtoms(whole)] if whole else []), *partly])
-    return atoms
-
-
-def to_structure(atoms: Atoms) -> Structure:
-    """The same crystal for pymatgen.
-
-    Raises
-    ------
-    ValueError
-        If sites are disordered, which ``Atoms`` do not show.
-    """
-    if is_disordered(atoms):
-        raise ValueError(f"{atoms.get_chemical_formula()} is disordered: order it first")
-    return Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions(wrap=False))
 
 
 def targets_by_site(dos: DOSInput, sites: Iterable[int] | None = None) -> dict[str, TargetDOS]:

@@ -30,6 +30,7 @@ from torch.nn.functional import softplus
 from tqdm import tqdm, trange
 
 from dosmatgen_ase.crystals.checks import is_disordered
+from dosmatgen_ase.crystals.convert import to_structure
 from dosmatgen_ase.data import MAX_ATOMS, SiteDOSLabels, Structures, formula_fold, load_shell_dos, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
 from dosmatgen_ase.files import write_npz
@@ -95,10 +96,8 @@ def chgnet_graph(atoms: Atoms) -> object:
     ValueError
         With the reason why the structure has none: as `check_crystal`, or atoms alone.
     """
-    from pymatgen.core import Structure
-
     check_crystal(atoms)
-    structure = Structure(atoms.cell.array, atoms.numbers, atoms.get_scaled_positions())
+    structure = to_structure(atoms, wrap=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -14,7 +14,7 @@ from ase.data import chemical_symbols
 
 from dosmatgen_ase.crystals.batch import CrystalBatch
 from dosmatgen_ase.crystals.reduction import niggli_operation, plane_spacings
-from dosmatgen_ase.crystals.screening import MAX_VOLUME_PER_ATOM, digest, right_handed
+from dosmatgen_ase.crystals.screening import MAX_DRAWN_VOLUME_PER_ATOM, digest, right_handed
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, on_common_zero
 from dosmatgen_ase.dos.checks import warn_of_doubts
 from dosmatgen_ase.generate.constraints import Constraints
@@ -205,8 +205,8 @@ class Request:
     def max_volume_per_atom(self) -> float:
         """Bound of the screen, A^3; a cell that was asked for is not too sparse."""
         if self.template is None or self.held_cell is None:
-            return MAX_VOLUME_PER_ATOM
-        return max(MAX_VOLUME_PER_ATOM, 1.01 * self.template.get_volume() / len(self.template))
+            return MAX_DRAWN_VOLUME_PER_ATOM
+        return max(MAX_DRAWN_VOLUME_PER_ATOM, 1.01 * self.template.get_volume() / len(self.template))
 
     def sampling(self, config: SamplerConfig, scale: float | None = None) -> tuple[Guidance, SamplerConfig]:
         """Guidance (by the given scale or the default) and settings: a window leaves elements open, so is sharpened."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from dosmatgen_ase.crystals.convert import to_structure
 from dosmatgen_ase.dos import MODEL_GRID, NEAR_GAP, mae_arrays, normalised_l1_arrays
 
 if TYPE_CHECKING:
@@ -150,8 +151,7 @@ def match_rms(candidate: Atoms, truth: Atoms) -> float:
     compares primitive cells scaled to one volume. These are lenient: zinc blende matches rock salt, at an RMS of 0.43.
     """
     from pymatgen.analysis.structure_matcher import StructureMatcher
-    from pymatgen.core import Structure
 
-    pair = [Structure(a.cell.array, a.numbers, a.get_scaled_positions()) for a in (candidate, truth)]
+    pair = to_structure(candidate), to_structure(truth)
     found = StructureMatcher(ltol=0.3, stol=0.5, angle_tol=10).get_rms_dist(*pair)
     return float("nan") if found is None else float(found[0])
