@@ -43,9 +43,9 @@ def test_the_crystal_that_has_the_dos_comes_first(copper: TargetDOS) -> None:
     ranked = score(metals(), {0: copper})
     assert [atoms.symbols[0] for atoms in ranked] == ["Cu", "Ag", "Al"]
     told = [atoms.info["scores"] for atoms in ranked]
-    assert told[0]["distance"] == pytest.approx(0.0, abs=1e-6)
+    assert told[0]["distance"] == pytest.approx(0.0, abs=1e-3)
     assert [t["score"] for t in told] == [t["distance"] for t in told]
-    assert told[1]["distance"] == pytest.approx(normalised_l1(predict_dos(bulk("Ag"))[0], copper), abs=1e-6)
+    assert told[1]["distance"] == pytest.approx(normalised_l1(predict_dos(bulk("Ag"))[0], copper), abs=1e-3)
     assert all(0 < t["expected_error"] < 2 for t in told)
     assert "energy_above_hull" not in told[0]
 

@@ -25,7 +25,7 @@ from dosmatgen_ase.forward.tight_binding.basis import (
 )
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, GraphBatch, collate, crystal_graph
 from dosmatgen_ase.forward.tight_binding.integrals import INTEGRALS, blocks, directions
-from dosmatgen_ase.forward.tight_binding.kpoints import mesh_size, random_mesh, symmetric_mesh
+from dosmatgen_ase.forward.tight_binding.kpoints import mesh_size, offset_mesh, random_mesh, symmetric_mesh
 from dosmatgen_ase.forward.tight_binding.model import MatrixElements, TightBinding, TightBindingConfig, bloch
 from dosmatgen_ase.forward.tight_binding.spectrum import Spectrum, broadened, eigh, zero_and_gap
 
@@ -356,6 +356,8 @@ def test_meshes_follow_the_reciprocal_lengths_and_keep_their_bound(cell: tuple[f
         assert 1 <= mesh.prod() <= number
         assert (np.diff(mesh[np.argsort(reciprocal)]) >= 0).all()
         assert random_mesh(reciprocal, number, np.random.default_rng(0)).shape == (number, 3)
+        np.testing.assert_array_equal(offset_mesh(reciprocal, number), offset_mesh(reciprocal, number))
+        assert len(offset_mesh(reciprocal, number)) == mesh.prod()
         points, weights = symmetric_mesh(reciprocal, number)
         assert weights.sum() == pytest.approx(1)
         assert len(points) <= mesh.prod() // 2 + 4

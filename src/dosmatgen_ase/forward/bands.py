@@ -58,7 +58,7 @@ def predict_bands(
     except (KeyError, ValueError) as error:
         raise ValueError(f"path={path!r} is not a path through special points of this lattice: {error}") from error
     batch = collate([graph])
-    points, weights = symmetric_mesh(graph.reciprocal, 4 * mesh_points(len(atoms)))
+    points, weights = symmetric_mesh(graph.reciprocal, 8 * mesh_points(len(atoms)))
     with torch.no_grad(), cpu_threads(1):
         mesh, _ = model.spectrum(batch, torch.tensor(points)[None].float(), torch.tensor(weights)[None].float())
         parts = torch.tensor(band_path.kpts).float().split(POINTS_PER_STEP)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, collate
-from dosmatgen_ase.forward.tight_binding.kpoints import symmetric_mesh
+from dosmatgen_ase.forward.tight_binding.kpoints import offset_mesh
 from dosmatgen_ase.forward.tight_binding.model import TightBinding
 from dosmatgen_ase.forward.tight_binding.spectrum import broadened
 
@@ -36,8 +36,8 @@ class TightBindingDOS(NamedTuple):
 
 
 def mesh_points(sites: int) -> int:
-    """Points of the whole mesh for a cell of so many atoms, of which about half are computed."""
-    return 64 if sites <= 6 else 32 if sites <= 10 else max(1, 320 // sites)
+    """Return the points of the mesh for a cell of so many atoms, at most."""
+    return 36 if sites <= 6 else 18 if sites <= 10 else max(1, 180 // sites)
 
 
 def predict_crystals(
@@ -69,19 +69,20 @@ def predict_crystals(
 
 def _batches(graphs: Sequence[CrystalGraph]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Rows of crystals of like size, all or none magnetic, with their points (b, k, 3) and weights (b, k)."""
-    meshes = [symmetric_mesh(g.reciprocal, mesh_points(len(g.numbers))) for g in graphs]
-    order = sorted(range(len(graphs)), key=lambda i: (graphs[i].magnetic, len(meshes[i][0]) > 16, graphs[i].size))
+    meshes = [offset_mesh(g.reciprocal, mesh_points(len(g.numbers))) for g in graphs]
+    order = sorted(range(len(graphs)), key=lambda i: (graphs[i].magnetic, len(meshes[i]) > 18, graphs[i].size))
     while order:
-        rows, most = [order[0]], len(meshes[order[0]][0])
+        rows, most = [order[0]], len(meshes[order[0]])
         for i in order[1:MAX_BATCH]:
-            most = max(most, len(meshes[i][0]))
+            most = max(most, len(meshes[i]))
             like = graphs[i].magnetic == graphs[rows[0]].magnetic and graphs[i].size <= 1.3 * graphs[rows[0]].size + 2
             if not like or (len(rows) + 1) * most * graphs[i].size ** 2 > BATCH_ELEMENTS:
                 break
             rows.append(i)
         order = order[len(rows) :]
-        most = max(len(meshes[i][0]) for i in rows)
+        most = max(len(meshes[i]) for i in rows)
         points, weights = np.zeros((len(rows), most, 3)), np.zeros((len(rows), most))
-        for b, i in enumerate(rows):  # what is added has no weight
-            points[b, : len(meshes[i][0])], weights[b, : len(meshes[i][0])] = meshes[i]
+        for b, i in enumerate(rows):  # what is added repeats a point and has no weight
+            count = len(meshes[i])
+            points[b], points[b, :count], weights[b, :count] = meshes[i][0], meshes[i], 1 / count
         yield rows, torch.from_numpy(points).float(), torch.from_numpy(weights).float()
