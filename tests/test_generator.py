@@ -411,10 +411,11 @@ def test_a_free_species_forgets_the_template_at_any_strength(generator: DOSGener
 def test_files_and_records_of_before_free_species_are_read(generator: DOSGenerator, tmp_path: Path) -> None:
     out = tmp_path / "made.extxyz"
     atoms = make(generator, n=2, out=out)[0]
-    del atoms.info["dosmatgen"]["free_species"]
+    del atoms.info["dosmatgen"]["free_species"], atoms.info["dosmatgen"]["new_only"]
     assert_same(generator.regenerate(atoms, TARGET), atoms)
-    text = out.read_text().replace('\\"free_species\\": [], ', "")
+    text = out.read_text().replace('\\"free_species\\": [], ', "").replace('\\"new_only\\": false, ', "")
     assert "free_species" not in text
+    assert "new_only" not in text
     out.write_text(text)
     assert len(make(generator, n=3, out=out)) == 3
     assert out.read_text().startswith(text)
@@ -758,6 +759,7 @@ def test_a_file_that_is_not_ours_is_left_as_it_is(name: str, generator: DOSGener
         {"num_steps": 5},
         {"dos": OTHER},
         {"elements": ["Cu"]},
+        {"new_only": True},
         {"num_atoms": 4},
         {"num_atoms": None},
         {"dos": OTHER, "seed": None},

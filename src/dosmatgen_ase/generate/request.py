@@ -265,13 +265,13 @@ class Request:
             "forbidden_elements": [
                 chemical_symbols[z] for z in range(1, MAX_ATOMIC_NUMBER + 1) if z not in self.allowed
             ],
-            **({"new_only": True} if self.settings.new_only else {}),  # records without it are older
+            "new_only": self.settings.new_only,
         }
 
 
 def completed(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with what version 0.1.0 did not write yet."""
-    return {"free_species": [], **record}
+    return {"free_species": [], "new_only": False, **record}
 
 
 def settings_of(record: Mapping[str, Any], num_atoms: int, dos: DOSInput, template: Atoms | None) -> GenerationSettings:
@@ -284,6 +284,7 @@ def settings_of(record: Mapping[str, Any], num_atoms: int, dos: DOSInput, templa
         fixed_species={int(i): symbol for i, symbol in record["fixed_species"].items()},
         fixed_sites=record["fixed_sites"],
         free_species=record["free_species"],
+        new_only=record["new_only"],
         fixed_cell=record["fixed_cell"],
         composition=record["composition"] or None,
         exclude_elements=record["forbidden_elements"],
