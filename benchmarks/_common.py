@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import subprocess
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import fields
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from dosmatgen_ase import __version__
 from dosmatgen_ase.data import SiteDOSLabels
 from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.forward.predictor import DOSPredictor
@@ -130,9 +134,18 @@ def chgnet_energies(structures: Sequence[Atoms]) -> np.ndarray:
     return np.nan_to_num(stability.chgnet_energies(structures), nan=np.inf)
 
 
+def made_by() -> dict[str, Any]:
+    """What made a result: version, commit (null outside a clone; ``-dirty`` with changes not committed), command."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    script, *options = sys.argv
+    return {"version": __version__, "commit": commit, "command": shlex.join(["python", script, *options])}
+
+
 def write_results(folder: Path, name: str, report: dict[str, Any], markdown: str) -> None:
-    """Write ``name.json`` (infinite and undefined numbers as null) and ``name.md``."""
+    """Write ``name.json`` (infinite and undefined numbers as null; it says what made it) and ``name.md``."""
     folder.mkdir(parents=True, exist_ok=True)
+    report = {**report, "made_by": made_by()}
     write_atomic(folder / f"{name}.json", (json.dumps(_strict(report), indent=2) + "\n").encode())
     write_atomic(folder / f"{name}.md", markdown.encode())
 

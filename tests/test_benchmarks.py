@@ -21,6 +21,7 @@ from ase import Atoms
 from ase.build import bulk
 from round_trip import MODES, Candidates, Library, Target
 
+from dosmatgen_ase import __version__
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig
@@ -100,7 +101,10 @@ def named(atoms: Atoms, name: str) -> Atoms:
 def test_results_are_strict_json(tmp_path: Path) -> None:
     _common.write_results(tmp_path, "a", {"x": [1.0, math.inf], "y": {"z": math.nan, "w": "inf"}}, "")
     kept = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    told = kept.pop("made_by")
     assert kept == {"x": [1.0, None], "y": {"z": None, "w": "inf"}}
+    assert told["version"] == __version__
+    assert told["command"].startswith("python ")
 
 
 # -- structure.py ------------------------------------------------------------------------------------------------------

@@ -239,3 +239,20 @@ def test_a_result_that_names_no_model_or_another_is_found(name: str) -> None:
     assert what_is_not_of_this_version(name, {**report, "weights": "0" * 64, "judge": {}}) == ["weights", "judge"]
     del report["weights"], report["judge"]
     assert what_is_not_of_this_version(name, report) == ["weights", "judge"]
+
+
+# These were measured before a result said what made it.
+OLDER = {"cost", "search"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").rglob("*.json")), ids=lambda path: path.stem)
+def test_results_say_what_made_them(path: Path) -> None:
+    report = json.loads(path.read_text())
+    told = report.get("made_by")
+    if told is None:
+        assert path.stem in OLDER
+        return
+    assert told["version"]
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", told["commit"])
+    assert re.match(r"python (benchmarks|workflows)/\w+\.py", told["command"])
+    assert {"target_ids", "labels", "target", "seed", "trained_on"} & set(report), "it does not tell its targets"
