@@ -88,7 +88,7 @@ def test_python_of_the_documentation_runs(page: str, monkeypatch: pytest.MonkeyP
         exec(block, {})
 
 
-@pytest.mark.parametrize("script", ["test", "package", "test_dft"])
+@pytest.mark.parametrize("script", ["test", "docs", "package", "test_dft"])
 def test_continuous_integration_runs_what_contributors_are_told(script: str) -> None:
     assert f"bash scripts/{script}.sh" in (ROOT / "CONTRIBUTING.md").read_text()
     assert f"bash scripts/{script}.sh" in (ROOT / ".ci" / "run").read_text()
