@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from base64 import b64encode
 from dataclasses import replace
+from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import ase.io
 import pytest
@@ -95,8 +98,48 @@ def test_the_link_to_a_calculation_is_a_path(
     result: InverseDesignDoc, tmp_path: Path, directory: str, link: str
 ) -> None:
     result.candidates[0].directory = directory  # abinit's come from atomate2, with the host
-    (outside,) = [x for x in Page(write_report(result, tmp_path / "r.html").read_text()).links if x.endswith(link)]
+    links = [unquote(x) for x in Page(write_report(result, tmp_path / "r.html").read_text()).links]
+    (outside,) = [x for x in links if x.endswith(link)]
     assert (tmp_path / outside).resolve() == Path("/", link)
+
+
+HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "$\\frac{", "javascript:alert(1)", "a'b&lt;"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_of_a_hostile_result_are_text(result: InverseDesignDoc, tmp_path: Path, name: str) -> None:
+    def write(name: str) -> Page:
+        best, lost = result.candidates[0], result.candidates[-1]
+        best.formula = best.engine = best.relaxation = best.known_as = best.directory = name
+        lost.formula = lost.reason = result.version = name
+        return Page(write_report(result, tmp_path / "r.html").read_text())
+
+    page = write(name)
+    assert page.tags == write("Au").tags
+    assert name in "".join(page.words)
+    assert all(link.startswith(("data:", "#", "./")) for link in page.links)
+
+
+@pytest.mark.parametrize("folder", ["javascript:alert(1)", "x:y", "//host/a", "h:javascript:alert(1)", "a b%2e#c?d"])
+def test_a_link_is_a_path_below_the_report(result: InverseDesignDoc, tmp_path: Path, folder: str) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    result.candidates[0].directory = str(home / folder)
+    page = Page(write_report(result, home / "r.html").read_text())
+    (link,) = [link for link in page.links if not link.startswith(("data:", "#"))]
+    assert link.startswith("./")
+    assert not urlsplit(link).scheme
+    assert not urlsplit(link).netloc
+    assert (home / unquote(urlsplit(link).path)).resolve() == (home / folder).resolve()
+
+
+def test_the_policy_allows_the_script_and_the_style_of_the_page(result: InverseDesignDoc, tmp_path: Path) -> None:
+    text = write_report(result, tmp_path / "r.html").read_text()
+    for tag in ("script", "style"):
+        (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = b64encode(sha256(inside.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in text
+    assert "default-src 'none'" in text
 
 
 def test_a_run_in_which_nothing_went_well_has_a_report(result: InverseDesignDoc, tmp_path: Path) -> None:
@@ -142,7 +185,7 @@ def test_the_command_line_makes_the_report(result: InverseDesignDoc, tmp_path: P
         ("{", "report.html", "is not the result of an inverse-design run"),
         ('{"a": 1}', "report.html", "is not the result of an inverse-design run"),
         ("{}", "report.txt", "must end in .html"),
-        ("{}", "nowhere/report.html", "choose another place"),
+        ("{}", "nowhere/report.html", "does not exist, create it"),
     ],
 )
 def test_wrong_files_give_one_line(content: str | None, out: str, fragment: str, tmp_path: Path) -> None:
@@ -169,7 +212,9 @@ def test_a_browser_sorts_the_table(result: InverseDesignDoc, tmp_path: Path) -> 
     }}
     document.title = orders.join(" ")
     """
-    path.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    policy = '<meta http-equiv="Content-Security-Policy"[^>]*>'
+    page = re.sub(policy, "", path.read_text())  # it would refuse the script of this test
+    path.write_text(page.replace("</body>", f"<script>{script}</script></body>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
     done = subprocess.run(["chromium", *options, path.as_uri()], capture_output=True, text=True, check=True)
     title = re.search("<title>(.*)</title>", done.stdout)

@@ -95,7 +95,8 @@ def plot_dos(
     zeros = " or ".join(ZERO_NAMES[r] for r in sorted({dos.reference for dos in targets}))
     ax.set(xlim=(lo, hi), ylim=(0.0, None), xlabel=f"$E$ − {zeros} (eV)", ylabel=f"{first.kind} DOS (states/eV)")
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False)
+        for text in ax.legend(frameon=False).get_texts():
+            text.set_parse_math(False)  # a label is a name: "$" in it is a character
     if path is not None:
         _save(ax.get_figure(root=True), Path(path))
     return ax
@@ -261,7 +262,7 @@ def plot_candidates(
         if len(found) == len(own) > 1:
             labels[1:] = [f"{source}, site {site}" for site in own]
         plot_dos([target.on_grid(), *found], labels, ax=left)
-        left.set_title(title, loc="left", fontsize="medium")
+        left.set_title(title, loc="left", fontsize="medium", parse_math=False)
         draw_crystal(atoms, right, own)
     _save(figure, Path(path))
 

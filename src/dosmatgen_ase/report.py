@@ -1,6 +1,8 @@
 """The result of a run for the eye: one HTML file that needs no other, and the files to go on with.
 
-Pictures are SVG inside the file, the table sorts itself by a few lines of JavaScript, structures are downloads.
+Pictures are SVG inside the file, the table sorts itself by a few lines of JavaScript, structures are downloads. A
+result file may come from anyone: its text is escaped, links are paths below or beside the report, and a policy in the
+page lets a browser run no script but the one of this module.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ import json
 import os
 import re
 from base64 import b64encode
+from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from dosmatgen_ase.dos import TargetDOS
 from dosmatgen_ase.files import write_atomic, write_extxyz
@@ -59,6 +63,15 @@ document.querySelectorAll("th button").forEach(button => button.addEventListener
   table.tBodies[0].append(...rows)
 }))
 """
+
+
+def _policy() -> str:
+    """Content-Security-Policy of the page: its one style and its one script, known by their digests, and pictures."""
+    style, script = (b64encode(sha256(text.encode()).digest()).decode() for text in (STYLE, SORT))
+    return (
+        f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def read_result(path: str | os.PathLike[str]) -> InverseDesignDoc:
@@ -117,7 +130,7 @@ def write_report(result: InverseDesignDoc, path: str | os.PathLike[str]) -> Path
     path = Path(path)
     good = [candidate for candidate in result.candidates if candidate.distance is not None]
     lost = [candidate for candidate in result.candidates if candidate.reason is not None]
-    best = f"; the best is {good[0].formula} at a distance of {good[0].distance:.3f}" if good else ""
+    best = f"; the best is {escape(good[0].formula)} at a distance of {good[0].distance:.3f}" if good else ""
     settings = json.dumps(result.generation, indent=1)
     body = [
         "<h1>Crystals for a target density of states</h1>",
@@ -132,7 +145,8 @@ def write_report(result: InverseDesignDoc, path: str | os.PathLike[str]) -> Path
         f"</summary><pre>{escape(settings)}</pre></details>",
     ]
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Crystals for a target DOS</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy()}"><title>Crystals for a target DOS</title>'
         f"<style>{STYLE}</style></head><body>{''.join(body)}<script>{SORT}</script></body></html>\n"
     )
     write_atomic(path, page.encode())
@@ -177,7 +191,8 @@ def _row(candidate: CandidateDoc, home: Path) -> str:
     files = f'<a download="{escape(name)}" href="data:chemical/x-cif;base64,{cif}">CIF</a>'
     if candidate.directory is not None:
         folder = re.sub("^[^/]*:", "", candidate.directory)  # atomate2 writes HOST:/PATH
-        files += f' <a href="{escape(os.path.relpath(folder, home.resolve()))}">calculation</a>'
+        # "./" and quoting: whatever the folder is called, a browser takes it for a path and for no scheme or host.
+        files += f' <a href="./{quote(os.path.relpath(folder, home.resolve()))}">calculation</a>'
     return f"<tr>{''.join(cells)}<td>{files}</td></tr>"
 
 
