@@ -397,6 +397,32 @@ def test_a_crash_is_a_failure_of_its_structure(stand_in: Any, tmp_path: Path) ->
     assert runs(tmp_path) == 1
 
 
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("error", [ValueError("nothing is known\nin this DOS"), KeyError("x"), MemoryError()])
+def test_whatever_a_structure_raises_is_its_own_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    tried: list[str] = []
+
+    def fake(atoms: Atoms, settings: EspressoSettings, directory: Path, stop: Event) -> ElectronicStructure:
+        tried.append(directory.name)
+        directory.mkdir(exist_ok=True)
+        if directory.name == "a":
+            raise error
+        return some_result()
+
+    monkeypatch.setattr(electronic, "_compute", fake)
+    for _ in range(2):
+        found = compute_many({"a": SILICON, "b": SILICON}, tmp_path / "out")
+        assert isinstance(found["a"], ElectronicStructureError)
+        assert isinstance(found["b"], ElectronicStructure)
+    if isinstance(error, MemoryError):  # another machine may have more
+        assert tried == ["a", "b", "a"]
+    else:
+        assert tried == ["a", "b"], "a failure is recorded and not tried again"
+        assert str(found["a"]).startswith(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
 def test_failures_are_recorded_and_not_tried_twice(stand_in: Any, tmp_path: Path) -> None:
     stand_in("exit 3")
     structures = [SILICON, bulk("Si", a=1.0), bulk("H", "sc", a=2.0)]
@@ -843,7 +869,11 @@ def test_a_label_comes_out_as_it_is_stored() -> None:
 
 @pytest.mark.dft
 def test_many_structures_with_real_programs(tmp_path: Path) -> None:
-    results = compute_many({"good": SILICON, "bad": bulk("Si", a=1.0)}, tmp_path, workers=2)
+    rod = Atoms("Cu", cell=[0.6, 0.6, 40.0], pbc=True)  # its projections are empty, which is known at the end
+    structures = {"rod": rod, "bad": bulk("Si", a=1.0), "good": SILICON}
+    results = compute_many(structures, tmp_path, EspressoSettings(time_limit=60.0), workers=2)
+    assert isinstance(results["rod"], ElectronicStructureError)
+    assert "failed" in json.loads((tmp_path / "rod.json").read_text())
     assert isinstance(results["good"], ElectronicStructure)
     assert isinstance(results["bad"], ElectronicStructureError)
     assert not (tmp_path / "good").exists()

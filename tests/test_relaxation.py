@@ -22,6 +22,7 @@ from ase.constraints import FixAtoms, FixBondLength, FixCartesian, FixedPlane, F
 from typer.testing import CliRunner
 
 from dosmatgen_ase.cli import app
+from dosmatgen_ase.crystals.screening import screen_given
 from dosmatgen_ase.files import write_extxyz
 from dosmatgen_ase.judge import relaxation
 from dosmatgen_ase.judge.relaxation import _mace_environment, relax, relax_into, symmetrized
@@ -149,6 +150,28 @@ def test_what_breaks_down_keeps_its_geometry_and_says_why(atoms: Atoms, calculat
     assert told["rmsd"] == 0.0
     assert np.array_equal(relaxed.cell, atoms.cell)
     assert np.array_equal(relaxed.positions, atoms.positions)
+
+
+def test_whatever_a_structure_raises_is_its_own_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def screen(atoms: Atoms) -> Any:
+        if "Au" in atoms.symbols:
+            raise MemoryError("no room for\n64000 atoms")
+        return screen_given(atoms)
+
+    monkeypatch.setattr(relaxation, "screen_given", screen)
+    relaxed = relax([bulk("Au"), bulk("Cu")], EMT())
+    assert report(relaxed[0])["reason"] == "MemoryError: no room for 64000 atoms"
+    assert report(relaxed[0])["energy"] is None
+    assert report(relaxed[1])["converged"]
+
+
+def test_the_command_fails_where_every_structure_does(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "two.extxyz", [bulk("Cu", a=1.0), bulk("Au", a=1.0)])
+    out = tmp_path / "out.extxyz"
+    done = CliRunner().invoke(app, ["relax", str(tmp_path / "two.extxyz"), "-o", str(out)])
+    assert done.exit_code == 1
+    assert "no structure could be relaxed: the reasons stand in the table" in done.stderr
+    assert all("A^3 per atom" in a.info["relaxation"]["reason"] for a in ase.io.read(out, ":")), "they are recorded"
 
 
 def test_collapsed_cells_never_reach_the_calculator() -> None:
@@ -370,7 +393,7 @@ def test_the_command_relaxes_files_and_tells_failures(tmp_path: Path) -> None:
     before = (tmp_path / "two.extxyz").read_bytes()
     onto_itself = CliRunner().invoke(app, ["relax", files[1], "-o", files[1]])
     assert onto_itself.exit_code == 1
-    assert "is one of the files to relax" in onto_itself.output
+    assert "this command reads it" in onto_itself.output
     assert (tmp_path / "two.extxyz").read_bytes() == before
 
 

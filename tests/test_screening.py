@@ -13,6 +13,7 @@ from ase.neighborlist import neighbor_list
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dosmatgen_ase.crystals.checks import is_disordered
 from dosmatgen_ase.crystals.screening import KnownCrystals, charge_balanced, screen, screen_many
 from dosmatgen_ase.data import load_structures
 
@@ -181,3 +182,28 @@ def test_known_crystals_are_read_from_the_training_split() -> None:
 )
 def test_charge_balance(formula: str, balanced: bool | None) -> None:
     assert charge_balanced(Atoms(formula)) is balanced
+
+
+@pytest.mark.parametrize(
+    ("occupancy", "disordered"),
+    [
+        (None, False),
+        (5, False),  # of another program
+        ("half", False),
+        (np.array([1.0, 0.5]), False),
+        ({}, False),
+        ({"0": {"Cu": 1.0}}, False),
+        ({0: {"Cu": 1}}, False),
+        ({"0": {"Cu": 0.5, "Au": 0.5}}, True),
+        ({"0": {"Cu": 0.9}}, True),
+        ({"0": {}}, True),
+        ({"0": 5}, True),
+        ({"0": {"Cu": "much"}}, True),
+        ({"0": {"Cu": float("nan")}}, True),
+    ],
+)
+def test_whatever_occupancy_is_raises_nothing(occupancy: Any, disordered: bool) -> None:
+    atoms = bulk("Cu")
+    atoms.info["occupancy"] = occupancy
+    assert is_disordered(atoms) is disordered
+    assert screen(atoms).accepted is not disordered

@@ -79,6 +79,8 @@ def relax(
     for path in {stream, out}:
         write_structures(path, relaxed)
     show(table)
+    if all(atoms.info["relaxation"]["energy"] is None for atoms in relaxed):
+        raise RuntimeError("no structure could be relaxed: the reasons stand in the table")
 
 
 @app.command()
@@ -116,8 +118,11 @@ def predict(
     for name, atoms in named.items():
         try:
             sites: list[TargetDOS | None] = predict_dos(atoms)
-        except ValueError as error:
-            table.add_row(name, "", atoms.get_chemical_formula(), "", "", str(error))
+        except (OSError, ImportError):  # of this installation, not of the structure
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever a structure raises is its own failure, and ends no run
+            told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            table.add_row(name, "", atoms.get_chemical_formula(), "", "", told)
             continue
         total = None if None in sites else TargetDOS.sum_of([dos for dos in sites if dos])
         record = {"sites": [dos and dos.to_dict() for dos in sites], "total": total and total.to_dict()}

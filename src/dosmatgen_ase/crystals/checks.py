@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
@@ -11,9 +13,20 @@ if TYPE_CHECKING:
 
 
 def is_disordered(atoms: Atoms) -> bool:
-    """Whether sites are shared or partly empty: ASE reads one element there, and keeps the truth in ``info``."""
-    occupancies = atoms.info.get("occupancy") or {}
-    return any(len(kinds) > 1 or min(kinds.values()) < 1 for kinds in occupancies.values())
+    """Whether sites are shared or partly empty: ASE reads one element there, and keeps the truth in ``info``.
+
+    An ``occupancy`` that is no table of sites is not ASE's, and says nothing; a table that cannot be read counts as
+    disorder.
+    """
+    occupancies = atoms.info.get("occupancy")
+    if not isinstance(occupancies, Mapping):
+        return False
+    return not all(
+        isinstance(kinds, Mapping)
+        and len(kinds) == 1
+        and all(isinstance(share, Real) and float(share) >= 1 for share in kinds.values())
+        for kinds in occupancies.values()
+    )
 
 
 def check_atoms(atoms: Any, name: str, max_atoms: int = MAX_ATOMS) -> None:

@@ -188,6 +188,10 @@ class ElectronicStructureError(RuntimeError):
         self.log = log
 
 
+class _NotStarted(RuntimeError):
+    """A program does not work at all, which would happen to every structure."""
+
+
 class InterruptedCalculation(ElectronicStructureError):
     """A program was stopped from outside, or memory was too short, which says nothing about the structure."""
 
@@ -543,7 +547,7 @@ class _Run:
         if any(full in said + text[-2000:] for full in _DISK_FULL):
             raise OSError(errno.ENOSPC, f"no space left for {program} ({name})", str(self.folder))
         if _BANNERS[program] not in text:  # the same would happen to every structure
-            raise RuntimeError(f"{program} ({name}) did not start: {said or f'exit code {code}'} (see {log})")
+            raise _NotStarted(f"{program} ({name}) did not start: {said or f'exit code {code}'} (see {log})")
         if too_slow:
             raise ElectronicStructureError(f"{program} ({name}) ran into the time limit of {limit:g} s", log)
         if ended_by:
@@ -1015,11 +1019,22 @@ def _compute_or_read(
     except InterruptedCalculation as error:
         return error
     except ElectronicStructureError as error:
-        write_atomic(file, json.dumps({**record, "failed": str(error)}).encode())
-        return error
+        return _failed(file, record, error)
+    except MemoryError:
+        return InterruptedCalculation("too little memory", out / name)
+    except (OSError, _NotStarted):  # of this machine, not of the structure
+        raise
+    except Exception as error:  # noqa: BLE001 -- whatever a structure raises is its own failure, and ends no run
+        told = " ".join(str(error).split())[:300]
+        return _failed(file, record, ElectronicStructureError(f"{type(error).__name__}: {told}", out / name))
     write_atomic(file, json.dumps({**record, "result": result.to_dict()}).encode())
     shutil.rmtree(out / name, ignore_errors=True)
     return result
+
+
+def _failed(file: Path, record: dict[str, Any], error: ElectronicStructureError) -> ElectronicStructureError:
+    write_atomic(file, json.dumps({**record, "failed": str(error)}).encode())
+    return error
 
 
 def read_record(file: Path) -> dict[str, Any] | None:

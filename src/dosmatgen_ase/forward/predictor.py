@@ -102,8 +102,8 @@ def chgnet_graph(atoms: Atoms) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return load_chgnet().graph_converter(structure)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"CHGNet cannot build its graph: {error}") from error
+    except Exception as error:  # foreign code: whatever it raises is the failure of this structure only
+        raise ValueError(f"CHGNet cannot build its graph: {type(error).__name__}: {error}") from error
 
 
 def tight_binding_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:

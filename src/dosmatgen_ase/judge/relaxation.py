@@ -274,27 +274,41 @@ def quick_blas() -> Iterator[None]:
 def _relax_one(
     given: Atoms, calculator: Any, fmax: float, max_steps: int, time_limit: float, fixed_cell: bool
 ) -> Atoms:
-    start = right_handed(given)
+    start = given.copy()
     set_aside(start, all_properties)
     report: dict[str, Any] = {
         "converged": False, "steps": 0, "energy": None, "energy_start": None, "rmsd": 0.0, "reason": None,
     }  # fmt: skip
     start.info["relaxation"] = report
+    try:
+        return _relaxed(start, report, calculator, fmax, max_steps, time_limit, fixed_cell)
+    except _BrokenDown as error:
+        report.update(energy=None, reason=str(error))
+    except Exception as error:  # noqa: BLE001 -- whatever a structure raises is its own failure, and ends no run
+        report.update(energy=None, reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return start
+
+
+def _relaxed(
+    start: Atoms,
+    report: dict[str, Any],
+    calculator: Any,
+    fmax: float,
+    max_steps: int,
+    time_limit: float,
+    fixed_cell: bool,
+) -> Atoms:
+    start.set_cell(right_handed(start).cell, apply_constraint=False)
     screening = screen_given(start)
     if not screening.accepted:
-        report["reason"] = f"rejected before relaxation: {screening.reason}"
-        return start
+        raise _BrokenDown(f"rejected before relaxation: {screening.reason}")
     atoms = start.copy()
     atoms.info["relaxation"] = report
     atoms.calc = calculator
     held = any(not isinstance(constraint, _MOVE_WITH_CELL) for constraint in atoms.constraints)
     optimiser = BFGS(atoms if held or fixed_cell else FrechetCellFilter(atoms), logfile=None)
-    try:
-        with quick_blas():
-            report["reason"] = _optimise(optimiser, atoms, report, fmax, max_steps, time.perf_counter() + time_limit)
-    except _BrokenDown as error:
-        report.update(energy=None, reason=str(error))
-        return start
+    with quick_blas():
+        report["reason"] = _optimise(optimiser, atoms, report, fmax, max_steps, time.perf_counter() + time_limit)
     report["converged"] = report["reason"] is None
     results = {name: np.array(value) for name, value in calculator.results.items() if name in ("forces", "stress")}
     atoms.calc = SinglePointCalculator(atoms, energy=report["energy"] * len(atoms), **results)
