@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +315,45 @@ def test_processes_change_nothing_but_the_time() -> None:
     for a, b in zip(one, two, strict=True):
         assert np.array_equal(a.positions, b.positions)
         assert report(a) == report(b)
+
+
+POOL = """
+import os, time
+from dosmatgen_ase.judge.relaxation import worker_pool
+if __name__ == "__main__":
+    with worker_pool(2) as pool:
+        jobs = [pool.submit(os.getpid) for _ in range(2)]
+        [job.result() for job in jobs]
+        print(*pool._processes, flush=True)
+        [pool.submit(time.sleep, 600).result() for _ in range(2)]
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent(tmp_path: Path, end: signal.Signals) -> None:
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    environment = {**os.environ, "PYTHONPATH": str(Path(relaxation.__file__).parents[2])}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        workers = [int(word) for word in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        parent.send_signal(end)
+        parent.wait(60)
+    deadline = time.monotonic() + 60
+    while alive := [pid for pid in workers if _runs(pid)]:
+        if time.monotonic() > deadline:
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail("workers went on")
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_denormal_numbers_come_back() -> None:

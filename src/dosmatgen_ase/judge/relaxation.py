@@ -12,6 +12,7 @@ import io
 import math
 import multiprocessing
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -232,15 +233,29 @@ def relax_each(
         return
     if not isinstance(calculator, str | Path):
         raise TypeError("several processes need a calculator given by name: each loads its own")
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's locks
-    with ProcessPoolExecutor(processes, spawn, _use_one_thread) as pool:
+    with worker_pool(processes) as pool:
         yield from pool.map(partial(_relax_by_name, calculator, work), structures)
 
 
-def _use_one_thread() -> None:
+def worker_pool(processes: int) -> ProcessPoolExecutor:
+    """Return a pool of processes with one thread each, which end with this one, whatever ends it."""
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's locks
+    return ProcessPoolExecutor(processes, spawn, _begin_worker)
+
+
+def _begin_worker() -> None:
     import torch
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed closes no queue, and its workers would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _relax_by_name(calculator: str | Path, work: Callable[[Atoms, Any], Atoms], start: Atoms) -> Atoms:
