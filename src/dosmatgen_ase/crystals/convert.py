@@ -14,17 +14,26 @@ if TYPE_CHECKING:
 def to_atoms(structure: Structure) -> Atoms:
     """Return the same crystal for ASE, sites in the same order.
 
+    Coordinates that ``selective_dynamics`` holds become constraints.
+
     Raises
     ------
     ValueError
         If sites are disordered.
     """
     from ase import Atoms
+    from ase.constraints import FixAtoms, FixCartesian
 
     if not structure.is_ordered:
         raise ValueError(f"{structure.formula} has disordered sites: order them first (pymatgen's transformations do)")
     numbers = [site.specie.Z for site in structure]
-    return Atoms(numbers, cell=structure.lattice.matrix, scaled_positions=structure.frac_coords, pbc=True)
+    atoms = Atoms(numbers, cell=structure.lattice.matrix, scaled_positions=structure.frac_coords, pbc=True)
+    free = structure.site_properties.get("selective_dynamics", [None] * len(atoms))  # three truth values of each site
+    held = {i: [not moves for moves in site] for i, site in enumerate(free) if site is not None and not all(site)}
+    whole = [i for i, mask in held.items() if all(mask)]
+    partly = [FixCartesian(i, mask) for i, mask in held.items() if not all(mask)]
+    atoms.set_constraint([*([FixAtoms(whole)] if whole else []), *partly])
+    return atoms
 
 
 def to_structure(atoms: Atoms, *, wrap: bool = False) -> Structure:
