@@ -91,6 +91,8 @@ REFUSED: list[tuple[str | bytes, str]] = [
     ("# phonon DOS\n0 1\n1 2\n", "not an electronic DOS"),
     ("Energy(cm-1),DOS\n0,1\n1,2\n", "not an electronic DOS"),
     ("# E -COHP ICOHP\n0 1 1\n1 2 3\n", "not an electronic DOS"),
+    ("Binding energy (eV)  intensity\n-1 0\n0 1\n1 2\n", r"'Binding energy' .*write the energies as E - E_F"),
+    ("binding_energy,dos\n-1,0\n0,1\n1,2\n", "counts downwards from the Fermi level"),
     ("# E (eV) DOS (states/eV/A^3)\n0 1\n1 2\n", "per volume"),
     ("Energy (kJ/mol),DOS\n0,1\n1,2\n", "energies in"),
     ("E (K),DOS\n0,1\n1,2\n", "energies in 'K'"),

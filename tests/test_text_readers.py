@@ -258,6 +258,10 @@ def test_what_is_assumed_is_told_and_what_is_stated_is_not(tmp_path: Path) -> No
         "zero of energy at the Fermi level", "energy in column 0, DOS in column 1", "eV and states/eV",
         "both spins in the DOS", "the DOS of one site",
     ]  # fmt: skip
+    for scale, span in ((0.01, "0.13"), (1000.0, "1.3e+04")):
+        doubt = read(tmp_path, rows(scale * ENERGIES, BOTH)).provenance["assumed"][2]
+        assert doubt.startswith(f"eV and states/eV, although the energies span {span} ")
+        assert "--units" in doubt
     stated = {"reference": "fermi", "columns": (0, 1), "units": "eV", "spin": "summed", "kind": "site"}
     assert "assumed" not in read(tmp_path, text, **stated).provenance
     named = "E-Ef (eV), total DOS (states/eV)\n" + commas(ENERGIES, BOTH)

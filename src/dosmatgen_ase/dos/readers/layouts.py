@@ -20,6 +20,9 @@ ENERGY = re.compile(r"e(?:[^a-z]|$)|en(?:ergy|ergies|g)?(?:[^a-z]|$)")
 TOTAL = re.compile(r"(?:l|t|p)?dos(?:[^a-z]|$)|tot|sum")
 ORBITAL = re.compile(r"(?:\d?[spdf]|[pdf][xyz0-9_^+-][xyzr0-9_^+-]*|l=\d|x2-y2)")
 NOT_ELECTRONIC = re.compile(r"phonon|vibration|frequenc|wave ?number|\bTHz\b|cm\^?-1|\bcoop\b|\bcohp\b", re.IGNORECASE)
+BINDING = re.compile(r"(?<!tight[ _-])\bbinding[ _-]*energ\w*", re.IGNORECASE)
+"""An axis that points the other way: positive below the Fermi level."""
+
 PER_VOLUME = re.compile(
     r"/\s*(?:Å|A|Ang|Angstrom|bohr)\s*\^?\s*3|(?:Å|A|Ang)\s*\^\s*-?3|per volume|/volume|cm\^?-3", re.IGNORECASE
 )
@@ -111,6 +114,11 @@ def layout_of(table: Table, path: Path) -> Layout:
     """
     if found := NOT_ELECTRONIC.search(f"{table.text} {' '.join(table.names)}"):
         raise ValueError(f"{table.name}: {found[0]!r} in its header says that it is not an electronic DOS")
+    if found := BINDING.search(f"{table.text} {' '.join(table.names)}"):
+        raise ValueError(
+            f"{table.name}: {found[0]!r} in its header counts downwards from the Fermi level: write the energies as "
+            "E - E_F (the other sign), and change the header"
+        )
     if PER_VOLUME.search(table.text):
         raise ValueError(f"{table.name}: its DOS is per volume: multiply it by that of the cell, and change the header")
     for recognise in (_espresso, _aims, _optados, _vaspkit, _pyprocar, _sumo):

@@ -21,6 +21,9 @@ SPINS = ("summed", "one", "separate")
 MAX_ENERGY = 1e6
 """eV; the deepest level of any atom lies at 1e5."""
 
+USUAL_SPAN = (2.0, 1000.0)
+"""Energies that a DOS in eV covers. A valence band in Ry or Ha covers less, one in meV more."""
+
 SAME = 0.2
 """Relative difference below which two values at every energy may be one, written twice."""
 
@@ -185,7 +188,6 @@ def _curve(
     unit = ENERGY_UNITS[request.units.lower()] if request.units else layout.unit
     if unit is None:
         unit = 1.0
-        assumed.append("eV and states/eV")
     per = layout.per if layout.per is not None and not request.units else unit
     if unit != 1.0:
         steps.append(f"energies converted from units of {unit:g} eV, the DOS from states per {per:g} eV")
@@ -196,6 +198,11 @@ def _curve(
     if (far := np.flatnonzero(np.abs(energies) > MAX_ENERGY)).size:
         told = f"{energies[far[0]]:g} eV is no energy of an electron: are the energies in eV (--units)?"
         raise ValueError(f"{table.name}, line {table.lines[far[0]]}: {told}")
+    if not request.units and layout.unit is None:
+        span = float(np.ptp(energies))
+        usual = USUAL_SPAN[0] <= span <= USUAL_SPAN[1]
+        doubt = "" if usual else f", although the energies span {span:.3g} (if they are in meV, Ry or Ha: --units)"
+        assumed.append(f"eV and states/eV{doubt}")
     parts = table.rows[:, list(columns[1:])].T / per
     values = _spins_added(table, columns, parts, layout, request, steps)
     energies, values = _sorted(table, energies, values, layout, request, steps)
