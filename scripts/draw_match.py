@@ -1,7 +1,7 @@
 """Draw the figure of the README: a held-out target, the crystal returned for it, and its DOS by DFT.
 
-    python scripts/draw_match.py            # draw docs/_static/match.png from match.json beside it
-    python scripts/draw_match.py mp-861951  # make match.json anew first (DFT: minutes)
+python scripts/draw_match.py            # draw docs/_static/match.png from match.json beside it
+python scripts/draw_match.py mp-861951  # make match.json anew first (DFT: minutes)
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ GENERATE: list[tuple[Callable[[Path, Path], list[object]], int, str]] = [
     (lambda tmp, w: [written(tmp, "inf.dat", "0 1\n1 inf\n2 1\n")], 1, "line 2: 'inf' is infinite"),
     (lambda tmp, w: [written(tmp, "shape.dat", "0 1\n1\n2 1\n")], 1, "line 2: 1 column, but 2 in line 1"),
     (lambda tmp, w: [written(tmp, "order.dat", "0 1\n1 1\n1 2\n")], 1, "the energy 1 eV stands twice"),
-    (lambda tmp, w: [written(tmp, "far.dat", "50 1\n51 1\n52 1\n")], 1, "falls on the grid"),
+    (lambda tmp, w: [written(tmp, "far.dat", "50 1\n51 1\n52 1\n")], 1, "--efermi for columns of text"),
     (lambda tmp, w: [written(tmp, "bad.xml", "<modeling>")], 1, "is not a complete vasprun.xml"),
     (lambda tmp, w: [NICKEL, "--site", 9], 1, "site 9 does not exist"),
     (lambda tmp, w: [NICKEL, "--num-atoms", "4-"], 2, "'4-' must be like 4, 4,6 or 4-7"),
@@ -348,6 +348,7 @@ def test_a_window_is_what_is_asked_for(weights: Path, tmp_path: Path) -> None:
 
 
 def test_dos_tells_unknown_windows_and_broadening(tmp_path: Path) -> None:
+    assert "none: no states in [-10, 0] eV" in run("dos", written(tmp_path, "above.dat", "0.5 0\n1 1\n2 0\n")).output
     result = run("dos", written(tmp_path, "sketch.dat", "-3 0\n-2 1\n-1 nan\n0 nan\n1 0\n2 0\n"))
     assert "[-3.00, -2.00], [1.00, 2.00] eV" in result.output
     assert "unknown, taken as none" in result.output

@@ -187,9 +187,7 @@ def test_reveal_takes_sites_in_order_and_counts_down() -> None:
 
 
 @pytest.mark.parametrize("field", ["fixed_cell", "fixed_coords"])
-def test_the_network_is_told_what_is_held(
-    field: str, tiny_model: ConditionalDenoiser, lattice: LatticeProcess
-) -> None:
+def test_the_network_is_told_what_is_held(field: str, tiny_model: ConditionalDenoiser, lattice: LatticeProcess) -> None:
     num_atoms = torch.tensor([3])
     constraints = replace(Constraints.none(num_atoms), start=random_start(num_atoms))
     getattr(constraints, field)[:] = True

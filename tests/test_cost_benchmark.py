@@ -109,9 +109,10 @@ def test_threads_are_compared_in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert told["ratio"] == pytest.approx(1.1)
     rows = json.loads((cost.RESULTS / "cost.json").read_text())
     cost.write({**rows, "threads": told}, tmp_path)
-    assert "its default of 8 threads, and 0.50 with `OMP_NUM_THREADS=1`: 1.10x" in (
-        tmp_path / "cost_threads.md"
-    ).read_text()
+    assert (
+        "its default of 8 threads, and 0.50 with `OMP_NUM_THREADS=1`: 1.10x"
+        in (tmp_path / "cost_threads.md").read_text()
+    )
     assert (tmp_path / "cost.md").read_text() == (cost.RESULTS / "cost.md").read_text()
 
 

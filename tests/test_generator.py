@@ -795,7 +795,7 @@ HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dos": TOTAL, "sites": [0]}, ValueError, r"sites contradicts a target of kind 'total'"),
     ({"dos": [TARGET] * 3, "sites": [0]}, ValueError, r"sites goes with one target"),
     ({"dos": None, "sites": [0]}, ValueError, r"sites goes with one target"),
-    ({"dos": TARGET.shift(100.0)}, ValueError, r"falls on the grid \[-10, 5\] eV: shift the energies"),
+    ({"dos": TARGET.shift(100.0)}, ValueError, r"falls on the grid \[-10, 5\] eV: is zero the Fermi level"),
     ({"sites": []}, ValueError, r"sites is empty"),
     ({"sites": [5]}, ValueError, r"names site 5"),
     ({"sites": [0.5]}, TypeError, r"sites must name sites by whole numbers"),

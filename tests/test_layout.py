@@ -15,8 +15,24 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # Low to high. A file imports from its own folder and from lower ones only.
 ORDER = [
-    "threads", "limits", "files", "dos", "parsing", "data", "crystals", "model", "dft", "train", "forward", "judge",
-    "retrieval", "plotting", "generate", "flows", "report", "cli",
+    "threads",
+    "limits",
+    "files",
+    "dos",
+    "parsing",
+    "data",
+    "crystals",
+    "model",
+    "dft",
+    "train",
+    "forward",
+    "judge",
+    "retrieval",
+    "plotting",
+    "generate",
+    "flows",
+    "report",
+    "cli",
 ]
 
 

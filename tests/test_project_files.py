@@ -129,7 +129,8 @@ def test_citation_and_recipe_follow_the_package() -> None:
     conda_names = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
     wanted = {Requirement(line) for line in PROJECT["dependencies"]}
     assert {(r.name, str(r.specifier)) for r in recipe} == {
-        ("python", PROJECT["requires-python"]), *((conda_names.get(r.name, r.name), str(r.specifier)) for r in wanted)
+        ("python", PROJECT["requires-python"]),
+        *((conda_names.get(r.name, r.name), str(r.specifier)) for r in wanted),
     }
 
 
@@ -184,8 +185,11 @@ def run_setup(folder: Path, answers: dict[str, str], **environment: str) -> subp
     for name, answer in answers.items():
         interpreter(folder / "bin", name, answer)
     return subprocess.run(
-        ["bash", "scripts/setup.sh"], cwd=folder, env={"PATH": str(folder / "bin"), **environment},
-        capture_output=True, text=True,
+        ["bash", "scripts/setup.sh"],
+        cwd=folder,
+        env={"PATH": str(folder / "bin"), **environment},
+        capture_output=True,
+        text=True,
     )
 
 

@@ -18,7 +18,7 @@ import pytest
 import spglib
 import torch
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator, all_properties
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixBondLength, FixCartesian, FixedPlane, FixScaled, FixSymmetry
@@ -437,6 +437,11 @@ def test_the_command_relaxes_files_and_tells_failures(tmp_path: Path) -> None:
     assert onto_itself.exit_code == 1
     assert "this command reads it" in onto_itself.output
     assert (tmp_path / "two.extxyz").read_bytes() == before
+    ase.io.write(tmp_path / "water.xyz", molecule("H2O"))
+    none = CliRunner().invoke(app, ["relax", str(tmp_path / "water.xyz"), "-o", str(tmp_path / "none.extxyz")])
+    assert none.exit_code == 1
+    assert "no structure could be relaxed" in none.output
+    assert "not periodic" in ase.io.read(tmp_path / "none.extxyz").info["relaxation"]["reason"]
 
 
 AIRSS = """TITL mgo-1 0.0 18.5 -10.25 0 0 2 (Fm-3m) n - 1

@@ -95,7 +95,7 @@ def plot_dos(
     zeros = " or ".join(ZERO_NAMES[r] for r in sorted({dos.reference for dos in targets}))
     ax.set(xlim=(lo, hi), ylim=(0.0, None), xlabel=f"$E$ − {zeros} (eV)", ylabel=f"{first.kind} DOS (states/eV)")
     if ax.get_legend_handles_labels()[0]:
-        for text in ax.legend(frameon=False).get_texts():
+        for text in ax.legend(edgecolor="none", framealpha=0.8).get_texts():
             text.set_parse_math(False)  # a label is a name: "$" in it is a character
     if path is not None:
         _save(ax.get_figure(root=True), Path(path))

@@ -36,6 +36,7 @@ def dos(
     energies, steps = target.energies, np.diff(target.energies)
     uniform = np.allclose(steps, steps[0], rtol=1e-3)
     spacing = f"{steps[0]:.4g}" if uniform else f"{steps.min():.3g} to {steps.max():.3g}"
+    centre = target.band_centre()
     zero = {"fermi": "Fermi level", "vbm": "valence-band maximum"}[target.reference]
     facts = {
         "kind": {"site": "DOS of one site", "total": "total DOS of the cell"}[target.kind],
@@ -44,7 +45,7 @@ def dos(
         "broadening": "unknown, taken as none" if target.sigma is None else f"sigma {target.sigma:g} eV",
         "known": _windows(target),
         "states below 0 eV": f"{target.total_states(hi=0.0):.3f} (known part)",
-        "band centre": f"{target.band_centre():.3f} eV (of [-10, 0] eV)",
+        "band centre": f"{centre:.3f} eV (of [-10, 0] eV)" if np.isfinite(centre) else "none: no states in [-10, 0] eV",
         "the model sees": f"{_windows(seen)} of [{MODEL_GRID.minimum:g}, {MODEL_GRID.maximum:g}] eV, "
         f"sigma {max(MODEL_SIGMA, seen.sigma or 0.0):g} eV",
         "source": str(target.provenance.get("source", "not told")),

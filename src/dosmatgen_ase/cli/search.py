@@ -103,7 +103,7 @@ def search(
     if not hits:
         raise ValueError(f"none of the {len(known)} known crystals fits what was asked for: ask for less")
     show(hit_table(hits, f"nearest of {len(known)} known crystals"))
-    typer.echo("distance: normalised L1 to the target; error: to be expected of what is predicted of it, likewise")
+    typer.echo("distance: normalised L1 to the target; error: expected error of it; 0 where all of the DOS is computed")
     typer.echo("gap: eV; hull: eV/atom above the hull, as given with the crystals")
     if out is not None:
         write_structures(out, hits)
@@ -146,6 +146,8 @@ def _draw(path: Path, target: TargetDOS, hits: Sequence[Atoms], index: DOSIndex)
         sites = index.site_dos(row_of[told["material_id"]])
         wanted = [sites[i] for i in told["sites"][:1]] or [TargetDOS.sum_of([s for s in sites if s is not None])]
         title = f"{told['material_id']}: {atoms.get_chemical_formula()}, distance {figure(told['distance'])}"
+        if len(told["sites"]) > 1:
+            title += f"; DOS of {atoms[told['sites'][0]].symbol} {told['sites'][0]}"
         shown.append((title, atoms, [dos for dos in wanted if dos is not None]))
     ringed = [atoms.info["search"]["sites"] for atoms in hits]
     plot_candidates(target, shown, path, ringed, [atoms.info["search"]["source"] for atoms in hits])

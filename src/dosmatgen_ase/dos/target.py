@@ -224,7 +224,7 @@ class TargetDOS:
                 )
             raise ValueError(
                 f"no known energy of {self!r} falls on the grid [{grid.minimum:g}, {grid.maximum:g}] eV: "
-                "shift the energies or choose another grid"
+                "is zero the Fermi level or the valence-band maximum? Move it (dos.shift; --efermi for columns of text)"
             )
         wider = max(sigma, self.sigma or 0.0)
         return replace(

@@ -91,7 +91,9 @@ class Stream:
         return frames, "".join(lines[:end]), "".join(rest)
 
     def _another(self) -> ValueError:
-        return ValueError(f"{self.path} holds structures of another request: choose another file, or overwrite it")
+        return ValueError(
+            f"{self.path} holds structures of another request: choose another file, or overwrite it (--overwrite)"
+        )
 
     def append(self, atoms: Atoms) -> None:
         """Add one structure and flush it."""
