@@ -562,7 +562,7 @@ def test_search_takes_several_sites_and_totals(index_file: Path, tmp_path: Path)
     [
         (["--exclude-elements", "Ni,Na,Mg,Si,La"], "none of the 6 known crystals fits"),
         (["--site", "x"], "must be like 4, 4,6 or 4-7"),
-        (["-o", "hits.poscar"], "its name must end in .extxyz or .xyz or .cif"),
+        (["-o", "hits.poscar"], "its name must end in .extxyz, .xyz, .cif, .vasp"),
         (["--index", "none.npz"], "no index at none.npz"),
         (["--gap", "2", "1"], "must be two numbers in eV"),
     ],
