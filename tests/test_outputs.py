@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +22,10 @@ from ase.build import bulk
 from ase.db import connect
 from typer.testing import CliRunner, Result
 
-from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase import DOSGenerator, TargetDOS, files
 from dosmatgen_ase.cli import app
 from dosmatgen_ase.files import STRUCTURES, check_output, read_structures, stream_of, write_atomic, write_structures
+from dosmatgen_ase.judge.relaxation import relax_into
 from dosmatgen_ase.plotting import plot_dos
 
 TARGET = TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1))
@@ -45,6 +51,92 @@ def assert_same(first: Atoms, second: Atoms) -> None:
     np.testing.assert_allclose(first.cell.cellpar(), second.cell.cellpar(), atol=1e-4)
     difference = first.get_scaled_positions() - second.get_scaled_positions()
     np.testing.assert_allclose(difference - np.round(difference), 0, atol=1e-4)
+
+
+# -- two at once -------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_of_a_file_is_told_and_spoils_nothing(generator: DOSGenerator, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"num_atoms": 3, "num_steps": 2, "seed": 0}
+    alone = generator.generate(TARGET, 4, **settings)
+    out = tmp_path / "out.extxyz"
+    first = generator.generate_iter(TARGET, 4, out=out, **settings)
+    next(first)
+    with pytest.raises(BlockingIOError, match=r"cannot write .*out.extxyz: another run is writing it; wait"):
+        make(generator, out, 4)
+    with pytest.raises(BlockingIOError, match="another run is writing it"):
+        relax_into(out, [SALT], "chgnet")
+    (tmp_path / "link.extxyz").symlink_to(out)
+    with pytest.raises(BlockingIOError, match="another run is writing it"):
+        make(generator, tmp_path / "link.extxyz", 4)
+    list(first)
+    for atoms, frame in zip(alone, read_structures(out), strict=True):
+        assert_same(atoms, frame)
+    assert make(generator, out, 4) is not None, "once the first has ended, the file is free"
+    assert {file.name for file in tmp_path.iterdir()} == {"out.extxyz", "link.extxyz"}
+
+
+def test_an_abandoned_run_leaves_its_file_free(generator: DOSGenerator, tmp_path: Path) -> None:
+    out = tmp_path / "out.extxyz"
+    first = generator.generate_iter(TARGET, 4, out=out, num_atoms=3, num_steps=2, seed=0)
+    next(first)
+    del first
+    assert len(make(generator, out, 4)) == 4
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dosmatgen_ase.files import exclusive
+with exclusive(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_process_holds_no_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.extxyz"
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    command = [sys.executable, "-c", HOLD, str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match="another run"), files.exclusive(out):
+            pass
+        holder.kill()
+    with files.exclusive(out):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_threads_hold_a_file_one_at_a_time(tmp_path: Path) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def work(number: int) -> bool:
+        try:
+            with files.exclusive(tmp_path / "a"):
+                inside.append(number)
+                most.append(len(inside))
+                time.sleep(1e-4)
+                inside.remove(number)
+        except BlockingIOError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        held = list(pool.map(work, range(400)))
+    assert any(held)
+    assert set(most) == {1}
+    assert not list(tmp_path.iterdir())
+
+
+def test_writers_of_one_file_share_no_part(tmp_path: Path) -> None:
+    contents = [bytes([65 + i]) * 100_000 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(partial(write_atomic, tmp_path / "a"), contents * 4))
+    assert (tmp_path / "a").read_bytes() in contents
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +30,77 @@ def write_atomic(path: Path, content: bytes) -> None:
     target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
     part = target.with_name(target.name + ".part")
     try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
+        written = False
+        while not written:
+            with part.open("ab") as file:
+                with contextlib.suppress(OSError):  # some file systems have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)  # one writer at a time
+                if not _is_at(file.fileno(), part):
+                    continue  # another writer has moved it into place
+                file.truncate(0)  # what a kill left
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(part, target)
+                written = True
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
         raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that exists and has space") from error
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Be the only one, of all threads and processes, that adds to a file inside of this block.
+
+    The lock is a hidden file beside it, which is free again when the process that holds it ends, however that comes.
+    A file system without locks (Lustre may be mounted so) gives no protection.
+
+    Raises
+    ------
+    BlockingIOError
+        If another one writes it.
+    OSError
+        If nothing can be written there.
+    """
+    target = Path(os.path.realpath(path))
+    lock = target.with_name(f".{target.name}.lock")
+    descriptor = _locked(lock, path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()  # before it is free: whoever has opened it meanwhile sees that it is gone
+        os.close(descriptor)
+
+
+def _locked(lock: Path, path: Path) -> int:
+    """Return the descriptor of the locked file."""
+    while True:
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            fix = "choose a folder that exists and has space"
+            raise OSError(f"cannot write {path}: {error.strerror}; {fix}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            told = f"cannot write {path}: another run is writing it; wait for its end, or choose another name"
+            raise BlockingIOError(told) from None
+        except OSError:  # some file systems have no locks, and there it is as before
+            pass
+        if _is_at(descriptor, lock):
+            return descriptor
+        os.close(descriptor)  # its holder has just ended
 
 
 def set_aside(atoms: Atoms, names: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ again, and tells in ``atoms.info`` how each was made; `stream.Stream` keeps them
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from dosmatgen_ase import __version__
 from dosmatgen_ase.crystals.screening import screen
 from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.files import exclusive
 from dosmatgen_ase.generate.request import Request, completed, settings_of
 from dosmatgen_ase.generate.sampler import Randomness, SamplerConfig, sample
 from dosmatgen_ase.generate.settings import GenerationOptions, GenerationSettings, spelled
@@ -248,7 +250,7 @@ class DOSGenerator:
             "num_atoms": None if request.sizes is None else list(request.sizes),
             **request.record(),
         }
-        return self._run(_Plan(request, config, guidance, record), n, progress, stream)
+        return self._run_alone(_Plan(request, config, guidance, record), n, progress, stream)
 
     def regenerate(self, atoms: Atoms, dos: DOSInput, *, template: Atoms | None = None) -> Atoms:
         """Make a structure again from its own record; the target (and the template) must be given again.
@@ -270,6 +272,11 @@ class DOSGenerator:
         made, _ = self._draw(request, [len(atoms)], [rng], config, guidance)
         made[0].info["dosmatgen"] = dict(atoms.info["dosmatgen"])
         return made[0]
+
+    def _run_alone(self, plan: _Plan, n: int, progress: bool, stream: Stream | None) -> Iterator[Atoms]:
+        """As `_run`, while no other run writes the same file."""
+        with contextlib.nullcontext() if stream is None else exclusive(stream.path):
+            yield from self._run(plan, n, progress, stream)
 
     def _run(self, plan: _Plan, n: int, progress: bool, stream: Stream | None) -> Iterator[Atoms]:
         ready = {} if stream is None else {a.info["dosmatgen"]["index"]: a for a in stream.resume(plan.record)}

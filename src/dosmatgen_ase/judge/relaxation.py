@@ -35,7 +35,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import digest, right_handed, screen_given
-from dosmatgen_ase.files import set_aside, write_extxyz
+from dosmatgen_ase.files import exclusive, set_aside, write_extxyz
 from dosmatgen_ase.parsing import site_numbers
 from dosmatgen_ase.threads import cpu_threads, legacy_stream
 
@@ -131,34 +131,35 @@ def relax_into(
 
     The file is replaced every few seconds and at the end, however that comes. What it holds is taken for done as far as
     it was made of the same structures, in the same order, with the same calculator and limits; the rest is replaced.
-    Errors as in :func:`relax`, and ``OSError`` if the file cannot be written.
+    Errors as in :func:`relax`, and ``OSError`` if the file cannot be written, or another run is writing it.
     """
     limits = (fmax, max_steps, time_limit)
     structures = hold(structures, fixed_sites)
     settings = (str(calculator), *limits, *(["fixed cell"] if fixed_cell else []))
     origins = [_origin(atoms, settings) for atoms in structures]
-    done: list[Atoms] = []
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not there, or not ours
-        for atoms, origin in zip(ase.io.read(path, ":", format="extxyz"), origins, strict=False):
-            if atoms.info["relaxation"]["of"] != origin:
-                break
-            done.append(atoms)
-    start, saved = len(done), time.monotonic()
-    bar = tqdm(total=len(structures), initial=start, disable=not progress, unit="structure", desc="relax")
-    try:
-        finished = relax_each(structures[start:], calculator, *limits, processes, fixed_cell)
-        for atoms, origin in zip(finished, origins[start:], strict=True):
-            atoms.info["relaxation"]["of"] = origin
-            done.append(atoms)
-            bar.update()
-            if time.monotonic() - saved > _SAVE_EVERY:
+    with exclusive(path):
+        done: list[Atoms] = []
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not there, or not ours
+            for atoms, origin in zip(ase.io.read(path, ":", format="extxyz"), origins, strict=False):
+                if atoms.info["relaxation"]["of"] != origin:
+                    break
+                done.append(atoms)
+        start, saved = len(done), time.monotonic()
+        bar = tqdm(total=len(structures), initial=start, disable=not progress, unit="structure", desc="relax")
+        try:
+            finished = relax_each(structures[start:], calculator, *limits, processes, fixed_cell)
+            for atoms, origin in zip(finished, origins[start:], strict=True):
+                atoms.info["relaxation"]["of"] = origin
+                done.append(atoms)
+                bar.update()
+                if time.monotonic() - saved > _SAVE_EVERY:
+                    write_extxyz(path, done)
+                    saved = time.monotonic()
+        finally:
+            bar.close()
+            if len(done) > start:
                 write_extxyz(path, done)
-                saved = time.monotonic()
-    finally:
-        bar.close()
-        if len(done) > start:
-            write_extxyz(path, done)
-    return done
+        return done
 
 
 def _origin(atoms: Atoms, settings: tuple[Any, ...]) -> str:
