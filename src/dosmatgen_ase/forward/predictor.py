@@ -451,7 +451,7 @@ class DOSPredictor:
             return SitePrediction(nothing, nothing, nothing > 0, np.full(len(z), np.nan), reason)
         together = np.stack(opinions)
         mean = together.mean(0)
-        spread = together.std(0) if len(together) > 1 else mean
+        spread = together.std(0) if len(together) > 1 else np.maximum(mean, 1e-3)  # never sure, not even of a gap
         known = self.tables["support"].numpy()[z] >= MIN_LABELS
         calibration = self.calibration(method)
         slope, offset = calibration["error"]
@@ -898,7 +898,8 @@ def _calibration(
     error = normalised_l1_arrays(raw.mean.astype(float), target, known)
     fair = np.isfinite(error) & (error < 3)  # the ratio of a nearly empty site must not rule a straight line
     doubt = _relative_spread(raw.mean, raw.spread, known)[fair]
-    alone = np.ptp(doubt) < 1e-3  # one model has no spread: the mean error stands for every site
+    networks = predictor.members and method != "tight-binding"
+    alone = not networks and len(predictor.tight_binding) == 1  # no spread: the mean error stands for every site
     line = [0.0, error[fair].mean()] if alone else np.polyfit(doubt, error[fair], 1)
     return {"spread": float(factor), "error": [float(value) for value in line]}
 
@@ -939,10 +940,10 @@ def evaluate(
     figures["ratio"] = figures["mean"] / figures["element_mean"]
     finite = np.isfinite(errors[""])
     doubt = _relative_spread(found.mean, found.spread, known)  # the expected error follows it
-    one_error = np.ptp(doubt[finite]) < 1e-3  # one model's is a constant
-    figures["rank_correlation"] = 0.0 if one_error else float(spearmanr(doubt[finite], errors[""][finite]).statistic)
-    figures["coverage"] = float((np.abs(found.mean - target) <= found.spread)[known].mean())
     expected = found.error[finite & np.isfinite(found.error)]
+    constant = not len(expected) or np.ptp(expected) < 1e-6  # one model's: it orders nothing
+    figures["rank_correlation"] = 0.0 if constant else float(spearmanr(doubt[finite], errors[""][finite]).statistic)
+    figures["coverage"] = float((np.abs(found.mean - target) <= found.spread)[known].mean())
     figures["expected_error"] = float(expected.mean()) if len(expected) else None
     by_element = {z: errors[""][finite & (numbers == z)] for z in np.unique(numbers[finite]).tolist()}
     figures["per_element"] = {chemical_symbols[z]: [float(np.median(e)), len(e)] for z, e in by_element.items()}
