@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,13 @@ def test_pseudo_labels_resume_and_survive_the_disk(tmp_path: Path) -> None:
     for feature, i in zip(cached_site_features(structures.select(np.array([5, 1])), tmp_path), (5, 1), strict=True):
         np.testing.assert_allclose(feature, fresh[i], atol=0.05)
     assert len(list(tmp_path.glob("*.npz"))) == 2
+
+
+def test_threads_predict_what_one_does() -> None:
+    crystals = [bulk("Cu"), bulk("NaCl", "rocksalt", a=5.6), bulk("Si"), bulk("Fe", cubic=True)]
+    alone = [site_features([atoms])[0] for atoms in crystals]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: site_features([crystals[i % 4]])[0], range(64)))
+    for i, features in enumerate(found):
+        assert not isinstance(features, str)
+        np.testing.assert_allclose(features, alone[i % 4], atol=1e-5)

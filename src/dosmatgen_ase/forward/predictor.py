@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -53,13 +54,20 @@ COVERAGE = 0.68  # share of the computed values within the calibrated spread, as
 METHODS = ("all", "tight-binding", "features")
 MIN_LABELS = 3  # labelled structures that an element needs, at an energy, for its DOS there to count as known
 
+_LOADING = threading.Lock()
+
 # -- features ----------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
 def load_chgnet() -> Any:
     """Return CHGNet 0.3.0 on the CPU, frozen, loaded quietly once per process: its weights come with its wheel."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
+    with (
+        _LOADING,  # what is redirected here is that of the process
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        torch.random.fork_rng(devices=[]),
+    ):
         warnings.simplefilter("ignore")
         from chgnet.model import CHGNet
 
@@ -123,19 +131,33 @@ def tight_binding_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
     return graph
 
 
-def _forward(model: Any, graphs: list, counts: list[int]) -> np.ndarray:
-    """Run CHGNet on graphs of `counts` atoms and return the (sum(counts), 385) features, caught by hooks."""
+@lru_cache(maxsize=1)
+def _observed_chgnet() -> tuple[Any, threading.local]:
+    """A CHGNet of our own whose layers put what they return into ``outputs`` of the thread that runs them.
+
+    Its hooks stay, and nobody else runs it: hooks that come and go on the model that relaxations share would catch
+    what other threads compute.
+    """
+    model, caught = copy.deepcopy(load_chgnet()), threading.local()
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        caught.outputs.append(output)
+
+    for layer in (*model.atom_conv_layers, model.readout_norm):
+        layer.register_forward_hook(keep)
+    return model, caught
+
+
+def _forward(graphs: list, counts: list[int]) -> np.ndarray:
+    """Run CHGNet on graphs of `counts` atoms and return the (sum(counts), 385) features; threads may do so at once."""
+    model, caught = _observed_chgnet()
     outputs: list[Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-        for layer in (*model.atom_conv_layers, model.readout_norm)
-    ]
+    caught.outputs = outputs
     try:
         with torch.no_grad():
             moments = torch.cat(model(graphs, task="em")["m"])
     finally:
-        for hook in hooks:
-            hook.remove()
+        del caught.outputs
     crystal = torch.cat([part.mean(0, keepdim=True).expand(len(part), -1) for part in outputs[-1].split(counts)])
     return torch.cat([*outputs, crystal, moments[:, None]], dim=1).numpy()
 
@@ -159,7 +181,6 @@ def site_features(atoms_list: Sequence[Atoms], batch_size: int = 32, progress: b
         Per structure an (n, 385) float32 array, or a line of text that says why it has none (collapsed, isolated
         atoms, ...).
     """
-    model = load_chgnet()
     found: list[np.ndarray | str] = [""] * len(atoms_list)
     starts = range(0, len(atoms_list), batch_size)
     for start in tqdm(starts, disable=not progress, unit="batch", desc="CHGNet features"):
@@ -173,7 +194,7 @@ def site_features(atoms_list: Sequence[Atoms], batch_size: int = 32, progress: b
         if not graphs:
             continue
         counts = [len(atoms_list[i]) for i in rows]
-        features = _forward(model, graphs, counts)
+        features = _forward(graphs, counts)
         for i, part in zip(rows, np.split(features, np.cumsum(counts)[:-1]), strict=True):
             found[i] = part if np.isfinite(part).all() else "CHGNet returned non-finite features"
     return found
