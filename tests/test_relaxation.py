@@ -389,6 +389,26 @@ def test_a_file_that_is_no_mace_model_gives_one_clear_error(tmp_path: Path) -> N
         relax(bulk("Cu"), tmp_path / "m.model")
 
 
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("command", [["relax", "--calculator"], ["generate", "--relax"]])
+def test_a_model_file_is_not_loaded_without_trust(tmp_path: Path, command: list[str]) -> None:
+    torch.save(Payload(tmp_path / "ran"), tmp_path / "m.model")
+    ase.io.write(tmp_path / "cu.cif", bulk("Cu"))
+    name, option = command
+    done = CliRunner().invoke(app, [name, str(tmp_path / "cu.cif"), option, str(tmp_path / "m.model")])
+    assert done.exit_code == 1
+    assert "is a pickle, which may run any code" in done.stderr
+    assert "add --trust-model" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 def test_without_mace_the_fix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [m for m in sys.modules if m == "mace" or m.startswith("mace.")]:
         monkeypatch.delitem(sys.modules, name)

@@ -18,6 +18,7 @@ from dosmatgen_ase.cli.options import (
     OptionGroup,
     Overwrite,
     TargetOptions,
+    check_trust,
     figure,
     generation_settings,
     output,
@@ -54,6 +55,14 @@ class RankingOptions:
             rich_help_panel=BEST,
         ),
     ] = None
+    trust_model: Annotated[
+        bool,
+        typer.Option(
+            "--trust-model",
+            help="Load a MACE model file for --relax, which may run any code: trust its maker.",
+            rich_help_panel=BEST,
+        ),
+    ] = False
     energy_weight: Annotated[
         float,
         typer.Option(
@@ -100,6 +109,7 @@ def generate(
     A run that was killed goes on where it stopped: give the same command again.
     """
     start = time.perf_counter()
+    check_trust(best.relax, best.trust_model)
     dos = target.read(dos_file)
     files = _Files.of(out, n, best)
     _check_files(ctx, files, n)

@@ -11,7 +11,16 @@ import typer
 from rich.table import Table
 
 from dosmatgen_ase.cli.application import app, show, tell
-from dosmatgen_ase.cli.options import PICTURES, Overwrite, Structures, figure, output, read_structures, site_list
+from dosmatgen_ase.cli.options import (
+    PICTURES,
+    Overwrite,
+    Structures,
+    check_trust,
+    figure,
+    output,
+    read_structures,
+    site_list,
+)
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -33,6 +42,9 @@ def relax(
     calculator: Annotated[
         str, typer.Option(help="chgnet, or a MACE model: the path of a file, or a name such as medium-mpa-0.")
     ] = "chgnet",
+    trust_model: Annotated[
+        bool, typer.Option("--trust-model", help="Load a MACE model file, which may run any code: trust its maker.")
+    ] = False,
     fmax: Annotated[float, typer.Option(help="Largest force left, eV/A.")] = 0.05,
     max_steps: Annotated[int, typer.Option(min=0, help="Most steps for one structure.")] = 200,
     time_limit: Annotated[float, typer.Option(help="Most seconds for one structure.")] = 120.0,
@@ -51,6 +63,7 @@ def relax(
     from dosmatgen_ase.judge.relaxation import relax_into
     from dosmatgen_ase.judge.stability import in_words, load_hull
 
+    check_trust(calculator, trust_model)
     stream = stream_of(out)
     output(ctx, "out", STRUCTURES, path=stream, marks=(b"relaxation=",))
     named = read_structures(files)
