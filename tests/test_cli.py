@@ -121,6 +121,14 @@ def test_generates_ranks_and_draws(weights: Path, tmp_path: Path) -> None:
     assert re.search(r"^\d+\.\d s$", result.output, re.MULTILINE)
 
 
+def test_a_template_of_several_structures_is_told(weights: Path, tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "two.extxyz", [bulk("Ni", cubic=True), bulk("Cu", cubic=True)])
+    out = tmp_path / "out.extxyz"
+    told = generate(weights, out, "-n", 1, "--template", tmp_path / "two.extxyz", "--strength", 0.0, "--seed", 7)
+    assert "two.extxyz: Cu4, the last of 2 structures" in told.stderr
+    assert ase.io.read(out).get_chemical_formula() == "Cu4"
+
+
 def test_every_option_reaches_the_generator(weights: Path, tmp_path: Path) -> None:
     template, out = tmp_path / "template.cif", tmp_path / "out.extxyz"
     copper = bulk("Cu", cubic=True)
@@ -132,6 +140,7 @@ def test_every_option_reaches_the_generator(weights: Path, tmp_path: Path) -> No
         "--composition", "CoCu3", "--guidance-scale", 1.5, "--num-atoms", 4, "--seed", 7,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert "the last of" not in result.stderr
     for atoms in ase.io.read(out, ":"):
         assert np.allclose(atoms.cell, copper.cell)
         assert atoms.get_chemical_formula() == "CoCu3"

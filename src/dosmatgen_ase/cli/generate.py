@@ -224,7 +224,7 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
     known = default_index()
     table = Table(title=printable(f"{len(found)} structures in {files.best}, best first"))
     energies = ranking.energy > 0
-    for name in ("frame", "formula", "sites", "atoms", "Å³/atom", "predicted distance", "expected error"):
+    for name in ("frame", "formula", "sites", "atoms", "Å³/atom", "distance", "error"):
         table.add_column(name, justify="left" if name in ("formula", "sites") else "right")
     table.add_column("known as")
     if energies:
@@ -239,7 +239,7 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
         table.add_row(str(atoms.info["frame"]), atoms.get_chemical_formula(), given, *figures)
     show(table)
     typer.echo("frame: place in the file, as in ase.io.read(file, frame); sites: those with the DOS")
-    typer.echo("predicted distance: normalised L1 of the DOS that a forward model predicts, to the target")
+    typer.echo("distance: normalised L1 to the target of the DOS that a forward model predicts; error: expected of it")
     typer.echo(f"known as: which of {len(known)} known crystals it is, if any")
     _show_nearest(request)
 

@@ -323,15 +323,19 @@ def figure(value: float | None) -> str:
 
 
 def read_structure(path: Path) -> Any:
-    """Read the template."""
+    """Read the template: of several structures the last, as ASE does, which is told."""
     from dosmatgen_ase.files import read_structures as read
 
     if not path.is_file():
         raise FileNotFoundError(f"no template {path}: give a file that ASE reads (CIF, POSCAR, extxyz, ...)")
     try:
-        return read(path, -1)
+        frames = read(path)
+        last = frames[-1]
     except Exception as error:
         raise ValueError(f"template {path} is not a structure that ASE reads: {error}") from error
+    if len(frames) > 1:
+        tell(f"template {path}: {last.get_chemical_formula()}, the last of {len(frames)} structures", err=True)
+    return last
 
 
 def read_structures(files: Sequence[Path]) -> dict[str, Atoms]:
