@@ -225,10 +225,11 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
     table = Table(title=printable(f"{len(found)} structures in {files.best}, best first"))
     energies = ranking.energy > 0
     for name in ("frame", "formula", "sites", "atoms", "Å³/atom", "distance", "error"):
-        table.add_column(name, justify="left" if name in ("formula", "sites") else "right")
-    table.add_column("known as")
+        left = name in ("formula", "sites")
+        table.add_column(name, justify="left" if left else "right", min_width=len(name), overflow="fold")
+    table.add_column("known as", overflow="fold")
     if energies:
-        table.add_column("eV/atom above hull", justify="right")
+        table.add_column("hull", justify="right")
     for atoms in found:
         told = atoms.info["scores"]
         given = ", ".join(f"{atoms[i].symbol} {i}" for i in request.site_targets) or "all"
@@ -240,6 +241,8 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
     show(table)
     typer.echo("frame: place in the file, as in ase.io.read(file, frame); sites: those with the DOS")
     typer.echo("distance: normalised L1 to the target of the DOS that a forward model predicts; error: expected of it")
+    if energies:
+        typer.echo("hull: eV/atom above the hull")
     typer.echo(f"known as: which of {len(known)} known crystals it is, if any")
     _show_nearest(request)
 
