@@ -227,7 +227,7 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
     for name in ("frame", "formula", "sites", "atoms", "Å³/atom", "distance", "error"):
         left = name in ("formula", "sites")
         table.add_column(name, justify="left" if left else "right", min_width=len(name), overflow="fold")
-    table.add_column("known as", overflow="fold")
+    table.add_column("known", overflow="fold")
     if energies:
         table.add_column("hull", justify="right")
     for atoms in found:
@@ -243,7 +243,7 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
     typer.echo("distance: normalised L1 to the target of the DOS that a forward model predicts; error: expected of it")
     if energies:
         typer.echo("hull: eV/atom above the hull")
-    typer.echo(f"known as: which of {len(known)} known crystals it is, if any")
+    typer.echo(f"known: which of {len(known)} known crystals it is, if any")
     _show_nearest(request)
 
 
