@@ -197,9 +197,9 @@ def against_vasp(predictor: DOSPredictor, structures: Structures, path: Path) ->
 
 
 def plot(figures: dict[str, Any], curve: dict[str, Any] | None, path: Path) -> None:
-    """Median error per element, and the learning curve."""
+    """Median error per element, and the learning curve where there is one."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(2.4, 1))
+    left, *rest = np.atleast_1d(figure.subplots(1, 2, width_ratios=(2.4, 1)) if curve else figure.subplots())
     errors = {s: e for s, (e, count) in figures["per_element"].items() if count >= 3}
     order = sorted(errors, key=lambda s: errors[s])
     left.bar(range(len(order)), [errors[s] for s in order], width=0.8)
@@ -207,9 +207,9 @@ def plot(figures: dict[str, Any], curve: dict[str, Any] | None, path: Path) -> N
     left.set_xlim(-1, len(order))
     left.set_ylabel("median normalised L1")
     left.set_title(f"test, elements with 3 sites or more, {len(order)} of them", fontsize="small")
-    for name, points in (curve or {}).items():
-        right.plot([p["labels"] for p in points], [p["mean"] for p in points], "o-", label=name, ms=4)
-    if curve:
+    for right in rest:
+        for name, points in (curve or {}).items():
+            right.plot([p["labels"] for p in points], [p["mean"] for p in points], "o-", label=name, ms=4)
         right.set_xlabel("labelled training structures")
         right.set_ylabel("normalised L1, mean over sites")
         right.legend(frameon=False, fontsize="small")
