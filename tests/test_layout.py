@@ -6,15 +6,20 @@ import ast
 import os
 import subprocess
 import sys
+import warnings
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from dosmatgen_ase.moved import MOVED
 
 PACKAGE = "dosmatgen_ase"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # Low to high. A file imports from its own folder and from lower ones only.
 ORDER = [
+    "moved",
     "threads",
     "limits",
     "files",
@@ -107,3 +112,18 @@ def test_unknown_names_are_refused_by_name() -> None:
     assert all(getattr(dosmatgen_ase, name).__doc__ for name in dosmatgen_ase.__all__)
     with pytest.raises(AttributeError, match=r"DOSGenerater.*it has DOSGenerator"):
         _ = dosmatgen_ase.DOSGenerater
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(MOVED.items()))
+def test_a_module_that_moved_is_found_by_its_old_name(old: str, new: str) -> None:
+    sys.modules.pop(f"{PACKAGE}.{old}", None)
+    home = import_module(f"{PACKAGE}.{new}")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        moved = import_module(f"{PACKAGE}.{old}")
+    assert f"{PACKAGE}.{old} is now {PACKAGE}.{new}: import that" in [str(warning.message) for warning in told]
+    names = [name for name in vars(home) if not name.startswith("__")]
+    assert all(getattr(moved, name) is getattr(home, name) for name in names)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = moved.nothing
+    sys.modules.pop(f"{PACKAGE}.{old}")

@@ -8,10 +8,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dosmatgen_ase.moved import install
+
 if TYPE_CHECKING:
     from dosmatgen_ase.crystals.screening import KnownCrystals, screen_many
     from dosmatgen_ase.dft.espresso import compute_dos
     from dosmatgen_ase.dos import DOSWarning, EnergyGrid, TargetDOS
+    from dosmatgen_ase.forward.bands import predict_bands
     from dosmatgen_ase.forward.predictor import predict_dos
     from dosmatgen_ase.generate.generator import DOSGenerator
     from dosmatgen_ase.generate.settings import GenerationSettings
@@ -35,6 +38,7 @@ __all__ = [
     "__version__",
     "compute_dos",
     "energy_above_hull",
+    "predict_bands",
     "predict_dos",
     "relax",
     "screen_many",
@@ -52,11 +56,14 @@ _HOME = {
     "TargetDOS": "dos",
     "compute_dos": "dft.espresso",
     "energy_above_hull": "judge.stability",
+    "predict_bands": "forward.bands",
     "predict_dos": "forward.predictor",
     "relax": "judge.relaxation",
     "screen_many": "crystals.screening",
     "search": "retrieval.query",
 }
+
+install()
 
 
 def __getattr__(name: str) -> Any:

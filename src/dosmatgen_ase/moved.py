@@ -1,0 +1,64 @@
+"""Old names of modules, importable for one more release with a `DeprecationWarning` that tells the new name."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+PACKAGE = "dosmatgen_ase"
+MOVED = {
+    "checkpoint": "model.checkpoint",
+    "conditioning": "model.conditioning",
+    "constraints": "generate.constraints",
+    "coverage": "data.coverage",
+    "crystal": "crystals.batch",
+    "denoiser": "model.denoiser",
+    "diffusion": "model.diffusion",
+    "diffusion.coordinates": "model.diffusion.coordinates",
+    "diffusion.lattice": "model.diffusion.lattice",
+    "diffusion.process": "model.diffusion.process",
+    "diffusion.species": "model.diffusion.species",
+    "electronic": "dft.espresso",
+    "generator": "generate.generator",
+    "interpolation": "dft.interpolation",
+    "labels": "dft.labels",
+    "metrics": "judge.metrics",
+    "predictor": "forward.predictor",
+    "ranking": "judge.ranking",
+    "relaxation": "judge.relaxation",
+    "sampler": "generate.sampler",
+    "screening": "crystals.screening",
+    "stability": "judge.stability",
+    "training": "train.trainer",
+}
+
+
+class MovedModules(MetaPathFinder, Loader):
+    """Finds a module by its old name: a module whose attributes are those of the new one."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of an old name, None for any other."""
+        package, _, name = fullname.partition(".")
+        if package != PACKAGE or name not in MOVED:
+            return None
+        return ModuleSpec(fullname, self, is_package=name == "diffusion")
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Warn, and hand on every attribute of the new module."""
+        new = f"{PACKAGE}.{MOVED[module.__name__.partition('.')[2]]}"
+        warnings.warn(f"{module.__name__} is now {new}: import that", DeprecationWarning, stacklevel=2)
+        home = import_module(new)
+        vars(module)["__getattr__"] = lambda attribute: getattr(home, attribute)
+
+
+def install() -> None:
+    """Make the old names importable; a second call changes nothing."""
+    if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(MovedModules())
