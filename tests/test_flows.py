@@ -322,6 +322,20 @@ def test_what_is_missing_is_told(dos: Any, relaxation: Any, reason: str) -> None
     assert done.record == {"seed": 1}
 
 
+@pytest.mark.parametrize("held", [{"fixed_cell": True}, {"fixed_sites": [1]}])
+def test_a_maker_holds_parts_of_the_template_that_comes_with_the_call(tmp_path: Path, held: dict[str, Any]) -> None:
+    host = bulk("MgO", "rocksalt", a=4.21)
+    maker = GenerateMaker(n=1, seed=1, num_steps=2, **held)
+    output = run(maker.make(None, template=to_structure(host)), tmp_path)
+    made = to_atoms(Structure.from_dict(output["structures"][0]))
+    if "fixed_cell" in held:
+        np.testing.assert_allclose(made.cell.array, host.cell.array, atol=1e-8)
+    else:
+        assert made.numbers[1] == host.numbers[1]
+    with pytest.raises(ValueError, match="needs a template"):
+        run(maker.make(None), tmp_path)
+
+
 def test_the_relaxation_of_a_design_holds_what_its_generation_is_to_keep() -> None:
     held = [[True] * 3, [True] * 3, [False, True, True], [False] * 3]
     template = COPPER.copy(site_properties={"selective_dynamics": held})

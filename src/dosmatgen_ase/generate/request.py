@@ -85,6 +85,10 @@ class Request:
         TypeError, ValueError
             With both culprits named where two arguments contradict each other.
         """
+        # Here and not in the settings: a Maker's template comes with the call, its settings before.
+        for name in ("fixed_cell", "fixed_sites", "free_species"):
+            if getattr(settings, name) and settings.template is None:
+                raise ValueError(f"{name} needs a template to take its values from")
         total, targets = split_targets(dos, settings.sites)
         targets = on_common_zero(targets)
         total = None if total is None else on_common_zero({0: total})[0]

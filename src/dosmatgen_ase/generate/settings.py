@@ -149,9 +149,6 @@ class GenerationSettings:
             num_steps=parsing.whole_number(self.num_steps, "num_steps", 1, MAX_STEPS),
             seed=None if self.seed is None else parsing.whole_number(self.seed, "seed", 0),
         )
-        for name, given in (("fixed_cell", self.fixed_cell), ("fixed_sites", held), ("free_species", free)):
-            if given and self.template is None:
-                raise ValueError(f"{name} needs a template to take its values from")
         if both := sorted({*free} & {*(self.fixed_species or {})}):
             raise ValueError(f"free_species and fixed_species both name site {both[0]}: leave it out of one of them")
 
