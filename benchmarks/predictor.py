@@ -30,14 +30,9 @@ from matplotlib.figure import Figure
 
 from dosmatgen_ase.data import SiteDOSLabels, Structures, load_site_dos, load_structures
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1_arrays
-from dosmatgen_ase.forward.predictor import (
-    DEFAULT_PREDICTOR,
-    DOSPredictor,
-    evaluate,
-    site_features,
-    train_predictor,
-    train_predictors,
-)
+from dosmatgen_ase.forward.features import site_features
+from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
+from dosmatgen_ase.forward.predictor_training import evaluate, train_predictor, train_predictors
 from dosmatgen_ase.forward.tight_binding.basis import MAGNETIC
 
 PATHS = {"predictor": DEFAULT_PREDICTOR, "ranker": RANKER, "judge": JUDGE}

@@ -51,11 +51,8 @@ from dosmatgen_ase.crystals.screening import screen
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files import write_npz
-from dosmatgen_ase.forward.predictor import (
-    DOSPredictor,
-    SitePrediction,
-    element_tables,
-)
+from dosmatgen_ase.forward.predictor import DOSPredictor, SitePrediction
+from dosmatgen_ase.forward.predictor_training import element_tables
 from dosmatgen_ase.generate.constraints import Constraints
 from dosmatgen_ase.generate.generator import BATCH_PAIRS
 from dosmatgen_ase.generate.sampler import SamplerConfig

@@ -25,7 +25,9 @@ from test_training import NETWORK, bulk_dataset
 
 from dosmatgen_ase import DOSGenerator, Ranking, TargetDOS, energy_above_hull, predict_dos, relax
 from dosmatgen_ase.data import load_site_dos
-from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig, site_features, train_predictor
+from dosmatgen_ase.forward.features import site_features
+from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig
+from dosmatgen_ase.forward.predictor_training import train_predictor
 from dosmatgen_ase.train.trainer import TrainingConfig, train
 
 TARGET = TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1))

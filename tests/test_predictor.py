@@ -16,20 +16,17 @@ from ase.data import chemical_symbols
 
 from dosmatgen_ase.data import SiteDOSLabels, load_pseudo_labels, load_site_dos, load_structures
 from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.forward.features import cached_site_features, site_features
 from dosmatgen_ase.forward.predictor import (
     DEFAULT_PREDICTOR,
     DOSCalculator,
     DOSPredictor,
     PredictorConfig,
-    cached_site_features,
     default_predictor,
-    evaluate,
     predict_dos,
-    pseudo_labels,
-    site_features,
-    train_predictor,
-    write_pseudo_labels,
 )
+from dosmatgen_ase.forward.predictor_training import evaluate, train_predictor
+from dosmatgen_ase.forward.pseudo_labels import pseudo_labels, write_pseudo_labels
 from dosmatgen_ase.model.checkpoint import load_tensors, save_tensors
 
 ROOT = Path(__file__).parents[1]

@@ -13,14 +13,9 @@ from ase import Atoms
 from ase.build import bulk, fcc111
 
 from dosmatgen_ase.data import SiteDOSLabels, load_shell_dos, load_site_dos
-from dosmatgen_ase.forward.predictor import (
-    DOSPredictor,
-    PredictorConfig,
-    evaluate,
-    site_features,
-    tight_binding_graph,
-    train_predictor,
-)
+from dosmatgen_ase.forward.features import site_features, tight_binding_graph
+from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig
+from dosmatgen_ase.forward.predictor_training import evaluate, train_predictor
 from dosmatgen_ase.forward.tight_binding import training
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
@@ -177,7 +172,7 @@ def test_tight_binding_alone_needs_no_chgnet_and_tells_one_error(
     alone = mixed(labels, model, 0)
     features = site_features([labels.atoms(i) for i in range(len(labels))])
     figures = evaluate(alone, labels, features, "val")
-    monkeypatch.setattr("dosmatgen_ase.forward.predictor.load_chgnet", None)
+    monkeypatch.setattr("dosmatgen_ase.forward.features.load_chgnet", None)
     (found,) = alone.predict_arrays([bulk("Cu")])
     assert alone.methods == ("all", "tight-binding")
     assert found.error[0] == pytest.approx(alone.calibration()["error"][1])

@@ -12,34 +12,34 @@ from types import ModuleType
 
 PACKAGE = "dosmatgen_ase"
 MOVED = {
-    "checkpoint": "model.checkpoint",
-    "conditioning": "model.conditioning",
-    "constraints": "generate.constraints",
-    "coverage": "data.coverage",
-    "crystal": "crystals.batch",
-    "denoiser": "model.denoiser",
-    "diffusion": "model.diffusion",
-    "diffusion.coordinates": "model.diffusion.coordinates",
-    "diffusion.lattice": "model.diffusion.lattice",
-    "diffusion.process": "model.diffusion.process",
-    "diffusion.species": "model.diffusion.species",
-    "electronic": "dft.espresso",
-    "generator": "generate.generator",
-    "interpolation": "dft.interpolation",
-    "labels": "dft.labels",
-    "metrics": "judge.metrics",
-    "predictor": "forward.predictor",
-    "ranking": "judge.ranking",
-    "relaxation": "judge.relaxation",
-    "sampler": "generate.sampler",
-    "screening": "crystals.screening",
-    "stability": "judge.stability",
-    "training": "train.trainer",
+    "checkpoint": ("model.checkpoint",),
+    "conditioning": ("model.conditioning",),
+    "constraints": ("generate.constraints",),
+    "coverage": ("data.coverage",),
+    "crystal": ("crystals.batch",),
+    "denoiser": ("model.denoiser",),
+    "diffusion": ("model.diffusion",),
+    "diffusion.coordinates": ("model.diffusion.coordinates",),
+    "diffusion.lattice": ("model.diffusion.lattice",),
+    "diffusion.process": ("model.diffusion.process",),
+    "diffusion.species": ("model.diffusion.species",),
+    "electronic": ("dft.espresso",),
+    "generator": ("generate.generator", "generate.request"),
+    "interpolation": ("dft.interpolation",),
+    "labels": ("dft.labels",),
+    "metrics": ("judge.metrics",),
+    "predictor": ("forward.predictor", "forward.features", "forward.predictor_training", "forward.pseudo_labels"),
+    "ranking": ("judge.ranking",),
+    "relaxation": ("judge.relaxation",),
+    "sampler": ("generate.sampler",),
+    "screening": ("crystals.screening", "crystals.checks"),
+    "stability": ("judge.stability",),
+    "training": ("train.trainer",),
 }
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Finds a module by its old name: a module whose attributes are those of the new one."""
+    """Finds a module by its old name: a module whose attributes are those of the new ones."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -51,11 +51,17 @@ class MovedModules(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self, is_package=name == "diffusion")
 
     def exec_module(self, module: ModuleType) -> None:
-        """Warn, and hand on every attribute of the new module."""
-        new = f"{PACKAGE}.{MOVED[module.__name__.partition('.')[2]]}"
-        warnings.warn(f"{module.__name__} is now {new}: import that", DeprecationWarning, stacklevel=2)
-        home = import_module(new)
-        vars(module)["__getattr__"] = lambda attribute: getattr(home, attribute)
+        """Warn, and hand on every attribute of the new modules."""
+        homes = [f"{PACKAGE}.{name}" for name in MOVED[module.__name__.partition(".")[2]]]
+        warnings.warn(f"{module.__name__} is now {', '.join(homes)}", DeprecationWarning, stacklevel=2)
+
+        def attribute(name: str) -> object:
+            for home in map(import_module, homes):
+                if hasattr(home, name):
+                    return getattr(home, name)
+            raise AttributeError(f"{module.__name__}, now {', '.join(homes)}, has no {name!r}")
+
+        vars(module)["__getattr__"] = attribute
 
 
 def install() -> None:

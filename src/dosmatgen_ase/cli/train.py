@@ -57,7 +57,8 @@ def train(
         if pseudo_labels == "auto":
             path = out / "pseudo_labels.npz"
             if not path.exists():
-                from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor, write_pseudo_labels
+                from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
+                from dosmatgen_ase.forward.pseudo_labels import write_pseudo_labels
 
                 forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
                 bare = structures.select(dataset.dos_index < 0)
@@ -110,7 +111,7 @@ def train_predictor(
     The first is for use. In benchmarks the ranker picks, and makes pseudo-labels; the judge only measures. A run that
     was killed goes on with the tight-binding model that it was at.
     """
-    from dosmatgen_ase.forward.predictor import ROLES, train_predictors
+    from dosmatgen_ase.forward.predictor_training import ROLES, train_predictors
     from dosmatgen_ase.forward.tight_binding.training import TightBindingTraining
     from dosmatgen_ase.generate.generator import select_device
 

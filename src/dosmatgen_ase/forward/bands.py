@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dosmatgen_ase.forward.predictor import DOSPredictor, default_predictor, tight_binding_graph
+from dosmatgen_ase.forward.features import tight_binding_graph
+from dosmatgen_ase.forward.predictor import DOSPredictor, default_predictor
 from dosmatgen_ase.forward.tight_binding.graph import collate
 from dosmatgen_ase.forward.tight_binding.kpoints import symmetric_mesh
 from dosmatgen_ase.forward.tight_binding.predict import mesh_points

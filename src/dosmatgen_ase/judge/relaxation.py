@@ -384,7 +384,7 @@ def load_calculator(calculator: Any) -> Any:
             raise TypeError(f'calculator must be an ASE calculator, "chgnet" or a MACE model, not {calculator!r}')
         return calculator
     if calculator == "chgnet":
-        from dosmatgen_ase.forward.predictor import load_chgnet
+        from dosmatgen_ase.forward.features import load_chgnet
 
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

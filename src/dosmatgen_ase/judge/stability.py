@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import reduced_formula, screen_given
 from dosmatgen_ase.files import write_npz
-from dosmatgen_ase.forward.predictor import MAX_ATOMIC_NUMBER, chgnet_graph, load_chgnet
+from dosmatgen_ase.forward.features import MAX_ATOMIC_NUMBER, chgnet_graph, load_chgnet
 from dosmatgen_ase.judge.relaxation import quick_blas
 from dosmatgen_ase.judge.relaxation import relax as relax_atoms
 

@@ -1,0 +1,207 @@
+"""What the models see of a crystal: CHGNet's features of its atoms, and the graph for tight binding."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import threading
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm, trange
+
+from dosmatgen_ase.crystals.checks import is_disordered
+from dosmatgen_ase.crystals.convert import to_structure
+from dosmatgen_ase.data import Structures
+from dosmatgen_ase.files import write_npz
+from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, crystal_graph
+from dosmatgen_ase.forward.tight_binding.predict import MAX_ORBITALS
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+NUM_FEATURES = 385  # 4 convolutions x 64, final site vector 64, crystal vector 64, magnetic moment 1
+MAX_ATOMIC_NUMBER = 94  # last element CHGNet knows
+MIN_VOLUME = 2.0  # Angstrom^3 per atom: below, neighbour lists explode and CHGNet means nothing
+
+_LOADING = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def load_chgnet() -> Any:
+    """Return CHGNet 0.3.0 on the CPU, frozen, loaded quietly once per process: its weights come with its wheel."""
+    with (
+        _LOADING,  # what is redirected here is that of the process
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        torch.random.fork_rng(devices=[]),
+    ):
+        warnings.simplefilter("ignore")
+        from chgnet.model import CHGNet
+
+        model = CHGNet.load(use_device="cpu", verbose=False)
+    return model.eval().requires_grad_(False)
+
+
+def check_crystal(atoms: Atoms) -> None:
+    """Refuse what no forward model can read.
+
+    Raises
+    ------
+    ValueError
+        With the reason: not a finite crystal, unknown elements, collapsed.
+    """
+    cell, numbers = atoms.cell.array, atoms.numbers
+    if not (np.isfinite(cell).all() and np.isfinite(atoms.positions).all()):
+        raise ValueError("non-finite cell or positions")
+    if len(numbers) == 0 or not atoms.pbc.all():
+        raise ValueError("not a crystal: needs at least one atom and pbc=True")
+    if is_disordered(atoms):
+        raise ValueError("disordered: sites are shared or partly empty")
+    if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
+        raise ValueError(f"elements outside CHGNet's 1..{MAX_ATOMIC_NUMBER}")
+    if abs(np.linalg.det(cell)) < MIN_VOLUME * len(numbers):
+        raise ValueError(f"collapsed cell: less than {MIN_VOLUME} A^3 per atom")
+
+
+def chgnet_graph(atoms: Atoms) -> object:
+    """Return the graph on which CHGNet works.
+
+    Raises
+    ------
+    ValueError
+        With the reason why the structure has none: as `check_crystal`, or atoms alone.
+    """
+    check_crystal(atoms)
+    structure = to_structure(atoms, wrap=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return load_chgnet().graph_converter(structure)
+    except Exception as error:  # foreign code: whatever it raises is the failure of this structure only
+        raise ValueError(f"CHGNet cannot build its graph: {type(error).__name__}: {error}") from error
+
+
+def tight_binding_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
+    """Return the bonds on which tight binding works.
+
+    Raises
+    ------
+    ValueError
+        With the reason why the structure has none: as `check_crystal`, atoms alone or in one place, too large a cell.
+    """
+    check_crystal(atoms)
+    graph = crystal_graph(atoms, cutoff)
+    if len(np.unique(graph.first)) < len(atoms):
+        raise ValueError(f"isolated atoms: not all have a neighbour within {cutoff:g} A")
+    if graph.size > MAX_ORBITALS:
+        raise ValueError(f"{graph.size} orbitals are too many, at most {MAX_ORBITALS}: take a smaller cell")
+    return graph
+
+
+@lru_cache(maxsize=1)
+def _observed_chgnet() -> tuple[Any, threading.local]:
+    """A CHGNet of our own whose layers put what they return into ``outputs`` of the thread that runs them.
+
+    Its hooks stay, and nobody else runs it: hooks that come and go on the model that relaxations share would catch
+    what other threads compute.
+    """
+    model, caught = copy.deepcopy(load_chgnet()), threading.local()
+
+    def keep(_module: nn.Module, network_inputs: Any, output: Tensor) -> None:
+        caught.outputs.append(output)
+
+    for layer in (*model.atom_conv_layers, model.readout_norm):
+        layer.register_forward_hook(keep)
+    return model, caught
+
+
+def _forward(graphs: list, counts: list[int]) -> np.ndarray:
+    """Run CHGNet on graphs of `counts` atoms and return the (sum(counts), 385) features; threads may do so at once."""
+    model, caught = _observed_chgnet()
+    outputs: list[Tensor] = []
+    caught.outputs = outputs
+    try:
+        with torch.no_grad():
+            moments = torch.cat(model(graphs, task="em")["m"])
+    finally:
+        del caught.outputs
+    crystal = torch.cat([part.mean(0, keepdim=True).expand(len(part), -1) for part in outputs[-1].split(counts)])
+    return torch.cat([*outputs, crystal, moments[:, None]], dim=1).numpy()
+
+
+def site_features(atoms_list: Sequence[Atoms], batch_size: int = 32, progress: bool = False) -> list[np.ndarray | str]:
+    """Return CHGNet's view of every site: a frozen descriptor of its chemical surroundings.
+
+    Per atom the output of each of the four convolutions, the normalised final site vector, the mean of those over the
+    crystal, and the predicted magnetic moment (mu_B). CHGNet was trained on energies, forces, stresses and moments of
+    most Materials Project crystals, never on a DOS.
+
+    Parameters
+    ----------
+    atoms_list : periodic crystals
+    batch_size : structures per forward pass
+    progress : show a progress bar
+
+    Returns
+    -------
+    list
+        Per structure an (n, 385) float32 array, or a line of text that says why it has none (collapsed, isolated
+        atoms, ...).
+    """
+    found: list[np.ndarray | str] = [""] * len(atoms_list)
+    starts = range(0, len(atoms_list), batch_size)
+    for start in tqdm(starts, disable=not progress, unit="batch", desc="CHGNet features"):
+        graphs, rows = [], []
+        for i in range(start, min(start + batch_size, len(atoms_list))):
+            try:
+                graphs.append(chgnet_graph(atoms_list[i]))
+                rows.append(i)
+            except ValueError as error:
+                found[i] = str(error)
+        if not graphs:
+            continue
+        counts = [len(atoms_list[i]) for i in rows]
+        features = _forward(graphs, counts)
+        for i, part in zip(rows, np.split(features, np.cumsum(counts)[:-1]), strict=True):
+            found[i] = part if np.isfinite(part).all() else "CHGNet returned non-finite features"
+    return found
+
+
+def cached_site_features(
+    structures: Structures, directory: str | Path, piece: int = 512, progress: bool = False
+) -> list[np.ndarray | str]:
+    """Return `site_features` of a table of structures, kept on disk in pieces so that an interrupted run resumes.
+
+    Pieces (`*.npz`) are looked up by `material_id`, so one folder serves any selection of the same structures.
+    """
+    directory = Path(directory)
+    known: dict[str, np.ndarray | str] = {}
+    for path in sorted(directory.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as file:
+            parts = np.split(file["features"], np.cumsum(file["counts"])[:-1])
+            ids, reasons = file["material_id"].tolist(), file["reason"].tolist()
+            known.update((i, reason or part) for i, part, reason in zip(ids, parts, reasons, strict=True))
+    missing = [i for i, material_id in enumerate(structures.material_id.tolist()) if material_id not in known]
+    for start in trange(0, len(missing), piece, disable=not progress, unit="piece", desc="CHGNet features"):
+        rows = missing[start : start + piece]
+        fresh = site_features([structures.atoms(i) for i in rows])
+        arrays = [f if isinstance(f, np.ndarray) else np.zeros((0, NUM_FEATURES), np.float32) for f in fresh]
+        ids = structures.material_id[rows]
+        write_npz(
+            directory / f"{ids[0]}.npz",
+            material_id=ids,
+            counts=np.array([len(a) for a in arrays]),
+            features=np.concatenate(arrays).astype(np.float16),
+            reason=np.array([f if isinstance(f, str) else "" for f in fresh]),
+        )
+        rounded = [f if isinstance(f, str) else f.astype(np.float16) for f in fresh]  # as a resumed run reads them
+        known.update(zip(ids.tolist(), rounded, strict=True))
+    return [known[material_id] for material_id in structures.material_id.tolist()]
