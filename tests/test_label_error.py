@@ -49,7 +49,8 @@ def test_labels_of_the_same_calculation_have_no_error(tmp_path: Path, monkeypatc
     told = f"6 of 6 drawn labels are of recipe {RECIPE}, 6 of them computed"
     assert told in (tmp_path / "results" / "label_error.md").read_text()
     assert run(tmp_path, monkeypatch, "-n", "6", "--explain", "2") == report
-    assert run(tmp_path, monkeypatch, "-n", "6", "--explain", "2", "--report") == report
+    told = run(tmp_path, monkeypatch, "-n", "6", "--explain", "2", "--report")
+    assert {**told, "made_by": report["made_by"]} == report, "but for the command"
     assert tries(tmp_path).total() == 6 + 2 * 3, "results are kept"
     assert len(run(tmp_path, monkeypatch, "-n", "8", "--report")["labels"]) == 6, "computes nothing"
     assert tries(tmp_path).total() == 6 + 2 * 3

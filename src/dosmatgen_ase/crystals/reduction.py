@@ -39,7 +39,10 @@ def _niggli(cell: np.ndarray) -> np.ndarray | None:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Set OLD_ERROR_HANDLING", DeprecationWarning)
-        return spglib.niggli_reduce(cell)
+        try:
+            return spglib.niggli_reduce(cell)
+        except spglib.SpglibError:  # instead of None, where the process has asked for its new errors
+            return None
 
 
 def plane_spacings(cell: np.ndarray) -> np.ndarray:

@@ -288,12 +288,12 @@ class DOSGenerator:
         turn = 0
         with tqdm(total=n, initial=len(done), disable=not progress, unit="crystal") as bar:
             for batch in batches(sizes):
-                if any(i not in done for i in batch):
+                if missing := [i for i in batch if i >= turn and i not in done]:  # what came before its turn is gone
                     # The whole batch, even if some of it is there: the others then come out to the last bit as before.
                     made, failed = self._complete(plan, batch, sizes[batch[0]])
                     reasons |= failed
                     accepted |= bool(made)
-                    new: dict[int, Atoms | None] = {i: made.get(i) for i in batch if i not in done}
+                    new: dict[int, Atoms | None] = {i: made.get(i) for i in missing}
                     bar.update(sum(atoms is not None for atoms in new.values()))
                     done |= new
                 while turn in done:
