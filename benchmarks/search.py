@@ -251,6 +251,7 @@ def main() -> None:
     report = {
         "split": split,
         "targets": len(rows),
+        "target_ids": labels.material_id[rows].tolist(),
         "crystals": len(whole),
         "computed": int(whole.computed.sum()),
         "predictor_sha256": whole.info["predictor_sha256"],
