@@ -7,8 +7,10 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # a second thread slows cells of a few atoms down
 os.environ["MPLBACKEND"] = "Agg"  # both are read when torch, numpy and matplotlib are imported
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -63,3 +65,12 @@ def tiny_weights(tiny_model: ConditionalDenoiser, tmp_path_factory: pytest.TempP
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     save_model(path, tiny_model, {})
     return path
+
+
+def in_a_new_thread(job: Callable[[], Any]) -> Any:
+    """What a job returns in a thread of its own."""
+    result: list[Any] = []
+    thread = threading.Thread(target=lambda: result.append(job()))
+    thread.start()
+    thread.join()
+    return result[0]

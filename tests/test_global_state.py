@@ -21,6 +21,7 @@ import threadpoolctl
 import torch
 import torch._dynamo  # torch's optimisers import it, and with it sympy, which adds a warning filter
 from ase.build import bulk
+from conftest import in_a_new_thread
 from test_training import NETWORK, bulk_dataset
 
 from dosmatgen_ase import DOSGenerator, Ranking, TargetDOS, energy_above_hull, predict_dos, relax
@@ -32,14 +33,6 @@ from dosmatgen_ase.train.trainer import TrainingConfig, train
 
 TARGET = TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1))
 ROOT = Path(__file__).parents[1]
-
-
-def in_a_new_thread(job: Callable[[], Any]) -> Any:
-    result: list[Any] = []
-    thread = threading.Thread(target=lambda: result.append(job()))
-    thread.start()
-    thread.join()
-    return result[0]
 
 
 def flushes_denormals() -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import in_a_new_thread
 
 from dosmatgen_ase.threads import cpu_threads
 
@@ -19,14 +19,6 @@ def three() -> Iterator[None]:
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(before)
-
-
-def in_a_new_thread(job: Callable[[], Any]) -> Any:
-    result: list[Any] = []
-    thread = threading.Thread(target=lambda: result.append(job()))
-    thread.start()
-    thread.join()
-    return result[0]
 
 
 def test_the_block_has_its_number_and_no_other_thread_has() -> None:

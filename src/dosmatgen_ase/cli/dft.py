@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dosmatgen_ase.cli.application import app, printable, show, tell
-from dosmatgen_ase.cli.options import PICTURES, Data, Overwrite, Structures, output, read_structures
+from dosmatgen_ase.cli.options import PICTURES, Data, Overwrite, Structures, StructureTables, output, read_structures
 
 
 @app.command()
@@ -57,14 +57,7 @@ def dft(
 
 @app.command()
 def label(
-    structures: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="STRUCTURES",
-            help="A table laid out as data/structures.parquet, or files that ASE reads.",
-            show_default=False,
-        ),
-    ],
+    structures: StructureTables,
     shards: Annotated[Path, typer.Option(help="Folder of the label set.")] = Path("data/site_dos"),
     workers: Annotated[int, typer.Option(min=1, help="Structures computed at a time, at the lowest priority.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Compute no more than this many. Default: all.")] = None,

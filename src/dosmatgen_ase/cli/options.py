@@ -43,6 +43,14 @@ Predictor = Annotated[
     Path | None, typer.Option(help="Forward model made by train-predictor. Default: the shipped one.")
 ]
 
+StructureTables = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="STRUCTURES",
+        help="A table laid out as data/structures.parquet, or files that ASE reads.",
+        show_default=False,
+    ),
+]
 Structures = Annotated[
     list[Path],
     typer.Argument(metavar="FILES", help="Files that ASE reads, with one structure or many.", show_default=False),

@@ -18,6 +18,7 @@ from dosmatgen_ase.cli.options import (
     OptionGroup,
     Overwrite,
     Predictor,
+    StructureTables,
     TargetOptions,
     figure,
     output,
@@ -156,14 +157,7 @@ def _draw(path: Path, target: TargetDOS, hits: Sequence[Atoms], index: DOSIndex)
 @app.command("index")
 def make_index(
     ctx: typer.Context,
-    structures: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="STRUCTURES",
-            help="A table laid out as data/structures.parquet, or files that ASE reads.",
-            show_default=False,
-        ),
-    ],
+    structures: StructureTables,
     out: Annotated[Path, typer.Option("-o", "--out", help="File of the index.")] = Path("dos_index.npz"),
     labels: Annotated[
         Path | None, typer.Option(help="Folder of computed site DOS, such as data/site_dos. Default: none.")

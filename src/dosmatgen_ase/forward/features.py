@@ -23,12 +23,12 @@ from dosmatgen_ase.data import Structures
 from dosmatgen_ase.files import write_npz
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, crystal_graph
 from dosmatgen_ase.forward.tight_binding.predict import MAX_ORBITALS
+from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 
 if TYPE_CHECKING:
     from ase import Atoms
 
 NUM_FEATURES = 385  # 4 convolutions x 64, final site vector 64, crystal vector 64, magnetic moment 1
-MAX_ATOMIC_NUMBER = 94  # last element CHGNet knows
 MIN_VOLUME = 2.0  # Angstrom^3 per atom: below, neighbour lists explode and CHGNet means nothing
 
 _LOADING = threading.Lock()

@@ -16,7 +16,7 @@ from tqdm import trange
 
 from dosmatgen_ase.data import SiteDOSLabels, formula_fold, load_shell_dos, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, normalised_l1_arrays
-from dosmatgen_ase.forward.features import MAX_ATOMIC_NUMBER, site_features
+from dosmatgen_ase.forward.features import site_features
 from dosmatgen_ase.forward.predictor import (
     DOSPredictor,
     PredictorConfig,
@@ -27,6 +27,7 @@ from dosmatgen_ase.forward.predictor import (
 )
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
 from dosmatgen_ase.forward.tight_binding.training import TightBindingTraining, fit, labelled_crystals, new_model
+from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 
 if TYPE_CHECKING:
     pass

@@ -39,9 +39,10 @@ from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import reduced_formula, screen_given
 from dosmatgen_ase.files import write_npz
-from dosmatgen_ase.forward.features import MAX_ATOMIC_NUMBER, chgnet_graph, load_chgnet
+from dosmatgen_ase.forward.features import chgnet_graph, load_chgnet
 from dosmatgen_ase.judge.relaxation import quick_blas
 from dosmatgen_ase.judge.relaxation import relax as relax_atoms
+from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 
 DEFAULT_HULL = Path(__file__).parents[1] / "references" / "hull.npz"
 RESOLUTION = 0.01  # eV/atom: what a relaxation to 0.05 eV/A and an entry that is not relaxed leave open
