@@ -55,7 +55,9 @@ from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import reduced_formula, screen
 from dosmatgen_ase.data import load_site_dos
-from dosmatgen_ase.dft.espresso import RECIPE, ElectronicStructure, EspressoSettings, compute_many
+from dosmatgen_ase.dft.batch import compute_many
+from dosmatgen_ase.dft.result import ElectronicStructure
+from dosmatgen_ase.dft.settings import RECIPE, EspressoSettings
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files import write_extxyz
 from dosmatgen_ase.forward.predictor import MIN_LABELS, DOSPredictor, default_predictor

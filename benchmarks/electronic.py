@@ -17,7 +17,8 @@ from _common import RESULTS, ROOT, write_results
 from ase import Atoms
 
 from dosmatgen_ase.data import load_site_dos
-from dosmatgen_ase.dft.espresso import ElectronicStructure, compute_many
+from dosmatgen_ase.dft.batch import compute_many
+from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dos import MODEL_GRID, TargetDOS, normalised_l1_arrays
 
 LABELS = ("mp-1550", "mp-2647", "mp-1105", "mp-1023924", "mp-23")  # semiconductor, metals, oxide, layers, magnet

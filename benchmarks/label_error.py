@@ -29,14 +29,10 @@ from electronic import OCCUPIED, SHIFTS, in_shape, vasp_elements
 from tqdm import tqdm
 
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
-from dosmatgen_ase.dft.espresso import (
-    MAGNETIC,
-    ElectronicStructure,
-    EspressoSettings,
-    compute_many,
-    dos_kpoint_density,
-)
+from dosmatgen_ase.dft.batch import compute_many
 from dosmatgen_ase.dft.interpolation import IrreducibleMesh
+from dosmatgen_ase.dft.result import ElectronicStructure
+from dosmatgen_ase.dft.settings import MAGNETIC, EspressoSettings, dos_kpoint_density
 from dosmatgen_ase.dos import MODEL_GRID, normalised_l1_arrays
 
 CUTOFF = 75.0  # Ry

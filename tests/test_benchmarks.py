@@ -332,7 +332,8 @@ def test_the_dft_judge_runs_and_counts(
     """An engine that gives the sites of the first arm 1.1 times their target, of the second 2.1 times, and so on."""
     import dft_judge
 
-    from dosmatgen_ase.dft.espresso import RECIPE, ElectronicStructure
+    from dosmatgen_ase.dft.result import ElectronicStructure
+    from dosmatgen_ase.dft.settings import RECIPE
     from dosmatgen_ase.dos import TargetDOS
 
     labels = replace(labels, recipe=np.full(len(labels), RECIPE))

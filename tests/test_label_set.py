@@ -13,7 +13,7 @@ import pytest
 import spglib
 
 from dosmatgen_ase.data import SHARD_KEYS, SHARD_UNIT, load_structures
-from dosmatgen_ase.dft.espresso import RECIPE
+from dosmatgen_ase.dft.settings import RECIPE
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"

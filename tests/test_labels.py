@@ -21,18 +21,12 @@ from typer.testing import CliRunner
 
 from dosmatgen_ase.cli import app
 from dosmatgen_ase.data import load_site_dos, load_structures
-from dosmatgen_ase.dft import espresso as electronic
-from dosmatgen_ase.dft import labels
-from dosmatgen_ase.dft.espresso import (
-    GRID,
-    RECIPE,
-    ElectronicStructure,
-    ElectronicStructureError,
-    EspressoSettings,
-    InterruptedCalculation,
-)
+from dosmatgen_ase.dft import batch, labels, pseudopotentials
+from dosmatgen_ase.dft.errors import ElectronicStructureError, InterruptedCalculation
 from dosmatgen_ase.dft.interpolation import symmetry_of
 from dosmatgen_ase.dft.labels import LabelReport, label, unsound
+from dosmatgen_ase.dft.result import ElectronicStructure
+from dosmatgen_ase.dft.settings import GRID, RECIPE, EspressoSettings
 from dosmatgen_ase.dos import TargetDOS
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +57,7 @@ def stand_in_engine(log: Path, seconds: float = 0.0) -> None:
             raise ElectronicStructureError("the SCF calculation did not converge", directory / "scf.out")
         return computed(atoms)
 
-    electronic._compute = compute
+    batch.compute_in = compute
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +74,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{binaries}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("ESPRESSO_PSEUDO", str(upf))
-    monkeypatch.setattr(electronic, "_compute", electronic._compute)  # put back afterwards
+    monkeypatch.setattr(batch, "compute_in", batch.compute_in)  # put back afterwards
     monkeypatch.setattr(labels, "has_recipe_pseudopotentials", lambda *_: True)
 
 
@@ -146,8 +140,8 @@ def test_labels_of_an_earlier_recipe_are_made_anew(tmp_path: Path, monkeypatch: 
     label(given, shards)
     given = crystals(10)
     left = EspressoSettings(time_limit=600.0, nice=19)
-    electronic.compute_many({"x-9": given["x-9"]}, shards / "unpacked", left)
-    for module in (labels, electronic):
+    batch.compute_many({"x-9": given["x-9"]}, shards / "unpacked", left)
+    for module in (labels, batch):
         monkeypatch.setattr(module, "RECIPE", RECIPE + 1)
     first = label(given, shards, limit=3)
     assert (first.labels, first.done_before) == (3, 1), "what failed once is not tried again"
@@ -189,7 +183,7 @@ def test_what_was_interrupted_is_tried_again(tmp_path: Path, monkeypatch: pytest
     def stopped(*_: Any) -> ElectronicStructure:
         raise InterruptedCalculation("pw.x (scf) was stopped by signal 9")
 
-    monkeypatch.setattr(electronic, "_compute", stopped)
+    monkeypatch.setattr(batch, "compute_in", stopped)
     report = label({"cu": bulk("Cu")}, tmp_path / "shards")
     assert report == LabelReport([], 0, {}, {}, 0)
     stand_in_engine(tmp_path / "log")
@@ -343,7 +337,7 @@ def test_without_a_symmetry_there_is_one_error_however_spglib_is_set(
 
 
 def test_labels_by_other_pseudopotentials_are_of_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labels, "has_recipe_pseudopotentials", electronic.has_recipe_pseudopotentials)
+    monkeypatch.setattr(labels, "has_recipe_pseudopotentials", pseudopotentials.has_recipe_pseudopotentials)
     stand_in_engine(tmp_path / "log")
     report = label({"a": bulk("Cu"), "he": Atoms("He", cell=np.eye(3) * 3, pbc=True)}, tmp_path / "shards")
     assert load_site_dos(tmp_path / "shards").recipe.tolist() == [0]

@@ -18,7 +18,8 @@ from ase.build import bulk
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
 from dosmatgen_ase.crystals.screening import KnownCrystals
-from dosmatgen_ase.dft.espresso import ElectronicStructureError, EspressoSettings
+from dosmatgen_ase.dft.errors import ElectronicStructureError
+from dosmatgen_ase.dft.settings import EspressoSettings
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.forward.predictor import SitePrediction
 

@@ -42,7 +42,9 @@ from matplotlib.figure import Figure
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
 from dosmatgen_ase.crystals.screening import KnownCrystals, screen_many
-from dosmatgen_ase.dft.espresso import ElectronicStructureError, EspressoSettings, compute_many
+from dosmatgen_ase.dft.batch import compute_many
+from dosmatgen_ase.dft.errors import ElectronicStructureError
+from dosmatgen_ase.dft.settings import EspressoSettings
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, normalised_l1, normalised_l1_arrays
 from dosmatgen_ase.files import extxyz, write_atomic, write_extxyz
 from dosmatgen_ase.forward.predictor import DOSPredictor, SitePrediction

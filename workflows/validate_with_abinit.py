@@ -23,7 +23,7 @@ from atomate2.abinit.sets.core import StaticSetGenerator
 from jobflow import JobStore, run_locally
 from maggma.stores import MemoryStore
 
-from dosmatgen_ase.dft.espresso import MAGNETIC
+from dosmatgen_ase.dft.settings import MAGNETIC
 from dosmatgen_ase.flows import CandidateDoc, InverseDesignDoc
 from dosmatgen_ase.flows.flows import validate_candidates
 from dosmatgen_ase.flows.jobs import to_structure

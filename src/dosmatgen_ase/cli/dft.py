@@ -35,7 +35,9 @@ def dft(
 
     A run that was stopped goes on where it was: give the same command again. Failures are recorded, not tried twice.
     """
-    from dosmatgen_ase.dft.espresso import ElectronicStructure, EspressoSettings, compute_many
+    from dosmatgen_ase.dft.batch import compute_many
+    from dosmatgen_ase.dft.result import ElectronicStructure
+    from dosmatgen_ase.dft.settings import EspressoSettings
 
     settings = EspressoSettings(ecutwfc=ecutwfc, pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher)
     named = read_structures(files)
@@ -83,8 +85,8 @@ def label(
     from collections import Counter
 
     from dosmatgen_ase.data import load_structures
-    from dosmatgen_ase.dft.espresso import EspressoSettings
     from dosmatgen_ase.dft.labels import label as run
+    from dosmatgen_ase.dft.settings import EspressoSettings
 
     tables = [path for path in structures if path.suffix == ".parquet"]
     if tables and len(structures) > 1:

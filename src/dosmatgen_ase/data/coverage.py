@@ -43,7 +43,7 @@ class Coverage:
     Attributes
     ----------
     splits : split to (labels, sites, labels with a gap)
-    recipes : labels by the recipe that they were computed by, see `electronic.RECIPE`
+    recipes : labels by the recipe that they were computed by, see `dft.settings.RECIPE`
     elements, usable : labels, and structures that can be labelled, that hold an element
     num_atoms, structure_sizes : labels, and all structures, by atoms per cell
     crystal_systems : labels by crystal system; those without a structure in the table are left out

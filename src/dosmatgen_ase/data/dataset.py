@@ -185,7 +185,7 @@ class SiteDOSLabels(_Crystals):
     band_gap : (n,) float, eV
         Zero energy is the valence-band maximum where positive, else the Fermi level.
     recipe : (n,) int
-        Number of the recipe that they were computed by (`electronic.RECIPE`).
+        Number of the recipe that they were computed by (`dft.settings.RECIPE`).
     """
 
     values: np.ndarray

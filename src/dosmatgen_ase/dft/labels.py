@@ -4,7 +4,7 @@
 layout that `data.load_site_dos` reads (``data/README.md``). Every result and every failure is a file of its own in
 ``SHARDS/unpacked`` first, written in one piece: a run that is killed loses the structures it was computing, no more.
 
-Labels of an earlier recipe (`electronic.RECIPE`) are computed anew like structures without one, and stay in use until
+Labels of an earlier recipe (`dft.settings.RECIPE`) are computed anew like structures without one, and stay in use until
 then. Shards are only ever added.
 """
 
@@ -30,17 +30,11 @@ from numpy.typing import ArrayLike
 
 from dosmatgen_ase.data import MAX_ATOMS, SHARD_UNIT, Structures
 from dosmatgen_ase.data.coverage import ENOUGH, MAX_LABELLED_VOLUME_PER_ATOM, UNLABELLED
-from dosmatgen_ase.dft.espresso import (
-    MAGNETIC,
-    RECIPE,
-    ElectronicStructure,
-    EspressoSettings,
-    InterruptedCalculation,
-    compute_each,
-    has_recipe_pseudopotentials,
-    read_record,
-    without_pseudopotential,
-)
+from dosmatgen_ase.dft.batch import compute_each, read_record
+from dosmatgen_ase.dft.errors import InterruptedCalculation
+from dosmatgen_ase.dft.pseudopotentials import has_recipe_pseudopotentials, without_pseudopotential
+from dosmatgen_ase.dft.result import ElectronicStructure
+from dosmatgen_ase.dft.settings import MAGNETIC, RECIPE, EspressoSettings
 from dosmatgen_ase.files import write_npz
 
 SHARD_SIZE = 100  # labels that are packed at a time

@@ -130,7 +130,8 @@ def evaluate_candidates(
 @job(output_schema=DOSDoc, data=LARGE)
 def read_abinit_dos(directory: str | None, structure: Structure | None) -> DOSDoc:
     """Read what the uniform step of atomate2's abinit ``BandStructureMaker`` wrote."""
-    from dosmatgen_ase.dft.espresso import ElectronicStructureError, read_abinit
+    from dosmatgen_ase.dft.errors import ElectronicStructureError
+    from dosmatgen_ase.dft.readers import read_abinit
 
     done = DOSDoc(engine="abinit", directory=directory)
     if directory is None or structure is None:
@@ -176,7 +177,7 @@ class LabelMaker(Maker):
     Attributes
     ----------
     settings
-        Fields of `electronic.EspressoSettings` that differ from its defaults. Labels of one data set share them.
+        Fields of `dft.settings.EspressoSettings` that differ from its defaults. Labels of one data set share them.
     batch_size
         Structures of a job, which writes a shard.
     workers

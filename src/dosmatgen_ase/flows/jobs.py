@@ -232,12 +232,12 @@ class RelaxMaker(Maker):
 
 @dataclass
 class DOSMaker(Maker):
-    """Compute the site DOS with Quantum ESPRESSO (`electronic.compute_dos`).
+    """Compute the site DOS with Quantum ESPRESSO (`dft.espresso.compute_dos`).
 
     Attributes
     ----------
     settings
-        Fields of `electronic.EspressoSettings` that differ from its defaults.
+        Fields of `dft.settings.EspressoSettings` that differ from its defaults.
     symmetry_tolerance
         Angstrom. The symmetry found within it is made exact first (`relaxation.symmetrized`): a relaxation leaves small
         displacements, and a crystal without symmetry costs ten times the k-points. 0 computes a structure as it is.
@@ -250,14 +250,16 @@ class DOSMaker(Maker):
     @job(output_schema=DOSDoc, data=LARGE)
     def make(self, structure: Structure | None) -> DOSDoc:
         """Compute one structure, in a folder of its own below the current one, which is kept."""
-        from dosmatgen_ase.dft import espresso as electronic
+        from dosmatgen_ase.dft.errors import ElectronicStructureError, InterruptedCalculation
+        from dosmatgen_ase.dft.espresso import compute_dos
+        from dosmatgen_ase.dft.settings import EspressoSettings
         from dosmatgen_ase.judge.relaxation import symmetrized
 
         done = DOSDoc(engine="Quantum ESPRESSO", settings=self.settings)
         if structure is None:
             done.reason = "there is no structure: its relaxation failed"
             return done
-        atoms, settings = to_atoms(structure), electronic.EspressoSettings(**self.settings)
+        atoms, settings = to_atoms(structure), EspressoSettings(**self.settings)
         if self.symmetry_tolerance:
             try:
                 atoms = symmetrized(atoms, self.symmetry_tolerance)
@@ -267,10 +269,10 @@ class DOSMaker(Maker):
             done.structure = to_structure(atoms)
         done.directory = tempfile.mkdtemp(prefix="espresso-", dir=Path.cwd())
         try:
-            result = electronic.compute_dos(atoms, settings, directory=done.directory)
-        except electronic.InterruptedCalculation:
+            result = compute_dos(atoms, settings, directory=done.directory)
+        except InterruptedCalculation:
             raise  # says nothing about the structure: the job is to be run again
-        except electronic.ElectronicStructureError as error:
+        except ElectronicStructureError as error:
             done.reason = str(error)
             return done
         finally:
@@ -417,8 +419,8 @@ def label_batch(
         The fields of `labels.LabelReport`.
     """
     from dosmatgen_ase.data import load_structures
-    from dosmatgen_ase.dft.espresso import EspressoSettings
     from dosmatgen_ase.dft.labels import label
+    from dosmatgen_ase.dft.settings import EspressoSettings
 
     beside = Path(shards).parent / "structures.parquet"
     # A folder of its own, as other batches write to the same shards; it stays if it holds failures that no shard tells.
