@@ -17,7 +17,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike
 from dosmatgen_ase.data import MAX_ATOMS, SHARD_UNIT, Structures
 from dosmatgen_ase.data.coverage import ENOUGH, MAX_LABELLED_VOLUME_PER_ATOM, UNLABELLED
 from dosmatgen_ase.dft.batch import compute_each, read_record
-from dosmatgen_ase.dft.errors import InterruptedCalculation
+from dosmatgen_ase.dft.errors import ElectronicStructureError, InterruptedCalculation
 from dosmatgen_ase.dft.pseudopotentials import has_recipe_pseudopotentials, without_pseudopotential
 from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import MAGNETIC, RECIPE, EspressoSettings
@@ -119,67 +119,29 @@ def label(
     with _alone_in(work):
         own = settings.is_default and has_recipe_pseudopotentials(_elements(structures), settings)
         recipe = RECIPE if own else 0
-        set_ = _LabelSet.read(folder, recipe)
-        _tidy(work, set_.done)
-        candidates = {c.name: c for c in _candidates(structures, split, {**_splits(table), **set_.split})}
-        made: set[str] = set()  # by a run that was killed
-        stale: list[Path] = []  # by an earlier recipe
-        failed: dict[str, str] = {}
-        for path in work.glob("*.json"):
-            record = read_record(path) if path.stem in candidates else None
-            if record is not None and "result" in record and record["settings"].get("recipe", 1) != RECIPE:
-                stale.append(path)
-            elif record is not None:
-                told = record["structure"]
-                set_.crystal[path.stem] = _Crystal.of(told["numbers"], told["cell"])
-                made.add(path.stem)
-                if "failed" in record:
-                    failed[path.stem] = _without_log(record["failed"])
-        for name in set_.crystal.keys() & candidates.keys():
-            atoms = candidates[name].atoms
-            given, there = _Crystal.of(atoms.numbers, atoms.cell), set_.crystal[name]
-            if not given.is_like(there):
-                raise ValueError(f"{name} ({given}) has the id of another crystal in {folder}, {there}: rename it")
-        done = set_.done.union(failed)
+        labelled = _LabelSet.read(folder, recipe)
+        _tidy(work, labelled.done)
+        candidates = {c.name: c for c in _candidates(structures, split, {**_splits(table), **labelled.split})}
+        left = _Unpacked.read(work, candidates)
+        _check_ids(candidates, {**labelled.crystal, **left.crystal}, folder)
+
+        done = labelled.done.union(left.failed)
         skipped = _skipped(candidates, settings)
         waiting = {n: c for n, c in candidates.items() if n not in done and n not in skipped}
-        queue = _in_order(waiting, order, set_.elements, known=candidates)
-        queue = [*(n for n in queue if n in made), *[n for n in queue if n not in made][:limit]]
-        for path in stale:
-            if path.stem in queue:
-                path.unlink()
+        queue = _in_order(waiting, order, labelled.elements, known=candidates)
+        queue = [*(n for n in queue if n in left.made), *[n for n in queue if n not in left.made][:limit]]
+        for name in left.outdated.intersection(queue):
+            (work / f"{name}.json").unlink()
 
-        written: list[Path] = []
-        labels: dict[str, ElectronicStructure] = {}
-        count = 0
-
-        def pack() -> None:
-            nonlocal count
-            if labels:
-                crystals = [candidates[name] for name in labels]
-                written.append(_pack(folder, work, crystals, list(labels.values()), failed, recipe))
-                count += len(labels)
-                labels.clear()
-
+        shard = _NextShard(folder, work, candidates, recipe, left.failed)
         todo = {name: waiting[name].atoms for name in queue}
         try:
             with contextlib.closing(compute_each(todo, work, settings, workers=workers, progress=progress)) as results:
                 for name, result in results:
-                    if isinstance(result, InterruptedCalculation):
-                        continue  # to be tried again
-                    reason = None
-                    if not isinstance(result, ElectronicStructure):
-                        reason = _without_log(str(result))
-                    elif (reason := unsound(result)) is None:
-                        labels[name] = result
-                    if reason is not None:
-                        failed[name] = reason
-                        shutil.rmtree(work / name, ignore_errors=True)
-                    if len(labels) == SHARD_SIZE:
-                        pack()
+                    shard.add(name, result)
         finally:
-            pack()
-    return LabelReport(written, count, failed, skipped, len(done.intersection(candidates)))
+            shard.pack()
+    return LabelReport(shard.written, shard.packed, shard.failed, skipped, len(done.intersection(candidates)))
 
 
 # -- which, and in which order -----------------------------------------------------------------------------------------
@@ -381,6 +343,41 @@ class _LabelSet:
         return known
 
 
+@dataclass(frozen=True)
+class _Unpacked:
+    """Results that a stopped run left in no shard: ids computed by this recipe, or by an earlier one, and failures."""
+
+    made: set[str]
+    outdated: set[str]
+    failed: dict[str, str]
+    crystal: dict[str, _Crystal]
+
+    @classmethod
+    def read(cls, work: Path, names: Collection[str]) -> _Unpacked:
+        left = cls(set(), set(), {}, {})
+        for path in work.glob("*.json"):
+            name = path.stem
+            if name not in names or (record := read_record(path)) is None:
+                continue
+            if "result" in record and record["settings"].get("recipe", 1) != RECIPE:
+                left.outdated.add(name)
+                continue
+            left.made.add(name)
+            left.crystal[name] = _Crystal.of(record["structure"]["numbers"], record["structure"]["cell"])
+            if "failed" in record:
+                left.failed[name] = _without_log(record["failed"])
+        return left
+
+
+def _check_ids(candidates: Mapping[str, _Candidate], known: Mapping[str, _Crystal], folder: Path) -> None:
+    """Raise ValueError if a structure has the id of another crystal."""
+    for name in known.keys() & candidates.keys():
+        atoms = candidates[name].atoms
+        given = _Crystal.of(atoms.numbers, atoms.cell)
+        if not given.is_like(known[name]):
+            raise ValueError(f"{name} ({given}) has the id of another crystal in {folder}, {known[name]}: rename it")
+
+
 @contextlib.contextmanager
 def _alone_in(work: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with the process however that ends. No structure can have its name."""
@@ -400,6 +397,40 @@ def _tidy(work: Path, done: Collection[str]) -> None:
             shutil.rmtree(path.rename(path.with_name(f".{path.name}")) if path.name[0] != "." else path, True)
         elif path.suffix == ".part" or (path.suffix == ".json" and path.stem in done):
             path.unlink()
+
+
+@dataclass
+class _NextShard:
+    """Results as they come, packed into a shard whenever there are enough."""
+
+    folder: Path
+    work: Path
+    candidates: Mapping[str, _Candidate]
+    recipe: int
+    failed: dict[str, str]
+    labels: dict[str, ElectronicStructure] = field(default_factory=dict)
+    written: list[Path] = field(default_factory=list)
+    packed: int = 0
+
+    def add(self, name: str, result: ElectronicStructure | ElectronicStructureError) -> None:
+        if isinstance(result, InterruptedCalculation):
+            return  # to be tried again
+        reason = unsound(result) if isinstance(result, ElectronicStructure) else _without_log(str(result))
+        if reason is not None:
+            self.failed[name] = reason
+            shutil.rmtree(self.work / name, ignore_errors=True)
+        elif isinstance(result, ElectronicStructure):
+            self.labels[name] = result
+        if len(self.labels) == SHARD_SIZE:
+            self.pack()
+
+    def pack(self) -> None:
+        if self.labels:
+            crystals = [self.candidates[name] for name in self.labels]
+            path = _pack(self.folder, self.work, crystals, list(self.labels.values()), self.failed, self.recipe)
+            self.written.append(path)
+            self.packed += len(self.labels)
+            self.labels.clear()
 
 
 def _pack(
