@@ -85,6 +85,46 @@ def real_vector(data: ArrayLike, name: str) -> Array:
     return array.astype(float)
 
 
+def checked_curve(energies: ArrayLike, values: ArrayLike, known: ArrayLike) -> tuple[Array, Array, Mask]:
+    """Energies (eV), values (states/eV) and mask of a DOS, each of shape (G,).
+
+    Raises
+    ------
+    TypeError
+        If they are not real numbers, or the mask is not of bool.
+    ValueError
+        If they do not fit together, or cannot be a DOS.
+    """
+    energies, values = real_vector(energies, "energies"), real_vector(values, "values")
+    known = np.asarray(known)
+    if known.dtype != np.bool_:
+        raise TypeError("known must be an array of bool (True where the DOS is known)")
+    if not energies.shape == values.shape == known.shape:
+        raise ValueError(
+            "energies, values and known must have one common length, not "
+            f"{energies.shape}, {values.shape} and {known.shape}"
+        )
+    if energies.size < 2:
+        raise ValueError(f"a DOS needs at least 2 energies, not {energies.size}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        steps = np.diff(energies)
+    if not np.isfinite(energies).all() or (steps <= 0).any():
+        raise ValueError("energies must be finite and strictly increasing: sort them and drop repeated ones")
+    if (widest := float(steps.max())) > MAX_STEP:
+        told = f"neighbouring energies are {widest:g} eV apart, at most {MAX_STEP:g} make a DOS"
+        raise ValueError(f"{told}: are the energies in eV?")
+    if not known.any():
+        raise ValueError("nothing is known in this DOS: at least one energy must be known")
+    if not np.isfinite(values[known]).all():
+        raise ValueError("values are NaN or infinite: pass known=False for the energies where the DOS is unknown")
+    if (values[known] < 0).any():
+        raise ValueError(
+            f"values must not be negative (lowest {values[known].min():g} states/eV): "
+            "a spin-down channel drawn downwards must be added as positive"
+        )
+    return energies, values, known
+
+
 def inside_window(energies: Array, window: tuple[float, float]) -> Mask:
     """Which energies lie in [lo, hi], both ends included."""
     # The slack keeps bins at the ends of the window, which rounding puts a hair outside.

@@ -16,13 +16,13 @@ from numpy.typing import ArrayLike
 from dosmatgen_ase.dos.broadening import resample
 from dosmatgen_ase.dos.edges import gap_around_zero
 from dosmatgen_ase.dos.grid import (
-    MAX_STEP,
     MODEL_GRID,
     MODEL_SIGMA,
     Array,
     EnergyGrid,
     Mask,
     cell_widths,
+    checked_curve,
     frozen,
     inside_window,
     real_vector,
@@ -71,33 +71,7 @@ class TargetDOS:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        energies, values = real_vector(self.energies, "energies"), real_vector(self.values, "values")
-        known = np.asarray(self.known)
-        if known.dtype != np.bool_:
-            raise TypeError("known must be an array of bool (True where the DOS is known)")
-        if not energies.shape == values.shape == known.shape:
-            raise ValueError(
-                "energies, values and known must have one common length, not "
-                f"{energies.shape}, {values.shape} and {known.shape}"
-            )
-        if energies.size < 2:
-            raise ValueError(f"a DOS needs at least 2 energies, not {energies.size}")
-        with np.errstate(over="ignore", invalid="ignore"):
-            steps = np.diff(energies)
-        if not np.isfinite(energies).all() or (steps <= 0).any():
-            raise ValueError("energies must be finite and strictly increasing: sort them and drop repeated ones")
-        if (widest := float(steps.max())) > MAX_STEP:
-            told = f"neighbouring energies are {widest:g} eV apart, at most {MAX_STEP:g} make a DOS"
-            raise ValueError(f"{told}: are the energies in eV?")
-        if not known.any():
-            raise ValueError("nothing is known in this DOS: at least one energy must be known")
-        if not np.isfinite(values[known]).all():
-            raise ValueError("values are NaN or infinite: pass known=False for the energies where the DOS is unknown")
-        if (values[known] < 0).any():
-            raise ValueError(
-                f"values must not be negative (lowest {values[known].min():g} states/eV): "
-                "a spin-down channel drawn downwards must be added as positive"
-            )
+        energies, values, known = checked_curve(self.energies, self.values, self.known)
         if self.reference not in ("fermi", "vbm"):
             raise ValueError(f'reference must be "fermi" or "vbm", not {self.reference!r}')
         if self.kind not in ("site", "total"):
@@ -110,22 +84,13 @@ class TargetDOS:
             and sigma >= 0
         ):
             raise ValueError(f"sigma must be a finite standard deviation >= 0 in eV, or None if unknown, not {sigma!r}")
-        sigma = None if sigma is None else float(sigma)
-        given: Any = self.provenance
-        if not isinstance(given, (str, Mapping)):
-            raise ValueError(f"provenance must be a dict or a string, not {type(given).__name__}")
-        record = {"source": given} if isinstance(given, str) else dict(given)
-        try:
-            record = json.loads(json.dumps(record, allow_nan=False))
-        except (TypeError, ValueError):
-            raise ValueError("provenance must be JSON-able: strings, finite numbers, lists and dicts") from None
         set_field = object.__setattr__
         set_field(self, "energies", frozen(energies))
         # + 0.0 turns -0.0 into 0.0, so that equal targets have equal bytes.
         set_field(self, "values", frozen(np.where(known, values, 0.0) + 0.0))
         set_field(self, "known", frozen(known))
-        set_field(self, "sigma", sigma)
-        set_field(self, "provenance", record)
+        set_field(self, "sigma", None if sigma is None else float(sigma))
+        set_field(self, "provenance", _record(self.provenance))
 
     # -- identity ------------------------------------------------------------------------------------------------------
 
@@ -608,3 +573,15 @@ class TargetDOS:
         from dosmatgen_ase.dos.readers.file import read_file
 
         return read_file(path, Request(site, reference, sigma, kind, columns, spin, efermi, units))
+
+
+def _record(provenance: Any) -> dict[str, Any]:
+    """A copy of a provenance that JSON can hold."""
+    if not isinstance(provenance, (str, Mapping)):
+        raise ValueError(f"provenance must be a dict or a string, not {type(provenance).__name__}")
+    record = {"source": provenance} if isinstance(provenance, str) else dict(provenance)
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(record, allow_nan=False))
+    except (TypeError, ValueError):
+        raise ValueError("provenance must be JSON-able: strings, finite numbers, lists and dicts") from None
+    return copy
