@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -72,6 +74,15 @@ def show(*tables: Table) -> None:
 def tell(line: str, *, err: bool = False) -> None:
     """Print a line that may hold names of files."""
     typer.echo(printable(line), err=err)
+
+
+@contextlib.contextmanager
+def resumable(kept: Callable[[], str]) -> Iterator[None]:
+    """Say on Ctrl-C what is kept of the work inside."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f": {kept()}; the same command goes on from there") from None
 
 
 app = typer.Typer(

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from dosmatgen_ase.cli.application import app, printable, show, tell
+from dosmatgen_ase.cli.application import app, printable, resumable, show, tell
 from dosmatgen_ase.cli.options import PICTURES, Data, Overwrite, Structures, StructureTables, output, read_structures
 
 
@@ -96,11 +96,8 @@ def label(
     splits = load_structures(beside) if not tables and beside.is_file() else None
     settings = EspressoSettings(pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher, nice=19)
     chosen = order if order in ("cost", "coverage") else _first_words(Path(order))
-    try:
+    with resumable(lambda: f"the labels made so far are in {shards}"):
         done = run(given, shards, settings, workers=workers, limit=limit, order=chosen, table=splits, progress=True)
-    except KeyboardInterrupt:
-        kept = f"the labels made so far are in {shards}"
-        raise KeyboardInterrupt(f": {kept}; the same command goes on from there") from None
     for path in done.shards:
         tell(f"shard: {path}")
     table = Table("structures", "", title=printable(f"labels in {shards}"))

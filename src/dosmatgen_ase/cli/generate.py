@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from dosmatgen_ase.cli.application import app, printable, show, tell
+from dosmatgen_ase.cli.application import app, printable, resumable, show, tell
 from dosmatgen_ase.cli.options import (
     PICTURES,
     Device,
@@ -111,25 +111,22 @@ def generate(
     start = time.perf_counter()
     check_trust(best.relax, best.trust_model)
     dos = target.read(dos_file)
-    files = _Files.of(out, n, best)
-    _check_files(ctx, files, n)
+    files = _Files.of(out, best)
+    _check_before(ctx, files, n, best)
 
     from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
     from dosmatgen_ase.generate.generator import DOSGenerator
     from dosmatgen_ase.generate.request import Request
     from dosmatgen_ase.judge.ranking import Ranking
-    from dosmatgen_ase.judge.relaxation import load_calculator
 
     request, ranking = Request.of(dos, settings), Ranking(energy=best.energy_weight)
     generator = DOSGenerator(weights, device=device)
     forward = DOSPredictor.load(best.predictor or DEFAULT_PREDICTOR)
-    if best.relax is not None:
-        load_calculator(best.relax)  # one that cannot be loaded is told before the work
     made, draws = 0, n * best.oversample
     failed: RuntimeError | None = None
-    try:
+    drawn = generator.generate_iter(dos, draws, settings=settings, progress=True, out=out, overwrite=overwrite)
+    with resumable(lambda: f"{made} of {draws} structures are kept in {files.stream}"):
         try:
-            drawn = generator.generate_iter(dos, draws, settings=settings, progress=True, out=out, overwrite=overwrite)
             for _ in drawn:
                 made += 1
         except RuntimeError as error:  # some were rejected too often, which must not cost the others
@@ -137,14 +134,9 @@ def generate(
                 raise
             failed = error
         found = _ranked(files, draws, n, request, best, ranking, forward)
-    except KeyboardInterrupt:
-        kept = f"{made} of {draws} structures are kept in {files.stream}"
-        raise KeyboardInterrupt(f": {kept}; the same command goes on from there") from None
     _show(found, files, request, ranking)
     if plot is not None:
         _draw(found[:4], plot, request, forward)
-    if settings.seed is None and found:
-        tell(f"seed: {found[0].info['dosmatgen']['seed']} (--seed gives the same structures again)")
     tell(f"{time.perf_counter() - start:.1f} s")
     if failed is not None:
         raise failed
@@ -160,7 +152,7 @@ class _Files:
     best: Path
 
     @classmethod
-    def of(cls, out: Path, n: int, options: RankingOptions) -> _Files:
+    def of(cls, out: Path, options: RankingOptions) -> _Files:
         """Derive the names from that of OUT."""
         from dosmatgen_ase.files import stream_of
 
@@ -170,9 +162,10 @@ class _Files:
         return cls(out, stream, relaxed, out.with_name(f"{out.stem}-best{out.suffix}") if picked else out)
 
 
-def _check_files(ctx: typer.Context, files: _Files, n: int) -> None:
-    """Check the outputs of a run; what the stream of structures holds is looked at by the generator."""
+def _check_before(ctx: typer.Context, files: _Files, n: int, options: RankingOptions) -> None:
+    """Raise now what would end the run late. What the stream of structures holds is looked at by the generator."""
     from dosmatgen_ase.files import STRUCTURES
+    from dosmatgen_ase.judge.relaxation import load_calculator
 
     output(ctx, "out", STRUCTURES, path=files.stream, continued=True)
     if files.out != files.stream:
@@ -182,6 +175,8 @@ def _check_files(ctx: typer.Context, files: _Files, n: int) -> None:
     if files.relaxed is not None:
         output(ctx, "out", STRUCTURES, path=files.relaxed)
     output(ctx, "plot", PICTURES)
+    if options.relax is not None:
+        load_calculator(options.relax)
 
 
 def _ranked(
@@ -245,6 +240,8 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
         typer.echo("hull: eV/atom above the hull")
     typer.echo(f"known: which of {len(known)} known crystals it is, if any")
     _show_nearest(request)
+    if request.settings.seed is None and found:
+        tell(f"seed: {found[0].info['dosmatgen']['seed']} (--seed gives the same structures again)")
 
 
 def _show_nearest(request: Request) -> None:

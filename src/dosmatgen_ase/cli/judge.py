@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from dosmatgen_ase.cli.application import app, show, tell
+from dosmatgen_ase.cli.application import app, resumable, show, tell
 from dosmatgen_ase.cli.options import (
     PICTURES,
     Overwrite,
@@ -75,10 +75,8 @@ def relax(
         "fixed_sites": site_list(fixed_sites, "--fixed-sites"),
     }
     warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
-    try:
+    with resumable(lambda: f"what is relaxed is kept in {stream}"):
         relaxed = relax_into(stream, list(named.values()), calculator, **limits, **held, progress=True)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f": what is relaxed is kept in {stream}; the same command goes on from there") from None
     hull = load_hull() if calculator == "chgnet" else None
     table = Table("structure", "formula", "steps", "eV/atom", "above hull", "moved, A", "outcome")
     for name, atoms in zip(named, relaxed, strict=True):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from dosmatgen_ase.cli.application import app, show, tell
+from dosmatgen_ase.cli.application import app, resumable, show, tell
 from dosmatgen_ase.cli.options import (
     PICTURES,
     DosFile,
@@ -34,13 +34,50 @@ if TYPE_CHECKING:
     from dosmatgen_ase.retrieval.index import DOSIndex
 
 DRAWN = 3  # crystals in the picture
+FILTERS = "Which crystals"
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """Which of the known crystals may be found."""
+
+    elements: Annotated[
+        str | None, typer.Option(help="Crystals made of these elements only: Ni,Au.", rich_help_panel=FILTERS)
+    ] = None
+    exclude_elements: Annotated[
+        str | None, typer.Option(help="Crystals that hold none of these: O,F.", rich_help_panel=FILTERS)
+    ] = None
+    composition: Annotated[
+        str | None, typer.Option(help="Crystals of this reduced formula: NiAu3.", rich_help_panel=FILTERS)
+    ] = None
+    num_atoms: Annotated[
+        str | None, typer.Option(help="Atoms of the primitive cell: 4, 4,6 or 4-7.", rich_help_panel=FILTERS)
+    ] = None
+    max_above_hull: Annotated[
+        float | None,
+        typer.Option(help="Most energy above the hull, eV/atom, as given with the crystals.", rich_help_panel=FILTERS),
+    ] = None
+    gap: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Band gap, eV; 0 0 for metals.", rich_help_panel=FILTERS),
+    ] = None
+
+    def keywords(self) -> dict[str, Any]:
+        """The filters as `dosmatgen_ase.search` takes them."""
+        read = {"elements": names_from_text, "exclude_elements": names_from_text, "num_atoms": numbers_from_text}
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: read[name](value) if name in read else value for name, value in given.items()}
 
 
 @app.command()
-@with_options(reading=OptionGroup.of(TargetOptions, without=("site",)))
+@with_options(
+    reading=OptionGroup.of(TargetOptions, without=("site",)),
+    filters=OptionGroup.of(FilterOptions),
+)
 def search(
     dos_file: DosFile,
     reading: TargetOptions,
+    filters: FilterOptions,
     ctx: typer.Context,
     site: Annotated[
         str | None,
@@ -61,16 +98,6 @@ def search(
         Path | None,
         typer.Option(help="Picture (.png, .pdf, .svg) of the nearest three: target and their DOS, crystal."),
     ] = None,
-    elements: Annotated[str | None, typer.Option(help="Crystals made of these elements only: Ni,Au.")] = None,
-    exclude_elements: Annotated[str | None, typer.Option(help="Crystals that hold none of these: O,F.")] = None,
-    composition: Annotated[str | None, typer.Option(help="Crystals of this reduced formula: NiAu3.")] = None,
-    num_atoms: Annotated[str | None, typer.Option(help="Atoms of the primitive cell: 4, 4,6 or 4-7.")] = None,
-    max_above_hull: Annotated[
-        float | None, typer.Option(help="Most energy above the hull, eV/atom, as given with the crystals.")
-    ] = None,
-    gap: Annotated[
-        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Band gap, eV; 0 0 for metals.")
-    ] = None,
     index: Annotated[
         Path | None, typer.Option(help="Index made by dosmatgen index. Default: the one that ships.")
     ] = None,
@@ -90,17 +117,7 @@ def search(
     from dosmatgen_ase.retrieval.query import search as run
 
     known = default_index() if index is None else DOSIndex.load(index)
-    hits = run(
-        targets[0] if len(targets) == 1 else targets,
-        n,
-        elements=None if elements is None else names_from_text(elements),
-        exclude_elements=None if exclude_elements is None else names_from_text(exclude_elements),
-        composition=composition,
-        num_atoms=None if num_atoms is None else numbers_from_text(num_atoms),
-        max_above_hull=max_above_hull,
-        gap=gap,
-        index=known,
-    )
+    hits = run(targets[0] if len(targets) == 1 else targets, n, index=known, **filters.keywords())
     if not hits:
         raise ValueError(f"none of the {len(known)} known crystals fits what was asked for: ask for less")
     show(hit_table(hits, f"nearest of {len(known)} known crystals"))
@@ -186,13 +203,10 @@ def make_index(
     crystals = read_known(tables[0]) if tables else _named(read_structures(structures))
     computed = None if labels is None else load_site_dos(labels)
     folder = parts or out.with_name(f"{out.stem}-parts")
-    try:
+    with resumable(lambda: f"what is predicted is kept in {folder}"):
         made = build_index(
             crystals[:limit], computed, predictor=predictor or DEFAULT_PREDICTOR, parts=folder, progress=True
         )
-    except KeyboardInterrupt:
-        kept = f"what is predicted is kept in {folder}"
-        raise KeyboardInterrupt(f": {kept}; the same command goes on from there") from None
     made.save(out)
     if parts is None:
         shutil.rmtree(folder, ignore_errors=True)

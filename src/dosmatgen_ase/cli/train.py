@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from dosmatgen_ase.cli.application import app, show, tell
 from dosmatgen_ase.cli.options import Data, Device, Overwrite, Predictor, figure, output
+
+if TYPE_CHECKING:
+    from dosmatgen_ase.data import Structures
 
 
 @app.command()
@@ -56,14 +59,7 @@ def train(
         path = Path(pseudo_labels)
         if pseudo_labels == "auto":
             path = out / "pseudo_labels.npz"
-            if not path.exists():
-                from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
-                from dosmatgen_ase.forward.pseudo_labels import write_pseudo_labels
-
-                forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
-                bare = structures.select(dataset.dos_index < 0)
-                tell(f"predicting the DOS of {len(bare)} structures (once; kept in {path})", err=True)
-                write_pseudo_labels(path, bare, forward, cache=out / "chgnet_features")
+            _predict_once(path, structures.select(dataset.dos_index < 0), predictor)
         if not path.is_file():
             raise FileNotFoundError(f"no pseudo-labels at {path}: give a file, or 'auto' to make it")
         dataset = CrystalDataset.join(structures, labels, load_pseudo_labels(path))
@@ -78,6 +74,17 @@ def train(
         what = f"the last state is kept in {out}; the same command goes on" if kept else "no state was saved yet"
         raise KeyboardInterrupt(f": {what}") from None
     tell(f"weights: {weights}")
+
+
+def _predict_once(path: Path, structures: Structures, predictor: Path | None) -> None:
+    """Write the predicted DOS of structures, unless they are there."""
+    from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
+    from dosmatgen_ase.forward.pseudo_labels import write_pseudo_labels
+
+    if not path.exists():
+        forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
+        tell(f"predicting the DOS of {len(structures)} structures (once; kept in {path})", err=True)
+        write_pseudo_labels(path, structures, forward, cache=path.with_name("chgnet_features"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
