@@ -77,6 +77,38 @@ def test_the_rule_finds_what_it_should(source: str, folders: set[str]) -> None:
     assert imported_folders(ast.parse(source)) == folders
 
 
+MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 600, 60, 12  # lines, lines without the docstring, number
+
+
+def size_of(function: ast.FunctionDef) -> tuple[int, int]:
+    """Lines of a function without its docstring, and its parameters."""
+    first, given = function.body[0], function.args
+    docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(function, clean=False) is not None else 0
+    names = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    return function.end_lineno - function.lineno + 1 - docstring, sum(name is not None for name in names)
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_and_functions_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_FILE
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    sizes = {f"{function.name}, line {function.lineno}": size_of(function) for function in functions}
+    assert {name: s for name, s in sizes.items() if s[0] > MAX_FUNCTION or s[1] > MAX_PARAMETERS} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "size"),
+    [
+        ("def f(): pass", (1, 0)),
+        ("def f(a, /, b, *c, d, **e):\n    '''One.\n\n    Two.'''\n    x = 1\n    return x", (3, 5)),
+        ("@g\ndef f(\n    a,\n):\n    def h(b): pass", (4, 1)),
+    ],
+)
+def test_the_size_of_a_function(source: str, size: tuple[int, int]) -> None:
+    (function,) = ast.parse(source).body
+    assert size_of(function) == size
+
+
 def loaded_after(statement: str, candidates: list[str]) -> list[str]:
     """Which of the candidate modules a fresh interpreter has loaded after a statement."""
     code = f"import sys\n{statement}\nprint(*(m for m in {candidates!r} if m in sys.modules))"
