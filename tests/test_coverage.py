@@ -11,9 +11,10 @@ import update_datasheet
 from typer.testing import CliRunner
 
 from dosmatgen_ase.cli import app
-from dosmatgen_ase.data import MAX_ATOMS, SiteDOSLabels, Structures, load_site_dos
+from dosmatgen_ase.data import SiteDOSLabels, Structures, load_site_dos
 from dosmatgen_ase.data.coverage import COMMON, Coverage
 from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.limits import MAX_ATOMS
 from dosmatgen_ase.plotting import plot_coverage
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dosmatgen_ase.data.dataset import (
-    MAX_ATOMS,
     CrystalDataset,
     SiteDOSLabels,
     Structures,
@@ -25,6 +24,7 @@ from dosmatgen_ase.data.dataset import (
     size_bucket_batches,
 )
 from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.limits import MAX_ATOMS
 
 DATA = Path(__file__).parents[1] / "data"
 ENERGIES = np.linspace(-12.0, 8.0, 401)

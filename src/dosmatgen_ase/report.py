@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from dosmatgen_ase.crystals.convert import to_atoms
 from dosmatgen_ase.dos import TargetDOS
 from dosmatgen_ase.files import write_atomic, write_extxyz
-from dosmatgen_ase.flows.jobs import to_atoms
 from dosmatgen_ase.flows.schemas import CandidateDoc, InverseDesignDoc
 from dosmatgen_ase.plotting import draw_crystal, plot_dos
 

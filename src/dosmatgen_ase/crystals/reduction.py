@@ -31,7 +31,8 @@ def niggli_operation(cell: np.ndarray) -> np.ndarray:
     before, after = cell @ cell.T, reduced @ reduced.T
     if np.abs(after - before).max() <= TOLERANCE * np.abs(before).max():
         return np.eye(3, dtype=int)
-    return np.rint(reduced @ np.linalg.inv(cell)).astype(int)
+    combinations: np.ndarray = np.rint(reduced @ np.linalg.inv(cell)).astype(int)
+    return combinations
 
 
 def _niggli(cell: np.ndarray) -> np.ndarray | None:
@@ -40,11 +41,13 @@ def _niggli(cell: np.ndarray) -> np.ndarray | None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Set OLD_ERROR_HANDLING", DeprecationWarning)
         try:
-            return spglib.niggli_reduce(cell)
+            reduced: np.ndarray | None = spglib.niggli_reduce(cell)
         except spglib.SpglibError:  # instead of None, where the process has asked for its new errors
             return None
+    return reduced
 
 
 def plane_spacings(cell: np.ndarray) -> np.ndarray:
     """Distances between neighbouring lattice planes along the three axes, shape (3,), Angstrom."""
-    return 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+    spacings: np.ndarray = 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+    return spacings

@@ -2,7 +2,6 @@
 
 from dosmatgen_ase.data.dataset import (
     LABEL_SIGMA,
-    MAX_ATOMS,
     SHARD_KEYS,
     SHARD_UNIT,
     CrystalDataset,
@@ -18,7 +17,6 @@ from dosmatgen_ase.data.dataset import (
 
 __all__ = [
     "LABEL_SIGMA",
-    "MAX_ATOMS",
     "SHARD_KEYS",
     "SHARD_UNIT",
     "CrystalDataset",

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from ase import Atoms
@@ -234,7 +234,7 @@ def load_site_dos(directory: str | Path, recipe: int | None = None) -> SiteDOSLa
         if not shards:
             raise ValueError(f"no label shard in {directory} is of recipe {recipe}")
     last = {name: (k, i) for k, data in enumerate(shards) for i, name in enumerate(data["material_id"].tolist())}
-    rows: list[tuple] = []
+    rows: list[tuple[Any, ...]] = []
     for k, data in enumerate(shards):
         energies = data["energies"].astype(np.float64)
         new = [i for i, name in enumerate(data["material_id"].tolist()) if last[name] == (k, i)]

@@ -28,7 +28,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from ase.utils import atoms_to_spglib_cell
 from numpy.typing import ArrayLike
 
-from dosmatgen_ase.data import MAX_ATOMS, SHARD_UNIT, Structures
+from dosmatgen_ase.data import SHARD_UNIT, Structures
 from dosmatgen_ase.data.coverage import ENOUGH, MAX_LABELLED_VOLUME_PER_ATOM, UNLABELLED
 from dosmatgen_ase.dft.batch import compute_each, read_record
 from dosmatgen_ase.dft.errors import ElectronicStructureError, InterruptedCalculation
@@ -36,6 +36,7 @@ from dosmatgen_ase.dft.pseudopotentials import has_recipe_pseudopotentials, with
 from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import MAGNETIC, RECIPE, EspressoSettings
 from dosmatgen_ase.files import write_npz
+from dosmatgen_ase.limits import MAX_ATOMS
 
 SHARD_SIZE = 100  # labels that are packed at a time
 

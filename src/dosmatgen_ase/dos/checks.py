@@ -136,7 +136,8 @@ def _shift_advice(gap: tuple[float, float]) -> str:
 @cache
 def states_below_zero() -> dict[str, Any]:
     """The table of `STATES`: ``lo`` (eV) and, for each element, fewest and most states from there to 0."""
-    return json.loads(STATES.read_text())
+    table: dict[str, Any] = json.loads(STATES.read_text())
+    return table
 
 
 def _states_that_fit_nothing(dos: TargetDOS, num_atoms: tuple[int, int]) -> str:

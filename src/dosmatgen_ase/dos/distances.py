@@ -27,14 +27,16 @@ def normalised_l1_arrays(values: Array, target: Array, known: Mask) -> Array:
     """
     scale = np.where(known, target, 0.0).sum(axis=-1)
     error = np.where(known, np.abs(values - target), 0.0).sum(axis=-1)
-    return error / np.where(scale > 0, scale, math.nan)
+    distance: Array = error / np.where(scale > 0, scale, math.nan)
+    return distance
 
 
 def mae_arrays(values: Array, target: Array, known: Mask) -> Array:
     """Mean of ``|g - g*|`` (states/eV) over known bins; shapes as in `normalised_l1_arrays`, NaN if none is known."""
     error = np.where(known, np.abs(values - target), 0.0).sum(axis=-1)
     count = np.sum(known, axis=-1)
-    return error / np.where(count > 0, count, math.nan)
+    mean: Array = error / np.where(count > 0, count, math.nan)
+    return mean
 
 
 def normalised_l1(dos: TargetDOS, target: TargetDOS, *, window: tuple[float, float] | None = None) -> float:

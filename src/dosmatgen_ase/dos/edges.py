@@ -60,4 +60,4 @@ def _tail(energies: Array, values: Array, edge: int, inwards: int, sigma: float 
         return 0.0
     slope = math.log(values[before] / values[edge]) / abs(energies[before] - energies[edge])
     middle = abs(energies[before] - energies[edge]) / 2  # the slope is that of half-way between the two
-    return max(sigma**2 * slope - middle, 0.0)
+    return max(float(sigma**2 * slope - middle), 0.0)

@@ -15,6 +15,7 @@ from typing import Any
 from jobflow import Flow, Job, Maker, OnMissing, Response, job
 from pymatgen.core import Structure
 
+from dosmatgen_ase.crystals.convert import to_atoms
 from dosmatgen_ase.flows.jobs import (
     CompareDOSMaker,
     DOSMaker,
@@ -24,7 +25,6 @@ from dosmatgen_ase.flows.jobs import (
     add_reports,
     label_batch,
     targets_by_site,
-    to_atoms,
 )
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, InverseDesignDoc, RelaxDoc, ScreeningDoc
 from dosmatgen_ase.flows.search import SearchMaker, with_known

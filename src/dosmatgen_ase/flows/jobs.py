@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from jobflow import Maker, job
 from pymatgen.core import Structure
@@ -24,9 +24,6 @@ from dosmatgen_ase.dos import NEAR_GAP, TargetDOS, mae, mean_distance
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, GenerationDoc, RelaxDoc, ScreeningDoc, TrainDoc
 from dosmatgen_ase.generate.settings import DEFAULT_COUNT, GenerationOptions, GenerationSettings
 from dosmatgen_ase.parsing import DOSInput, split_targets, whole_number
-
-if TYPE_CHECKING:
-    pass
 
 LATTICE_MATCH = 0.5  # Angstrom: an engine that reorders sites moves none of them this far
 

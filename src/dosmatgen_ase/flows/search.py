@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from jobflow import Maker, job
 
-from dosmatgen_ase.flows.jobs import targets_by_site, to_structure, whole_keys
+from dosmatgen_ase.crystals.convert import to_structure
+from dosmatgen_ase.flows.jobs import targets_by_site, whole_keys
 from dosmatgen_ase.flows.schemas import LARGE, GenerationDoc
 from dosmatgen_ase.parsing import DOSInput
 

@@ -123,7 +123,7 @@ def _observed_chgnet() -> tuple[Any, threading.local]:
     return model, caught
 
 
-def _forward(graphs: list, counts: list[int]) -> np.ndarray:
+def _forward(graphs: list[Any], counts: list[int]) -> np.ndarray:
     """Run CHGNet on graphs of `counts` atoms and return the (sum(counts), 385) features; threads may do so at once."""
     model, caught = _observed_chgnet()
     outputs: list[Tensor] = []

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dosmatgen_ase.data import MAX_ATOMS, Structures
+from dosmatgen_ase.data import Structures
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.files import write_npz
 from dosmatgen_ase.forward.features import cached_site_features
 from dosmatgen_ase.forward.predictor import DOSPredictor
+from dosmatgen_ase.limits import MAX_ATOMS
 
 if TYPE_CHECKING:
     pass

@@ -210,7 +210,7 @@ class Request:
         """Bound of the screen, A^3; a cell that was asked for is not too sparse."""
         if self.template is None or self.held_cell is None:
             return MAX_DRAWN_VOLUME_PER_ATOM
-        return max(MAX_DRAWN_VOLUME_PER_ATOM, 1.01 * self.template.get_volume() / len(self.template))
+        return max(MAX_DRAWN_VOLUME_PER_ATOM, 1.01 * float(self.template.get_volume()) / len(self.template))
 
     def sampling(self, config: SamplerConfig, scale: float | None = None) -> tuple[Guidance, SamplerConfig]:
         """Guidance (by the given scale or the default) and settings: a window leaves elements open, so is sharpened."""

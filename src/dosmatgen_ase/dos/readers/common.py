@@ -179,7 +179,7 @@ def _unpacked(content: bytes, name: str) -> bytes:
         limit = min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * len(content)))
         try:
             with opened(io.BytesIO(content)) as stream:
-                unpacked = stream.read(limit + 1)
+                unpacked: bytes = stream.read(limit + 1)
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
             raise ValueError(f"{name} is a damaged {packer} file ({error}): copy it again") from None
         if len(unpacked) > limit:

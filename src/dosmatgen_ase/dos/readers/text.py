@@ -239,13 +239,14 @@ def _spins_added(
     if request.spin == "one" and len(parts) > 1:
         raise ValueError(f'{table.name}: spin="one" goes with one column of DOS, not with {len(parts)}')
     signs = np.ones((len(parts), 1))
-    signs[down] = -1.0
+    if len(parts) > 1 or request.spin == "one":  # otherwise the other spin stands in other rows, or in another file
+        signs[down] = -1.0
     if len(parts) > 1:
         told = "spins added" if len(parts) == 2 else "columns added"
         listed = ", ".join(table.names[i] if table.names else str(i) for i in columns[1:])
         steps.append(f"{told}: {listed}{'; down was drawn downwards' if down else ''}")
-        return (signs * parts).sum(axis=0)
-    return -parts[0] if request.spin == "one" and down else parts[0]
+    summed: Array = (signs * parts).sum(axis=0)
+    return summed
 
 
 def _sorted(
