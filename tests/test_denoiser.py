@@ -392,7 +392,7 @@ def broken(**changes: object) -> Atoms:
     ("atoms", "error", "fragment"),
     [
         ("Cu", TypeError, "must be an ase.Atoms, not str"),
-        (Atoms(cell=[3, 3, 3], pbc=True), ValueError, "has 0 atoms"),
+        (Atoms(cell=[3, 3, 3], pbc=True), ValueError, "has no atoms"),
         (bulk("Cu", cubic=True) * (2, 2, 2), ValueError, "has 32 atoms"),
         (broken(pbc=(True, True, False)), ValueError, r"atoms\.pbc = True"),
         (broken(positions=[[np.nan, 0, 0]]), ValueError, "not finite"),

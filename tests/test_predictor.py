@@ -83,11 +83,11 @@ def test_features_do_not_depend_on_the_batch_rotation_or_supercell() -> None:
     [
         (Atoms("H", cell=[30, 30, 30], pbc=True), "isolated"),
         (Atoms("Cu4", positions=np.zeros((4, 3)), cell=[1, 1, 1], pbc=True), "collapsed"),
-        (Atoms("Cu", cell=[0, 0, 0], pbc=True), "collapsed"),
-        (Atoms("Cu", positions=[[np.nan] * 3], cell=[3, 3, 3], pbc=True), "non-finite"),
-        (Atoms("Cu", cell=[3, 3, 3]), "pbc=True"),
-        (Atoms(cell=[3, 3, 3], pbc=True), "at least one atom"),
-        (Atoms("Cm", cell=[3, 3, 3], pbc=True), "outside CHGNet"),
+        (Atoms("Cu", cell=[0, 0, 0], pbc=True), "without volume"),
+        (Atoms("Cu", positions=[[np.nan] * 3], cell=[3, 3, 3], pbc=True), "not finite"),
+        (Atoms("Cu", cell=[3, 3, 3]), "not periodic"),
+        (Atoms(cell=[3, 3, 3], pbc=True), "no atoms"),
+        (Atoms("Cm", cell=[3, 3, 3], pbc=True), "outside H to Pu"),
     ],
 )
 def test_an_unreadable_structure_is_told_and_spoils_no_other(atoms: Atoms, fragment: str) -> None:

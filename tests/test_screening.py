@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ase.neighborlist import neighbor_list
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dosmatgen_ase.crystals.checks import is_disordered
+from dosmatgen_ase.crystals.checks import check_atoms, fault, is_disordered
 from dosmatgen_ase.crystals.screening import KnownCrystals, charge_balanced, screen, screen_many
 from dosmatgen_ase.data import load_structures
 
@@ -96,11 +97,12 @@ BROKEN: dict[str, tuple[Atoms, str]] = {
     "infinite position": (Atoms("H", positions=[[np.inf, 0, 0]], cell=CUBE, pbc=True), "not finite"),
     "molecule": (Atoms("H", cell=CUBE), "not periodic"),
     "slab": (Atoms("H", cell=CUBE, pbc=(True, True, False)), "not periodic"),
-    "no cell": (Atoms("H", pbc=True), "less than 2"),
-    "flat cell": (crystal([[3, 0, 0], [0, 3, 0], [3, 3, 0]], [[0, 0, 0]]), "less than 2"),
+    "no cell": (Atoms("H", pbc=True), "without volume"),
+    "flat cell": (crystal([[3, 0, 0], [0, 3, 0], [3, 3, 0]], [[0, 0, 0]]), "without volume"),
     "disordered": (alloy(), "disordered"),
+    "no element": (Atoms("X", cell=CUBE, pbc=True), "outside H to Pu"),
     "left-handed": (crystal(np.diag([3.0, 3, -3]), [[0, 0, 0]]), "left-handed"),
-    "collapsed": (crystal(0.01 * np.eye(3), [[0, 0, 0]] * 20), "less than 2"),
+    "collapsed": (crystal(0.2 * np.eye(3), [[0, 0, 0]] * 20), "less than 2"),
     "dilute": (crystal(30 * np.eye(3), [[0, 0, 0]]), "more than 100"),
     "overflowing cell": (crystal(1e200 * np.eye(3), [[0, 0, 0]]), "per atom"),
     "two atoms on one site": (crystal(CUBE, [[0.2, 0.2, 0.2]] * 2), "apart"),
@@ -115,6 +117,21 @@ def test_broken_structures_are_rejected_with_a_reason(atoms: Atoms, fragment: st
     assert not result.accepted
     assert result.reason is not None
     assert fragment in result.reason
+
+
+@pytest.mark.parametrize("atoms", [atoms for atoms, _ in BROKEN.values()], ids=BROKEN.keys())
+def test_one_function_says_what_a_crystal_is(atoms: Atoms) -> None:
+    from dosmatgen_ase.forward.features import check_crystal
+
+    told = fault(atoms)
+    if told is None:  # a crystal, though not a sensible one
+        check_atoms(atoms, "this")
+        return
+    assert screen(atoms).reason == f"it {told}"
+    with pytest.raises(ValueError, match=re.escape(f"this {told}")):
+        check_atoms(atoms, "this")
+    with pytest.raises(ValueError, match=re.escape(f"it {told}")):
+        check_crystal(atoms)
 
 
 @pytest.mark.parametrize(

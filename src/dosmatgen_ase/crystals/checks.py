@@ -1,4 +1,4 @@
-"""Whether an ``ase.Atoms`` can be a crystal of this package at all; `screening` judges those that can."""
+"""What a crystal is (`fault`); `screening` then judges whether it is a sensible one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
 
 if TYPE_CHECKING:
     from ase import Atoms
+
+MIN_VOLUME = 1e-3  # A^3; below, three vectors span no cell
+MIN_VOLUME_PER_ATOM = 2.0  # A^3; below, atoms have collapsed, and potentials and neighbour lists mean nothing
 
 
 def is_disordered(atoms: Atoms) -> bool:
@@ -29,22 +32,52 @@ def is_disordered(atoms: Atoms) -> bool:
     )
 
 
-def check_atoms(atoms: Any, name: str, max_atoms: int = MAX_ATOMS) -> None:
-    """Raise ``ValueError`` or ``TypeError`` with the fix named if ``atoms`` cannot be a crystal of this package."""
+def fault(atoms: Atoms) -> str | None:
+    """Say why atoms are no crystal: the one place that tells what a crystal is.
+
+    It has atoms, each of one element from H to Pu, finite numbers, and a cell with a volume that is repeated in three
+    directions. `check_atoms` adds how many atoms the network takes, `dosmatgen_ase.crystals.screening.screen` adds
+    handedness, density and distances.
+
+    Returns
+    -------
+    str or None
+        What follows the name of the structure, with the fix: "is disordered: ...". None for a crystal.
+    """
     import numpy as np
+
+    cell, numbers = np.asarray(atoms.cell, dtype=float), atoms.numbers
+    if len(numbers) == 0:
+        return "has no atoms"
+    if is_disordered(atoms):
+        return "is disordered: sites are shared or partly empty, order it first"
+    if not ((numbers >= 1) & (numbers <= MAX_ATOMIC_NUMBER)).all():
+        return f"has an element outside H to Pu (1 to {MAX_ATOMIC_NUMBER}): replace it"
+    if not (np.isfinite(cell).all() and np.isfinite(atoms.positions).all()):
+        return "has a cell or positions that are not finite: repair it first"
+    if not atoms.pbc.all():
+        return "is not periodic in three directions: set atoms.pbc = True"
+    with np.errstate(over="ignore"):
+        if abs(np.linalg.det(cell)) < MIN_VOLUME:
+            return "has a cell without volume: set atoms.cell to three independent vectors"
+    return None
+
+
+def check_atoms(atoms: Any, name: str, max_atoms: int = MAX_ATOMS) -> None:
+    """Refuse what is no crystal of at most ``max_atoms`` atoms.
+
+    Raises
+    ------
+    TypeError
+        If it is no ``ase.Atoms``.
+    ValueError
+        With the ``name`` and the `fault`.
+    """
     from ase import Atoms
 
     if not isinstance(atoms, Atoms):
         raise TypeError(f"{name} must be an ase.Atoms, not {type(atoms).__name__}: convert it first")
-    if not 1 <= len(atoms) <= max_atoms:
+    if told := fault(atoms):
+        raise ValueError(f"{name} {told}")
+    if len(atoms) > max_atoms:
         raise ValueError(f"{name} has {len(atoms)} atoms: use a (primitive) cell of 1 to {max_atoms}")
-    if not atoms.pbc.all():
-        raise ValueError(f"{name} is not periodic in three directions: set atoms.pbc = True")
-    if is_disordered(atoms):
-        raise ValueError(f"{name} is disordered: sites are shared or partly empty, order it first")
-    if not (np.isfinite(atoms.cell).all() and np.isfinite(atoms.positions).all()):
-        raise ValueError(f"{name} has a cell or positions that are not finite: repair it first")
-    if abs(atoms.cell.volume) < 1e-3:
-        raise ValueError(f"{name} has a cell without volume: set atoms.cell to three independent vectors")
-    if not ((atoms.numbers >= 1) & (atoms.numbers <= MAX_ATOMIC_NUMBER)).all():
-        raise ValueError(f"{name} holds an element outside H to Pu (1-{MAX_ATOMIC_NUMBER}): replace it")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from dosmatgen_ase.crystals.checks import is_disordered
+from dosmatgen_ase.crystals.checks import MIN_VOLUME_PER_ATOM, fault
 from dosmatgen_ase.crystals.convert import to_structure
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ def screen(
     atoms: Atoms,
     *,
     min_distance: float = 0.5,
-    min_volume_per_atom: float = 2.0,
+    min_volume_per_atom: float = MIN_VOLUME_PER_ATOM,
     max_volume_per_atom: float = MAX_DRAWN_VOLUME_PER_ATOM,
 ) -> Screening:
-    """Screen one structure: ordered, finite, periodic, right-handed, of sensible density, no atoms on top of others.
+    """Screen one structure: a crystal (`fault`), right-handed, of sensible density, no atoms on top of others.
 
     A structure is never an error, however broken: it is rejected with a reason.
 
@@ -101,14 +101,8 @@ def screen(
 
     cell = np.asarray(atoms.cell, dtype=float)
     positions = np.asarray(atoms.positions, dtype=float)
-    if len(positions) == 0:
-        return Screening(False, "no atoms", None, None)
-    if is_disordered(atoms):
-        return Screening(False, "disordered: sites are shared or partly empty, order the structure first", None, None)
-    if not (np.isfinite(cell).all() and np.isfinite(positions).all()):
-        return Screening(False, "cell or positions are not finite", None, None)
-    if not np.all(atoms.pbc):
-        return Screening(False, "not periodic in all three directions", None, None)
+    if told := fault(atoms):
+        return Screening(False, f"it {told}", None, None)
 
     with np.errstate(over="ignore", invalid="ignore"):  # an absurd cell may overflow: inf and NaN fail the checks below
         normals = np.cross(cell[[1, 2, 0]], cell[[2, 0, 1]])

@@ -104,7 +104,7 @@ def _crystal(atoms: Atoms) -> Atoms:
     atoms = right_handed(atoms)
     screening = screen_given(atoms)
     if not screening.accepted:
-        raise ElectronicStructureError(f"not a crystal that DFT can handle: {screening.reason}")
+        raise ElectronicStructureError(f"DFT cannot handle this structure: {screening.reason}")
     return atoms
 
 

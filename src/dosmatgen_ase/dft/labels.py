@@ -28,6 +28,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from ase.utils import atoms_to_spglib_cell
 from numpy.typing import ArrayLike
 
+from dosmatgen_ase.crystals.checks import fault
 from dosmatgen_ase.data import SHARD_UNIT, Structures
 from dosmatgen_ase.data.coverage import ENOUGH, MAX_LABELLED_VOLUME_PER_ATOM, UNLABELLED
 from dosmatgen_ase.dft.batch import compute_each, read_record
@@ -235,8 +236,8 @@ def _skipped(candidates: Mapping[str, _Candidate], settings: EspressoSettings) -
     no_label |= {s: f"{s} is {UNLABELLED[z]}" for s in elements if (z := atomic_numbers[s]) in UNLABELLED}
     skipped = {}
     for name, candidate in candidates.items():
-        if candidate.atoms.cell.rank < 3 or not candidate.atoms.pbc.all():
-            skipped[name] = "not periodic in all three directions"
+        if told := fault(candidate.atoms):
+            skipped[name] = f"it {told}"
             continue
         reasons = [no_label[symbol] for symbol in sorted(set(candidate.atoms.symbols)) if symbol in no_label]
         if len(candidate.atoms) > MAX_ATOMS:

@@ -18,6 +18,7 @@ from typing import Any, Unpack
 from jobflow import Maker, job
 from pymatgen.core import Structure
 
+from dosmatgen_ase.crystals.checks import MIN_VOLUME_PER_ATOM
 from dosmatgen_ase.crystals.convert import to_atoms, to_structure
 from dosmatgen_ase.crystals.screening import MAX_GIVEN_VOLUME_PER_ATOM
 from dosmatgen_ase.dos import NEAR_GAP, TargetDOS, mae, mean_distance
@@ -141,7 +142,7 @@ class ScreenMaker(Maker):
 
     name: str = "screen"
     min_distance: float = 0.5
-    min_volume_per_atom: float = 2.0
+    min_volume_per_atom: float = MIN_VOLUME_PER_ATOM
     max_volume_per_atom: float = MAX_GIVEN_VOLUME_PER_ATOM
     drop_duplicates: bool = True
     keep: int | None = None

@@ -17,19 +17,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from dosmatgen_ase.crystals.checks import is_disordered
+from dosmatgen_ase.crystals.checks import MIN_VOLUME_PER_ATOM, fault
 from dosmatgen_ase.crystals.convert import to_structure
 from dosmatgen_ase.data import Structures
 from dosmatgen_ase.files import write_npz
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, crystal_graph
 from dosmatgen_ase.forward.tight_binding.predict import MAX_ORBITALS
-from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 
 if TYPE_CHECKING:
     from ase import Atoms
 
 NUM_FEATURES = 385  # 4 convolutions x 64, final site vector 64, crystal vector 64, magnetic moment 1
-MIN_VOLUME = 2.0  # Angstrom^3 per atom: below, neighbour lists explode and CHGNet means nothing
 
 _LOADING = threading.Lock()
 
@@ -56,19 +54,12 @@ def check_crystal(atoms: Atoms) -> None:
     Raises
     ------
     ValueError
-        With the reason: not a finite crystal, unknown elements, collapsed.
+        With the reason: no crystal (`fault`), or collapsed.
     """
-    cell, numbers = atoms.cell.array, atoms.numbers
-    if not (np.isfinite(cell).all() and np.isfinite(atoms.positions).all()):
-        raise ValueError("non-finite cell or positions")
-    if len(numbers) == 0 or not atoms.pbc.all():
-        raise ValueError("not a crystal: needs at least one atom and pbc=True")
-    if is_disordered(atoms):
-        raise ValueError("disordered: sites are shared or partly empty")
-    if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
-        raise ValueError(f"elements outside CHGNet's 1..{MAX_ATOMIC_NUMBER}")
-    if abs(np.linalg.det(cell)) < MIN_VOLUME * len(numbers):
-        raise ValueError(f"collapsed cell: less than {MIN_VOLUME} A^3 per atom")
+    if told := fault(atoms):
+        raise ValueError(f"it {told}")
+    if (per_atom := atoms.get_volume() / len(atoms)) < MIN_VOLUME_PER_ATOM:
+        raise ValueError(f"it has collapsed: {per_atom:.3g} A^3 per atom, less than {MIN_VOLUME_PER_ATOM:g}")
 
 
 def chgnet_graph(atoms: Atoms) -> object:
