@@ -1,0 +1,391 @@
+"""Who is nearer to a DOS under DFT: crystals that are generated for it, or known crystals of another formula?
+
+    python benchmarks/baseline_dft.py          # 24 targets of `test`; Quantum ESPRESSO, two hours on one core
+    python benchmarks/baseline_dft.py --methods generator     # a part; what is computed is kept
+
+Each method has three tries per target, in its own order, and DFT judges the first of them and the best of three. The
+generator draws 50 crystals of the target's size; the predictor that ships puts them in order, those of the target's own
+formula are left out. The look-ups take whole known crystals of another formula, as many atoms as the target or a whole
+number of times fewer: by their computed DOS, or by the predicted one as if there were no labels. What is generated is
+relaxed with CHGNet and its symmetry refined; known crystals stay as the Materials Project relaxed them. All site DOS
+are of the latest recipe of the labels; a label of an earlier one is computed anew. A crystal has no order of sites: its
+distance is that of the best assignment of targets to sites.
+
+Everything is kept under `runs/baseline_dft/`, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are loaded
+
+import numpy as np
+from _common import ROOT, add_split, add_targets, drawn_rows, results_folder, rng_for, split_of, write_results
+from ase import Atoms
+from ase.data import chemical_symbols
+from dft_judge import TIME_LIMIT, kept, on_grid, settled
+from round_trip import Target, interval, mean_of, text
+from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
+
+from dosmatgen_ase.crystals.screening import reduced_formula
+from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
+from dosmatgen_ase.dft.espresso import (
+    RECIPE,
+    ElectronicStructure,
+    EspressoSettings,
+    compute_many,
+    without_pseudopotential,
+)
+from dosmatgen_ase.dos import TargetDOS
+from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
+from dosmatgen_ase.generate.generator import DOSGenerator, RejectedError
+from dosmatgen_ase.judge.metrics import bootstrap_interval
+from dosmatgen_ase.judge.ranking import best, score
+from dosmatgen_ase.judge.stability import energy_above_hull
+from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
+from dosmatgen_ase.retrieval.build import build_index, read_known
+from dosmatgen_ase.retrieval.index import DOSIndex, default_index
+from dosmatgen_ase.retrieval.query import search
+
+GENERATOR, COMPUTED, PREDICTED = "generator", "look-up, computed", "look-up, predicted"
+METHODS = (GENERATOR, COMPUTED, PREDICTED)
+TRIES = 3  # crystals that a method may have computed
+HITS = 100  # of a look-up, before those of the target's own formula are left out
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is handed over: the DOS of "all" sites or of one "site", and whether the target's elements are forbidden."""
+
+    dos: str
+    new_elements: bool = False
+
+
+TASKS = {
+    "all sites": Task("all"),
+    "all sites, its elements excluded": Task("all", new_elements=True),
+    "one site": Task("site"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A target with a task."""
+
+    target: Target
+    task: str
+
+    @property
+    def key(self) -> str:
+        """Name of files about it."""
+        return f"{self.target.key}-{list(TASKS).index(self.task)}"
+
+    @property
+    def wanted(self) -> dict[int, TargetDOS]:
+        """The DOS asked for."""
+        return self.target.targets(TASKS[self.task].dos)
+
+    @property
+    def excluded(self) -> list[str]:
+        """Elements that may not be used."""
+        return sorted(set(self.target.atoms.symbols)) if TASKS[self.task].new_elements else []
+
+    def own(self, atoms: Atoms) -> bool:
+        """Whether a crystal has the formula of the target."""
+        return reduced_formula(atoms) == reduced_formula(self.target.atoms)
+
+
+# -- the tries of each method ------------------------------------------------------------------------------------------
+
+
+def generated(
+    question: Question, generator: DOSGenerator, predictor: DOSPredictor, draws: int, seed: int, unfit: Sequence[str]
+) -> list[Atoms]:
+    """The best tries of `draws` by the predictor; ``info["own"]`` counts those of the target's formula."""
+    options: dict[str, Any] = {
+        "num_atoms": len(question.target.atoms),
+        "exclude_elements": sorted({*unfit, *question.excluded}),
+        "seed": int(rng_for(seed, question.target.material_id, 0, 4).integers(2**31)),
+    }
+    try:
+        made = generator.generate(question.wanted, draws, **options)
+    except RejectedError as error:
+        made = list(error.structures)
+    others = [atoms for atoms in made if not question.own(atoms)]
+    picks = best(score(others, question.wanted, predictor=predictor), TRIES)
+    for atoms in picks:
+        atoms.info |= {"own": len(made) - len(others), "draws": len(made)}
+    return picks
+
+
+def looked_up(question: Question, index: DOSIndex) -> list[Atoms]:
+    """The nearest whole crystals of another formula."""
+    size = len(question.target.atoms)
+    hits = search(
+        list(question.wanted.values()),
+        HITS,
+        num_atoms=[n for n in range(1, size + 1) if size % n == 0],
+        exclude_elements=question.excluded or None,
+        index=index,
+    )
+    return [hit for hit in hits if not question.own(hit)][:TRIES]
+
+
+def indexes(labels: SiteDOSLabels, unfit: Sequence[str], largest: int, predictor: Path, cache: Path) -> Any:
+    """Known crystals that are small enough and can be computed: those with a label by it, and all by prediction."""
+    known = read_known(ROOT / "data" / "structures.parquet")
+    pool = [atoms for atoms in known if len(atoms) <= largest and not set(atoms.symbols) & set(unfit)]
+    names = set(labels.material_id.tolist())
+    some = [atoms for atoms in pool if atoms.info["material_id"] in names]
+    there = {atoms.info["material_id"] for atoms in some}
+    of_pool = labels.select(np.isin(labels.material_id, list(there)))
+    common: dict[str, Any] = {"predictor": predictor, "parts": cache / "parts"}
+    predicted = build_index(pool, None, progress=True, **common)
+    return {COMPUTED: build_index(some, of_pool, **common), PREDICTED: predicted}
+
+
+# -- their distance ----------------------------------------------------------------------------------------------------
+
+
+def distance(wanted: Sequence[TargetDOS], values: np.ndarray, known: np.ndarray) -> dict[str, float]:
+    """Normalised L1 of a crystal (n, 151) to the targets, mean over them, by the assignment that costs least.
+
+    ``pooled``: absolute errors of all sites over all states. ``share``: of the states wanted that could be compared.
+    """
+    cells = max(1, len(wanted) // len(values))
+    values, known = np.tile(values, (cells, 1)), np.tile(known, (cells, 1))
+    mask = np.array([t.known for t in wanted])[:, None] & known[None]
+    goal = np.array([t.values for t in wanted])[:, None]
+    error, states = (np.abs(values - goal) * mask).sum(-1), (goal * mask).sum(-1)
+    cost = error / np.maximum(states, 1e-9)
+    filled = np.array([t.values[t.known].sum() > 0 for t in wanted])  # a site without states has no ratio
+    rows, columns = linear_sum_assignment(np.where(filled[:, None], cost, 0.0))
+    error, states, cost = error[rows, columns], states[rows, columns], cost[rows, columns]
+    whole = sum(float(t.values[t.known].sum()) for t in wanted)
+    return {
+        "l1": float(cost[filled].mean()),
+        "pooled": float(error.sum() / states.sum()),
+        "share": states.sum() / whole,
+    }
+
+
+def label_of(labels: SiteDOSLabels, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and known bins of all sites of a label, (n, 151)."""
+    n = int(labels.num_atoms[row])
+    return labels.values[row, :n].astype(float), np.tile(labels.known[row], (n, 1))
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def summary(rows: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> dict[str, Any]:
+    """Per method and number of tries mean and median; per pair of methods the difference and who is nearer."""
+    names = list(rows)
+    whole = [i for i in range(len(rows[names[0]])) if all(rows[name][i] for name in names)]
+
+    def best_of(name: str, k: int, metric: str) -> np.ndarray:
+        # The best is chosen by l1, so that both figures are of one crystal.
+        chosen = [min(rows[name][i][:k], key=lambda row: row["l1"]) for i in whole]
+        return np.array([row[metric] for row in chosen])
+
+    def middle(x: np.ndarray) -> float:
+        return float(np.median(x))
+
+    figures: dict[str, Any] = {"targets": len(whole), "methods": {}, "pairs": {}}
+    for name in names:
+        figures["methods"][name] = {
+            str(k): {
+                "mean": interval(best_of(name, k, "l1"), mean_of),
+                "median": {"value": middle(x := best_of(name, k, "l1")), "interval": bootstrap_interval(x, middle)},
+                "pooled": interval(best_of(name, k, "pooled"), mean_of),
+            }
+            for k in (1, TRIES)
+        }
+    for one, other in combinations(names, 2):
+        figures["pairs"][f"{one} - {other}"] = {
+            str(k): {
+                "mean": interval(x := best_of(one, k, "l1") - best_of(other, k, "l1"), mean_of),
+                "median": {"value": middle(x), "interval": bootstrap_interval(x, middle)},
+                "first_nearer": int((x < 0).sum()),
+            }
+            for k in (1, TRIES)
+        }
+    return figures
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The tables."""
+    lines = []
+    for task, figures in report["tables"].items():
+        lines += [
+            f"| {task} | the first: mean | median | best of {TRIES}: mean | median | pooled |",
+            "|--|" + "--:|" * 5,
+        ]
+        for name, row in figures["methods"].items():
+            cells = [text(row[k][what]) for k in ("1", str(TRIES)) for what in ("mean", "median")]
+            lines.append(f"| {name} | {' | '.join([*cells, text(row[str(TRIES)]['pooled'])])} |")
+        for name, row in figures["pairs"].items():
+            cells = [text(row[k][what]) for k in ("1", str(TRIES)) for what in ("mean", "median")]
+            lines.append(f"| {name} | {' | '.join([*cells, ''])} |")
+        near = [
+            f"{pair.split(' - ')[0]} before {pair.split(' - ')[1]} {row[str(TRIES)]['first_nearer']}"
+            for pair, row in figures["pairs"].items()
+        ]
+        lines += ["", f"{figures['targets']} targets. Nearer with {TRIES} tries: {'; '.join(near)}.", ""]
+    told = report["facts"]
+    lines += [
+        f"Targets of split `{report['split']}` with 2 to {report['max_atoms']} atoms, labels of recipe {RECIPE}. "
+        "Normalised L1 by DFT over the energies known in both, mean over the sites by the best assignment, mean and "
+        "median over targets [95 % bootstrap interval]; *pooled*: errors of all sites over all states. No crystal has "
+        f"the formula of its target; {told['own']:.0%} of the draws with the elements free had it, and were left out. "
+        f"Generated crystals: {told['generated']}, of which {told['new']} are not among the known ones; energy above "
+        f"the hull (CHGNet) {told['above_hull']:.2f} eV/atom in the median. Known crystals that were found: "
+        f"{told['found']}, {told['anew']} of them computed anew; the predictor had been trained on the labels of "
+        f"{told['seen']} of the {told['by_prediction']} found by prediction. States of the targets that could be "
+        f"compared: {', '.join(f'{name} {share:.0%}' for name, share in told['share'].items())}. "
+        f"Failed: {', '.join(report['failed']) or 'none'}."
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def facts(questions: Sequence[Question], picks: Mapping[tuple[str, str], list[Atoms]], rows: Any, found: Any) -> Any:
+    """What the text under the tables tells."""
+    made = [atoms for (_, method), some in picks.items() if method == GENERATOR for atoms in some]
+    free = [picks[q.key, GENERATOR][0] for q in questions if not q.excluded and picks.get((q.key, GENERATOR))]
+    above = [x for x in energy_above_hull(made) if x is not None]
+    predicted = {a.info["material_id"] for (_, m), some in picks.items() if m == PREDICTED for a in some}
+    all_rows = {m: [r for task in rows.values() for one in task.get(m, []) for r in one] for m in METHODS}
+    return {
+        "own": sum(a.info["own"] for a in free) / max(1, sum(a.info["draws"] for a in free)),
+        "generated": len(made),
+        "new": sum(default_index().find(atoms) is None for atoms in made),
+        "above_hull": float(np.median(above)) if above else float("nan"),
+        "by_prediction": len(predicted),
+        **found(predicted),
+        "share": {m: float(np.mean([r["share"] for r in some])) for m, some in all_rows.items() if some},
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Generate, look up, compute, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_split(parser)
+    add_targets(parser, 24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-atoms", type=int, default=5, help="largest target: what DFT costs")
+    parser.add_argument("--draws", type=int, default=50, help="crystals that the generator draws (default %(default)s)")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--predictor", type=Path, default=DEFAULT_PREDICTOR, help="orders what is generated")
+    parser.add_argument("--jobs", type=int, default=1, help="structures computed at a time")
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "baseline_dft")
+    options = parser.parse_args(arguments)
+
+    labels, split, cache = load_site_dos(ROOT / "data" / "site_dos"), split_of(options), options.cache
+    row_of = {str(name): i for i, name in enumerate(labels.material_id.tolist())}
+    fitting = (labels.split == split) & (labels.num_atoms >= 2) & (labels.num_atoms <= options.max_atoms)
+    rows = drawn_rows(labels, np.flatnonzero(fitting & (labels.recipe == RECIPE)), options)
+    targets = [Target.from_label(labels, row, options.seed) for row in rows]
+    questions = [Question(target, task) for task in options.tasks for target in targets]
+    unfit = sorted(without_pseudopotential(chemical_symbols[1 : MAX_ATOMIC_NUMBER + 1], EspressoSettings()))
+    generator, predictor = DOSGenerator(), DOSPredictor.load(options.predictor)
+    settings = (generator.header["sha256"], predictor.info, options.draws, options.seed)
+    folder = cache / f"generated-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
+
+    picks: dict[tuple[str, str], list[Atoms]] = {}
+    to_compute: dict[str, Atoms] = {}
+    name_of: dict[tuple[str, str, int], str] = {}  # of the file of a try's DFT; of a material where its label serves
+    if GENERATOR in options.methods:
+        for q in tqdm(questions, unit="target", desc="generate and relax"):
+            make = partial(generated, q, generator, predictor, options.draws, options.seed, unfit)
+            drawn = kept(folder / f"{q.key}.extxyz", make)
+            relaxed = kept(folder / f"{q.key}-relaxed.extxyz", partial(settled, drawn))
+            picks[q.key, GENERATOR] = relaxed
+        for k in range(TRIES):  # the first of all targets first
+            for q in questions:
+                if k < len(picks[q.key, GENERATOR]):
+                    name_of[q.key, GENERATOR, k] = name = f"{folder.name}-{q.key}-{k}"
+                    to_compute[name] = picks[q.key, GENERATOR][k]
+    if COMPUTED in options.methods or PREDICTED in options.methods:
+        by = indexes(labels, unfit, options.max_atoms, DEFAULT_PREDICTOR, cache)
+        for method in [m for m in options.methods if m in by]:
+            for q in tqdm(questions, unit="target", desc=method):
+                picks[q.key, method] = looked_up(q, by[method])
+                for k, hit in enumerate(picks[q.key, method]):
+                    name_of[q.key, method, k] = material = hit.info["material_id"]
+                    if material not in row_of or labels.recipe[row_of[material]] != RECIPE:
+                        to_compute[material] = hit
+    results = compute_many(
+        to_compute, cache / "dft", EspressoSettings(time_limit=TIME_LIMIT), workers=options.jobs, progress=True
+    )
+
+    failed: list[str] = []
+    table: dict[str, dict[str, list[list[dict[str, Any]]]]] = {}
+    for q in questions:
+        for method in options.methods:
+            tries = []
+            for k, atoms in enumerate(picks[q.key, method]):
+                name = name_of[q.key, method, k]
+                if (result := results.get(name)) is None:
+                    values, known = label_of(labels, row_of[name])
+                elif isinstance(result, ElectronicStructure):
+                    values, known = on_grid(result)
+                else:
+                    failed.append(f"{method} {k + 1} of {q.target.material_id}, {q.task}")
+                    continue
+                told = {
+                    "try": k + 1,
+                    "formula": atoms.get_chemical_formula(),
+                    **distance(list(q.wanted.values()), values, known),
+                }
+                tries.append(told if method == GENERATOR else {"material_id": name, **told})
+            table.setdefault(q.task, {}).setdefault(method, []).append(tries)
+
+    def found(predicted: set[str]) -> dict[str, int]:
+        known = {name_of[key] for key in name_of if key[1] != GENERATOR}
+        trained = {str(name) for name in labels.material_id[labels.split == "train"]}
+        return {"found": len(known), "anew": len(known & to_compute.keys()), "seen": len(predicted & trained)}
+
+    report = {
+        "weights": generator.header["sha256"],
+        "predictor": predictor.info,
+        "split": split,
+        "target_ids": [t.material_id for t in targets],
+        "max_atoms": options.max_atoms,
+        "draws": options.draws,
+        "tries": TRIES,
+        "seed": options.seed,
+        "tables": {task: summary(rows) for task, rows in table.items()},
+        "facts": facts(questions, picks, table, found),
+        "failed": failed,
+        "per_target": {
+            task: {
+                t.material_id: {
+                    "formula": t.atoms.get_chemical_formula(),
+                    **{method: tries[i] for method, tries in rows.items()},
+                }
+                for i, t in enumerate(targets)
+            }
+            for task, rows in table.items()
+        },
+    }
+    out = results_folder(options)
+    tables = markdown(report)
+    print(tables)
+    write_results(out, "baseline_dft", json.loads(json.dumps(report, default=float)), tables)
+    return report
+
+
+if __name__ == "__main__":
+    main()
