@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ase.geometry import get_distances
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from dosmatgen_ase.data.dataset import (
     load_pseudo_labels,
     load_site_dos,
     load_structures,
+    read_crystals,
     right_handed,
     size_bucket_batches,
 )
@@ -231,12 +234,39 @@ def test_folds_depend_on_composition_only_and_split_in_half(structures: Structur
     assert 0.44 < folds.mean() < 0.56
 
 
+def test_a_table_is_read_as_it_is_by_both_readers(structures: Structures) -> None:
+    crystals = read_crystals(DATA / "structures.parquet", "val", {"gap": "band_gap", "none": "not_there"})
+    rows = np.flatnonzero(structures.split == "val")
+    assert [a.info["material_id"] for a in crystals] == structures.material_id[rows].tolist()
+    for i in range(0, len(rows), 100):
+        expected = structures.atoms(int(rows[i]))
+        assert crystals[i].numbers.tolist() == expected.numbers.tolist()
+        np.testing.assert_array_equal(crystals[i].cell, expected.cell)
+        np.testing.assert_array_equal(crystals[i].positions, expected.positions)
+        assert set(crystals[i].info) == {"material_id", "gap"}
+
+
+def _text(path: Path) -> Path:
+    path.write_text("no crystals\n")
+    return path
+
+
+def _without_groups(folder: Path) -> Path:
+    pq.write_table(pa.table({"material_id": ["a"], "num_atoms": [30]}), folder / "short.parquet")
+    return folder / "short.parquet"
+
+
 @pytest.mark.parametrize(
     ("call", "error", "fragment"),
     [
         (lambda d: load_structures(d / "none.parquet"), FileNotFoundError, "data/structures.parquet"),
         (lambda d: load_structures(DATA / "structures.parquet", split="dev"), ValueError, "'train', 'val', 'test'"),
         (lambda d: load_structures(DATA / "structures.parquet", max_atoms=21), ValueError, "between 1 and 20"),
+        (lambda d: load_structures(_text(d / "t.parquet")), ValueError, "t.parquet is not a readable parquet table"),
+        (lambda d: load_structures(_without_groups(d)), ValueError, "lacks the columns .*spacegroup"),
+        (lambda d: read_crystals(d / "none.cif"), FileNotFoundError, "a file that ASE reads"),
+        (lambda d: read_crystals(_text(d / "none.cif")), ValueError, "holds no structures that ASE reads"),
+        (lambda d: read_crystals(DATA / "structures.parquet", "dev"), ValueError, "'train', 'val', 'test'"),
         (lambda d: load_site_dos(d), FileNotFoundError, "data/site_dos"),
         (lambda d: (np.savez(d / "a.npz", material_id=["x"]), load_site_dos(d)), ValueError, "lacks split"),
         (lambda d: (np.savez(d / "p", values=[1]), load_pseudo_labels(d / "p.npz")), ValueError, "lacks material_id"),

@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ase import Atoms
 from ase.build import bulk
@@ -191,6 +194,26 @@ def test_known_crystals_are_read_from_the_training_split() -> None:
     held_out = load_structures(path, "test")
     assert known.find(salt(5.6)) == "mp-22862"
     assert not any(known.has_formula(held_out.atoms(i)) for i in range(len(held_out)))
+
+
+def test_known_crystals_may_be_large_and_come_from_any_file(tmp_path: Path) -> None:
+    large = salt(5.6).repeat((2, 2, 3))
+    del large[0]  # no smaller cell is the same crystal
+    columns = {
+        "material_id": ["mp-1", "mp-2"],
+        "split": ["train", "val"],
+        "cell": [large.cell.array.ravel(), -bulk("Cu").cell.array.ravel()],
+        "atomic_numbers": [large.numbers, [29]],
+        "frac_coords": [large.get_scaled_positions().ravel(), np.zeros(3)],
+    }
+    table = pa.table({name: [np.asarray(value).tolist() for value in column] for name, column in columns.items()})
+    pq.write_table(table, tmp_path / "large.parquet")
+    known = KnownCrystals.from_file(tmp_path / "large.parquet")
+    assert known.find(large) == "mp-1"
+    assert known.find(bulk("Cu")) is None  # of another split
+    assert KnownCrystals.from_file(tmp_path / "large.parquet", None).find(bulk("Cu", cubic=True)) == "mp-2"
+    ase.io.write(tmp_path / "two.extxyz", [large, bulk("Cu")])
+    assert len(KnownCrystals.from_file(tmp_path / "two.extxyz")) == 2
 
 
 @pytest.mark.parametrize(

@@ -177,17 +177,18 @@ class KnownCrystals:
 
     @classmethod
     def from_file(cls, path: str | Path, split: str | None = "train") -> Self:
-        """Read those of a file such as `data/structures.parquet`, by default of its training split.
+        """Read those of a table such as `data/structures.parquet`, by default of its training split; of any size.
+
+        Other files are read by ASE, all structures of them, as these know no split.
 
         Raises
         ------
         FileNotFoundError, ImportError, ValueError
-            As `data.load_structures`.
+            As `data.read_crystals`.
         """
-        from dosmatgen_ase.data import load_structures
+        from dosmatgen_ase.data import read_crystals
 
-        data = load_structures(path, split)
-        return cls(data.atoms(i) for i in range(len(data)))
+        return cls(read_crystals(path, split))
 
     def __len__(self) -> int:
         return sum(map(len, self._named.values()))

@@ -12,6 +12,7 @@ from dosmatgen_ase.data.dataset import (
     load_shell_dos,
     load_site_dos,
     load_structures,
+    read_crystals,
     size_bucket_batches,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "load_shell_dos",
     "load_site_dos",
     "load_structures",
+    "read_crystals",
     "size_bucket_batches",
 ]

@@ -9,7 +9,7 @@ to 20 sites and kept in memory.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from ase import Atoms
 from ase.formula import Formula
 
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, resample, scale_sites_to_total
+from dosmatgen_ase.files import read_structures
 from dosmatgen_ase.limits import MAX_ATOMS
 
 LABEL_SIGMA = 0.1  # eV, broadening of the stored labels
@@ -89,6 +90,78 @@ class Structures(_Crystals):
     spacegroup: np.ndarray
 
 
+def read_crystals(path: str | Path, split: str | None = None, facts: Mapping[str, str] | None = None) -> list[Atoms]:
+    """Read crystals of any size, from a table or from a file that ASE reads.
+
+    Parameters
+    ----------
+    path
+        Parquet with the columns ``cell`` (9 floats), ``atomic_numbers``, ``frac_coords`` (3 n) and ``material_id`` of
+        `data/structures.parquet`, or any other file with one structure or many.
+    split
+        Keep only "train", "val" or "test" of a table, which then needs a column ``split``; all by default.
+    facts
+        Further columns of a table that are kept in ``info`` where they are there, by the name that they get.
+
+    Returns
+    -------
+    list of Atoms
+        With right-handed cells and ``info["material_id"]`` if they come from a table, else as they are read.
+
+    Raises
+    ------
+    FileNotFoundError, ImportError, ValueError
+        As `load_structures`.
+    """
+    path, facts = Path(path), facts or {}
+    if path.suffix != ".parquet":
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}: give a parquet table, or a file that ASE reads")
+        try:
+            return list(read_structures(path))
+        except Exception as error:
+            raise ValueError(f"{path} holds no structures that ASE reads: {error}") from error
+    needed = ["material_id", "cell", "atomic_numbers", "frac_coords"]
+    table = _read_table(path, needed, split, list(facts.values()))
+    columns = {name: table[column].to_pylist() for name, column in facts.items() if column in table.column_names}
+    crystals = []
+    for i, (name, flat, numbers, coords) in enumerate(zip(*(table[c].to_pylist() for c in needed), strict=True)):
+        cell, frac = right_handed(np.reshape(flat, (1, 3, 3)), np.reshape(coords, (1, -1, 3)))
+        told = {key: values[i] for key, values in columns.items() if values[i] is not None}
+        info = {"material_id": str(name), **told}
+        crystals.append(Atoms(numbers=numbers, scaled_positions=frac[0], cell=cell[0], pbc=True, info=info))
+    return crystals
+
+
+def _read_table(path: Path, needed: Sequence[str], split: str | None, more: Sequence[str] = ()) -> Any:
+    """The columns of a parquet table that are needed, and those of `more` that are there; one split, or all."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no structures at {path}: pass data/structures.parquet of a clone of the repository")
+    if split not in (None, "train", "val", "test"):
+        raise ValueError(f"split={split!r} must be 'train', 'val', 'test' or None for all")
+    try:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError('reading structures needs pyarrow: pip install "dosmatgen-ase[train]"') from error
+    columns = [*needed, *(["split"] if split is not None and "split" not in needed else [])]
+    try:
+        there = pq.read_schema(path).names
+        if missing := [name for name in columns if name not in there]:
+            raise ValueError(
+                f"{path} lacks the columns {', '.join(missing)}: a table laid out as data/structures.parquet has them"
+            )
+        table = pq.read_table(path, columns=[*columns, *(name for name in more if name in there)])
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is not a readable parquet table: {error}") from error
+    if split is not None:
+        table = table.filter(pc.equal(table["split"], split))
+    if table.num_rows == 0:
+        raise ValueError(f"{path} holds no structure" + (f" with split={split!r}" if split else ""))
+    return table
+
+
 def right_handed(cell: np.ndarray, frac_coords: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Turn left-handed cells over by (a, b, c) -> (-a, -b, -c), which leaves every Cartesian position where it is.
 
@@ -129,25 +202,14 @@ def load_structures(path: str | Path, split: str | None = None, max_atoms: int =
     ImportError
         If pyarrow is not installed.
     ValueError
-        If `split` or `max_atoms` is none of the above, or nothing is left.
+        If `split` or `max_atoms` is none of the above, it is no such table, or nothing is left.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no structures at {path}: pass data/structures.parquet of a clone of the repository")
-    if split not in (None, "train", "val", "test"):
-        raise ValueError(f"split={split!r} must be 'train', 'val', 'test' or None for all")
     if not 1 <= max_atoms <= MAX_ATOMS:
         raise ValueError(f"max_atoms={max_atoms} must lie between 1 and {MAX_ATOMS}")
-    try:
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError('reading structures needs pyarrow: pip install "dosmatgen-ase[train]"') from error
-    names = [f.name for f in fields(Structures)]
-    table = pq.read_table(path, columns=names)
+    table = _read_table(Path(path), [f.name for f in fields(Structures)], split)
+    import pyarrow.compute as pc
+
     table = table.filter(pc.less_equal(table["num_atoms"], max_atoms))
-    if split is not None:
-        table = table.filter(pc.equal(table["split"], split))
     if table.num_rows == 0:
         raise ValueError(f"{path} holds no structure with split={split!r} and max_atoms={max_atoms}")
     table = table.combine_chunks()
