@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,6 @@ from dosmatgen_ase.cli.options import (
     OptionGroup,
     Overwrite,
     Predictor,
-    StructureTables,
     TargetOptions,
     figure,
     output,
@@ -123,6 +123,8 @@ def search(
     show(hit_table(hits, f"nearest of {len(known)} known crystals"))
     typer.echo("distance: normalised L1 to the target; error: expected error of it; 0 where all of the DOS is computed")
     typer.echo("gap: eV; hull: eV/atom above the hull, as given with the crystals")
+    if "source" in known.info:
+        tell(f"structures: {attribution(known.info['source'])}")
     if out is not None:
         write_structures(out, hits)
         tell(f"crystals: {out}")
@@ -174,12 +176,29 @@ def _draw(path: Path, target: TargetDOS, hits: Sequence[Atoms], index: DOSIndex)
 @app.command("index")
 def make_index(
     ctx: typer.Context,
-    structures: StructureTables,
+    structures: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="STRUCTURES",
+            help="A table laid out as data/structures.parquet, or files that ASE reads.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="File of the index.")] = Path("dos_index.npz"),
     labels: Annotated[
         Path | None, typer.Option(help="Folder of computed site DOS, such as data/site_dos. Default: none.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take no more than this many of STRUCTURES.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take no more structures than this. Default: all; 1000 of a database.")
+    ] = None,
+    from_optimade: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Take the structures of this database, which speaks OPTIMADE, not of files."),
+    ] = None,
+    filter: Annotated[
+        str,
+        typer.Option(metavar="FILTER", help="Which structures of the database: 'elements HAS \"Ni\" AND nsites<=8'."),
+    ] = "",
     parts: Annotated[
         Path | None,
         typer.Option(help="Folder of what is predicted so far; kept. Default: OUT-parts, removed at the end."),
@@ -187,25 +206,30 @@ def make_index(
     predictor: Predictor = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make the index of known crystals that dosmatgen search looks in: about 25 crystals a second.
+    """Make the index of known crystals that dosmatgen search looks in: about 15 crystals a second.
 
     The DOS of a crystal is the computed one where LABELS has it, and else predicted. A run that was stopped or killed
     goes on where it was: give the same command again.
     """
     from dosmatgen_ase.data import load_site_dos
     from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR
-    from dosmatgen_ase.retrieval.build import build_index, read_known
+    from dosmatgen_ase.retrieval.build import build_index
 
     output(ctx, "out", (".npz",), marks=(b"material_id.npy",))
-    tables = [path for path in structures if path.suffix == ".parquet"]
-    if tables and len(structures) > 1:
-        raise ValueError(f"give {tables[0]} alone: a table and other files cannot be indexed in one run")
-    crystals = read_known(tables[0]) if tables else _named(read_structures(structures))
+    if (structures is None) == (from_optimade is None):
+        raise ValueError("give STRUCTURES or --from-optimade URL: one of the two")
+    if filter and from_optimade is None:
+        raise ValueError("--filter is for a database: give --from-optimade URL, too")
     computed = None if labels is None else load_site_dos(labels)
     folder = parts or out.with_name(f"{out.stem}-parts")
+    source = None
     with resumable(lambda: f"what is predicted is kept in {folder}"):
+        if from_optimade is not None:
+            crystals, source = _of_database(from_optimade, filter, limit, folder)
+        else:
+            crystals = _of_files(structures or [])[:limit]
         made = build_index(
-            crystals[:limit], computed, predictor=predictor or DEFAULT_PREDICTOR, parts=folder, progress=True
+            crystals, computed, predictor=predictor or DEFAULT_PREDICTOR, parts=folder, source=source, progress=True
         )
     made.save(out)
     if parts is None:
@@ -215,6 +239,38 @@ def make_index(
     tell(f"{out}: {len(made)} crystals, {count} with a computed DOS, {size:.1f} MB")
     for name, reason in list(made.info["without_prediction"].items())[:10]:
         tell(f"no prediction for {name}: {reason}")
+
+
+def _of_files(paths: Sequence[Path]) -> list[Atoms]:
+    """Crystals of one table, or of files that ASE reads."""
+    from dosmatgen_ase.retrieval.build import read_known
+
+    tables = [path for path in paths if path.suffix == ".parquet"]
+    if tables and len(paths) > 1:
+        raise ValueError(f"give {tables[0]} alone: a table and other files cannot be indexed in one run")
+    return read_known(tables[0]) if tables else _named(read_structures(paths))
+
+
+def _of_database(url: str, filter: str, limit: int | None, folder: Path) -> tuple[list[Atoms], dict[str, Any]]:
+    """Crystals of a database and where they come from; tells what was found and what was left out."""
+    from dosmatgen_ase.retrieval.optimade import DEFAULT_LIMIT, read_optimade
+
+    found = read_optimade(url, filter, limit=limit or DEFAULT_LIMIT, parts=folder, progress=True)
+    read, available = len(found.crystals) + len(found.skipped), found.source["available"]
+    tell(f"{read} structures from {attribution(found.source)}")
+    if available is not None and available > read:
+        tell(f"{available} structures fit: raise --limit to read more of them")
+    for reason, count in Counter(found.skipped.values()).most_common(10):
+        tell(f"left out {count}: {reason}")
+    if not found.crystals:
+        raise ValueError("none of these structures is a crystal with all atoms in place: ask for others")
+    return found.crystals, found.source
+
+
+def attribution(source: Mapping[str, Any]) -> str:
+    """Where the structures of an index come from, in one line."""
+    more = [str(source[key]) for key in ("url", "homepage", "licence") if source.get(key)]
+    return f"{source.get('provider') or 'a database without a name'} ({', '.join(dict.fromkeys(more))})"
 
 
 def _named(crystals: dict[str, Atoms]) -> list[Atoms]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dosmatgen_ase import __version__
 from dosmatgen_ase.crystals.screening import digest, right_handed, screen_given
-from dosmatgen_ase.data import SiteDOSLabels, load_structures
+from dosmatgen_ase.data import SiteDOSLabels, read_crystals
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.files import write_npz
 from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor, _looks_gapped
@@ -33,26 +33,14 @@ def read_known(path: str | Path) -> list[Atoms]:
     ----------
     path
         Parquet laid out as `data/structures.parquet`; its columns ``band_gap`` (eV) and
-        ``energy_above_hull_lower_bound`` (eV/atom) are used where they are there.
+        ``energy_above_hull_lower_bound`` (eV/atom) are used where they are there. Cells may be of any size.
 
     Raises
     ------
     FileNotFoundError, ImportError, ValueError
-        As `data.load_structures`.
+        As `data.read_crystals`.
     """
-    structures = load_structures(path)
-    import pyarrow.parquet as pq
-
-    columns = {"band_gap": "band_gap", "energy_above_hull_lower_bound": "energy_above_hull"}
-    there = [name for name in columns if name in pq.read_schema(path).names]
-    table = pq.read_table(path, columns=["material_id", *there])
-    row_of = {name: i for i, name in enumerate(table["material_id"].to_pylist())}
-    facts = {columns[name]: table[name].to_pylist() for name in there}
-    crystals = [structures.atoms(i) for i in range(len(structures))]
-    for atoms in crystals:
-        row = row_of[atoms.info["material_id"]]
-        atoms.info |= {name: values[row] for name, values in facts.items() if values[row] is not None}
-    return crystals
+    return read_crystals(path, facts={"band_gap": "band_gap", "energy_above_hull": "energy_above_hull_lower_bound"})
 
 
 def build_index(
@@ -61,6 +49,7 @@ def build_index(
     *,
     predictor: str | Path = DEFAULT_PREDICTOR,
     parts: str | Path | None = None,
+    source: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> DOSIndex:
     """Make an index of crystals.
@@ -79,6 +68,8 @@ def build_index(
         Forward model; by default the one that ships.
     parts : path, optional
         Folder that keeps what is predicted, in pieces, by which an interrupted run goes on. By default none.
+    source : mapping, optional
+        Where the crystals come from, for attribution (`optimade.OptimadeStructures.source`); kept in ``info``.
     progress : bool
         Show a progress bar.
 
@@ -109,6 +100,7 @@ def build_index(
         "band_gap": "computed where the DOS is, else as given with the crystals, eV",
         "energy_above_hull": "as given with the crystals, eV/atom",
         "without_prediction": makers.failed,
+        **({} if source is None else {"source": dict(source)}),
     }
     return makers.index(info)
 
