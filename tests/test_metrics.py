@@ -9,6 +9,7 @@ import pytest
 from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.judge.metrics import bootstrap_interval, match_rms, median, nearest_sites, quantile, site_distances
@@ -41,6 +42,14 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     intervals = [bootstrap_interval(rng.exponential(1.0, 60), np.mean, samples=300) for _ in range(300)]
     covered = np.mean([low <= 1.0 <= high for low, high in intervals])
     assert 0.89 < covered < 0.97
+
+
+def test_the_interval_is_that_of_scipy() -> None:
+    """Which refuses a single value, and makes NaN where a member is infinite: these are what ours is for."""
+    values = np.random.default_rng(2).normal(5.0, 2.0, 60)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
+    assert bootstrap_interval(values, np.mean) == pytest.approx(tuple(theirs.confidence_interval), abs=1e-3)
+    assert bootstrap_interval([1.0], np.mean) == (1.0, 1.0)
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
