@@ -124,8 +124,8 @@ def test_training_repeats_itself_and_leaves_the_global_generator_alone(
     config = replace(SMALL, epochs=2)
     one, two, other = (train_predictor(labels, features, config=config, seed=s) for s in (3, 3, 4))
     assert torch.equal(torch.random.get_rng_state(), state)
-    numbers = [labels.atoms(0).numbers]
-    mean, again, different = (p.predict_features(features[:1], numbers)[0].mean for p in (one, two, other))
+    given = [labels.atoms(0)]
+    mean, again, different = (p.predict_arrays(given, features=features[:1])[0].mean for p in (one, two, other))
     np.testing.assert_array_equal(mean, again)
     assert np.abs(mean - different).max() > 0
 
@@ -153,7 +153,7 @@ def test_save_and_load_give_the_same_prediction(
     loaded = DOSPredictor.load(tmp_path / "p.safetensors")
     assert loaded.info == predictor.info
     for i in range(3):
-        one, two = (p.predict_features([features[i]], [labels.atoms(i).numbers])[0] for p in (predictor, loaded))
+        one, two = (p.predict_arrays([labels.atoms(i)], features=[features[i]])[0] for p in (predictor, loaded))
         np.testing.assert_allclose(one.mean, two.mean, atol=0.02)
         np.testing.assert_array_equal(one.known, two.known)
 

@@ -160,16 +160,6 @@ class DOSPredictor:
     def _standardised(self, inputs: Tensor) -> Tensor:
         return ((inputs - self.tables["input_mean"]) / self.tables["input_std"]).clamp(-5.0, 5.0)
 
-    def predict_features(
-        self, features: Sequence[np.ndarray | str], numbers: Sequence[np.ndarray]
-    ) -> list[SitePrediction]:
-        """Predict by the networks alone, from what `site_features` returned and atomic numbers (n,)."""
-        opinions = self._by_networks(features, numbers)
-        reasons = [feature if isinstance(feature, str) else "" for feature in features]
-        nothing = [float("nan")] * len(features)
-        told = zip(numbers, opinions, reasons, nothing, strict=True)
-        return [self._joined(z, list(found), reason, gap, "features") for z, found, reason, gap in told]
-
     def predict_arrays(
         self,
         atoms_list: Sequence[Atoms],

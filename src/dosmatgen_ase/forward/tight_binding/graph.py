@@ -65,19 +65,6 @@ class CrystalGraph:
         """Valence electrons of the cell."""
         return float(ELECTRONS[self.numbers.numpy()].sum())
 
-    def with_geometry(self, positions: Tensor, cell: Tensor) -> CrystalGraph:
-        """Return the same bonds between moved atoms, differentiable.
-
-        Parameters
-        ----------
-        positions : (n, 3), Angstrom
-            Continuously moved from those that the graph was made of, not wrapped.
-        cell : (3, 3), Angstrom
-            Rows are lattice vectors.
-        """
-        bond = positions[self.second] - positions[self.first] + self.vectors[self.image].to(cell) @ cell
-        return replace(self, bond=bond)
-
 
 def crystal_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
     """Find the bonds of a periodic crystal.
