@@ -40,17 +40,13 @@ from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import reduced_formula
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
-from dosmatgen_ase.dft.espresso import (
-    RECIPE,
-    ElectronicStructure,
-    EspressoSettings,
-    compute_many,
-    without_pseudopotential,
-)
+from dosmatgen_ase.dft.batch import compute_many
+from dosmatgen_ase.dft.pseudopotentials import without_pseudopotential
+from dosmatgen_ase.dft.result import ElectronicStructure
+from dosmatgen_ase.dft.settings import RECIPE, EspressoSettings
 from dosmatgen_ase.dos import TargetDOS
 from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
 from dosmatgen_ase.generate.generator import DOSGenerator, RejectedError
-from dosmatgen_ase.judge.metrics import bootstrap_interval
 from dosmatgen_ase.judge.ranking import best, score
 from dosmatgen_ase.judge.stability import energy_above_hull
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
@@ -61,7 +57,11 @@ from dosmatgen_ase.retrieval.query import search
 GENERATOR, COMPUTED, PREDICTED = "generator", "look-up, computed", "look-up, predicted"
 METHODS = (GENERATOR, COMPUTED, PREDICTED)
 TRIES = 3  # crystals that a method may have computed, at most
+NOT_COMPUTED = "not computed"
 HITS = 100  # of a look-up, before those of the target's own formula are left out
+
+
+Tries = list[dict[str, Any] | str]  # what is told of each try in turn, or why there is nothing
 
 
 @dataclass(frozen=True)
@@ -189,60 +189,58 @@ def label_of(labels: SiteDOSLabels, row: int) -> tuple[np.ndarray, np.ndarray]:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def summary(rows: Mapping[str, Sequence[Sequence[dict[str, Any]]]], tries: int) -> dict[str, Any]:
-    """Per method and number of tries mean and median; per pair of methods the difference and who is nearer."""
-    names = list(rows)
-    whole = [i for i in range(len(rows[names[0]])) if all(rows[name][i] for name in names)]
+def summary(rows: Mapping[str, Sequence[Tries]], tries: int) -> dict[str, Any]:
+    """Per number of tries the methods' mean and median; per pair of them the difference and who is nearer.
 
-    def best_of(name: str, k: int, metric: str) -> np.ndarray:
-        # The best is chosen by l1, so that both figures are of one crystal.
-        chosen = [min(rows[name][i][:k], key=lambda row: row["l1"]) for i in whole]
-        return np.array([row[metric] for row in chosen])
+    Over the targets of which every method has all these tries behind it, and one of them gave a DOS.
+    """
+    names, count = list(rows), len(next(iter(rows.values())))
 
-    def middle(x: np.ndarray) -> float:
-        return float(np.median(x))
+    def done(found: Tries) -> bool:
+        return NOT_COMPUTED not in found and any(isinstance(row, dict) for row in found)
 
-    figures: dict[str, Any] = {"targets": len(whole), "methods": {}, "pairs": {}}
-    for name in names:
-        figures["methods"][name] = {
-            str(k): {
-                "mean": interval(best_of(name, k, "l1"), mean_of),
-                "median": {"value": middle(x := best_of(name, k, "l1")), "interval": bootstrap_interval(x, middle)},
-                "pooled": interval(best_of(name, k, "pooled"), mean_of),
-            }
-            for k in sorted({1, tries})
+    def figures_of(k: int) -> dict[str, Any]:
+        whole = [i for i in range(count) if all(done(rows[name][i][:k]) for name in names)]
+
+        def best_of(name: str, metric: str) -> np.ndarray:
+            # The best is chosen by l1, so that both figures are of one crystal.
+            found = [[row for row in rows[name][i][:k] if isinstance(row, dict)] for i in whole]
+            return np.array([min(some, key=lambda row: row["l1"])[metric] for some in found])
+
+        l1 = {name: best_of(name, "l1") for name in names}
+        pairs = {f"{one} - {other}": l1[one] - l1[other] for one, other in combinations(names, 2)}
+        return {
+            "targets": len(whole),
+            "methods": {n: both(x) | {"pooled": interval(best_of(n, "pooled"), mean_of)} for n, x in l1.items()},
+            "pairs": {pair: both(x) | {"first_nearer": int((x < 0).sum())} for pair, x in pairs.items()},
         }
-    for one, other in combinations(names, 2):
-        figures["pairs"][f"{one} - {other}"] = {
-            str(k): {
-                "mean": interval(x := best_of(one, k, "l1") - best_of(other, k, "l1"), mean_of),
-                "median": {"value": middle(x), "interval": bootstrap_interval(x, middle)},
-                "first_nearer": int((x < 0).sum()),
-            }
-            for k in sorted({1, tries})
-        }
-    return figures
+
+    return {str(k): figures_of(k) for k in sorted({1, tries})}
+
+
+def both(x: np.ndarray) -> dict[str, Any]:
+    """Mean and median with their intervals."""
+    return {
+        "mean": interval(x, mean_of),
+        "median": interval(x, lambda rows: float(np.median(rows))),
+    }
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The tables."""
-    last = str(report["tries"])
-    counts = list(dict.fromkeys(("1", last)))
-    names = {"1": "the first", last: f"best of {last}"} if last != "1" else {"1": "the first"}
     lines = []
-    for task, figures in report["tables"].items():
-        head = [f"{names[k]}: {what}" for k in counts for what in ("mean", "median")]
-        lines += [f"| {task} | {' | '.join([*head, 'pooled'])} |", "|--|" + "--:|" * (len(head) + 1)]
-        for name, row in (figures["methods"] | figures["pairs"]).items():
-            cells = [text(row[k][what]) for k in counts for what in ("mean", "median")]
-            pooled = text(row[last]["pooled"]) if "pooled" in row[last] else ""
-            lines.append(f"| {name} | {' | '.join([*cells, pooled])} |")
-        near = [
-            f"{pair.split(' - ')[0]} before {pair.split(' - ')[1]}: "
-            + ", ".join(f"{row[k]['first_nearer']} ({names[k]})" for k in counts)
-            for pair, row in figures["pairs"].items()
-        ]
-        lines += ["", f"{figures['targets']} targets. How often nearer: {'; '.join(near)}.", ""]
+    for task, by_tries in report["tables"].items():
+        for k, figures in by_tries.items():
+            name = "the first" if k == "1" else f"best of {k}"
+            lines += [f"| {task}, {name}, {figures['targets']} targets | mean | median | pooled |", "|--|" + "--:|" * 3]
+            for method, row in figures["methods"].items():
+                lines.append(f"| {method} | {text(row['mean'])} | {text(row['median'])} | {text(row['pooled'])} |")
+            for pair, row in figures["pairs"].items():
+                lines.append(f"| {pair} | {text(row['mean'])} | {text(row['median'])} | |")
+            near = [
+                f"{pair.replace(' - ', ' before ')} for {row['first_nearer']}" for pair, row in figures["pairs"].items()
+            ]
+            lines += ["", f"Nearer: {'; '.join(near)}.", ""]
     told = report["facts"]
     lines += [
         f"Targets of split `{report['split']}` with 2 to {report['max_atoms']} atoms, labels of recipe {RECIPE}. "
@@ -255,7 +253,7 @@ def markdown(report: dict[str, Any]) -> str:
         "recipe (off by some 10 %); the predictor had been trained on the labels of "
         f"{told['seen']} of the {told['by_prediction']} found by prediction. States of the targets that could be "
         f"compared: {', '.join(f'{name} {share:.0%}' for name, share in told['share'].items())}. "
-        f"Failed: {', '.join(report['failed']) or 'none'}."
+        f"Failed: {', '.join(report['failed']) or 'none'}; not computed: {report['not_computed']}."
     ]
     return "\n".join(lines) + "\n"
 
@@ -266,7 +264,9 @@ def facts(questions: Sequence[Question], picks: Mapping[tuple[str, str], list[At
     free = [picks[q.key, GENERATOR][0] for q in questions if not q.excluded and picks.get((q.key, GENERATOR))]
     above = [x for x in energy_above_hull(made) if x is not None]
     predicted = {a.info["material_id"] for (_, m), some in picks.items() if m == PREDICTED for a in some}
-    all_rows = {m: [r for task in rows.values() for one in task.get(m, []) for r in one] for m in METHODS}
+    all_rows = {
+        m: [r for task in rows.values() for one in task.get(m, []) for r in one if isinstance(r, dict)] for m in METHODS
+    }
     return {
         "own": sum(a.info["own"] for a in free) / max(1, sum(a.info["draws"] for a in free)),
         "generated": len(made),
@@ -291,6 +291,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--predictor", type=Path, default=DEFAULT_PREDICTOR, help="orders what is generated")
     parser.add_argument("--anew", action="store_true", help="compute what has a label of an earlier recipe, too")
+    parser.add_argument("--kept-only", action="store_true", help="compute no DOS: take what an earlier run left")
     parser.add_argument("--jobs", type=int, default=1, help="structures computed at a time")
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "baseline_dft")
     options = parser.parse_args(arguments)
@@ -329,26 +330,32 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                     if recipe is None or (options.anew and recipe != RECIPE):
                         to_compute.setdefault(k, {})[material] = hit
     in_order = {name: atoms for k in sorted(to_compute) for name, atoms in to_compute[k].items()}  # first tries first
+    if options.kept_only:
+        in_order = {name: atoms for name, atoms in in_order.items() if (cache / "dft" / f"{name}.json").exists()}
     results = compute_many(
         in_order, cache / "dft", EspressoSettings(time_limit=TIME_LIMIT), workers=options.jobs, progress=True
     )
 
     failed: list[str] = []
-    table: dict[str, dict[str, list[list[dict[str, Any]]]]] = {}
+    missing = 0
+    table: dict[str, dict[str, list[Tries]]] = {}
     for q in questions:
         for method in options.methods:
-            tries = []
+            tries: Tries = []
             for k, atoms in enumerate(picks[q.key, method][: options.tries]):
                 name = name_of[q.key, method, k]
-                if (result := results.get(name)) is None:
-                    values, known = label_of(labels, row_of[name])
-                elif isinstance(result, ElectronicStructure):
+                result = results.get(name)
+                if isinstance(result, ElectronicStructure):
                     values, known = on_grid(result)
+                elif result is None and name in row_of:
+                    values, known = label_of(labels, row_of[name])
                 else:
-                    failed.append(f"{method} {k + 1} of {q.target.material_id}, {q.task}")
+                    missing += result is None
+                    if result is not None:
+                        failed.append(f"{method} {k + 1} of {q.target.material_id}, {q.task}")
+                    tries.append(NOT_COMPUTED if result is None else "failed")
                     continue
                 told = {
-                    "try": k + 1,
                     "formula": atoms.get_chemical_formula(),
                     **distance(list(q.wanted.values()), values, known),
                 }
@@ -358,7 +365,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     def found(predicted: set[str]) -> dict[str, int]:
         known = {name_of[key] for key in name_of if key[1] != GENERATOR}
         trained = {str(name) for name in labels.material_id[labels.split == "train"]}
-        earlier = sum(labels.recipe[row_of[name]] != RECIPE for name in known - results.keys())
+        earlier = sum(labels.recipe[row_of[name]] != RECIPE for name in (known - results.keys()) & row_of.keys())
         return {
             "found": len(known),
             "computed": len(known & results.keys()),
@@ -378,6 +385,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "tables": {task: summary(rows, options.tries) for task, rows in table.items()},
         "facts": facts(questions, picks, table, found),
         "failed": failed,
+        "not_computed": missing,
         "per_target": {
             task: {
                 t.material_id: {
