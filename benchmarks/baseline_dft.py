@@ -284,7 +284,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     add_split(parser)
     add_targets(parser, 24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-atoms", type=int, default=5, help="largest target: what DFT costs")
+    parser.add_argument("--max-atoms", type=int, default=4, help="largest target: what DFT costs")
     parser.add_argument("--draws", type=int, default=50, help="crystals that the generator draws (default %(default)s)")
     parser.add_argument("--tries", type=int, choices=range(1, TRIES + 1), default=TRIES, help="computed per target")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))

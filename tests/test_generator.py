@@ -29,6 +29,7 @@ from dosmatgen_ase.crystals.screening import Screening, screen
 from dosmatgen_ase.files import extxyz
 from dosmatgen_ase.generate.generator import MAX_ATTEMPTS, RejectedError, batches
 from dosmatgen_ase.judge.ranking import Ranking
+from dosmatgen_ase.judge.relaxation import relax
 from dosmatgen_ase.model import denoiser
 from dosmatgen_ase.model.conditioning import DOSCondition
 
@@ -915,6 +916,23 @@ def test_a_relaxation_holds_what_generation_is_to_keep(
     moved = np.abs(relaxed.positions - drawn.positions).max(axis=1)
     assert (moved[sites] < 1e-7).all()
     assert moved.max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["made.extxyz", "made.vasp", "made.traj"])
+def test_a_later_relaxation_of_the_file_leaves_the_host_where_it_was(
+    name: str, generator: DOSGenerator, tmp_path: Path
+) -> None:
+    wish = {"num_atoms": None, "template": FIXED, "strength": 0.2, "elements": ["Cu", "Au"], "seed": 1}
+    made = make(generator, n=1, **wish, out=tmp_path / name)[0]
+    assert made.constraints[0].get_indices().tolist() == [1]
+    read = ase.io.read(tmp_path / name)
+    relaxed = relax(read, EMT())
+    assert relaxed.info["relaxation"]["steps"] > 0
+    assert (relaxed.cell == read.cell).all()
+    (host,) = (i for i in range(4) if np.allclose(read.positions[i], FIXED.positions[1], atol=1e-6))  # POSCAR sorts
+    assert (relaxed.positions[host] == read.positions[host]).all()
+    free = make(generator, n=1, num_atoms=None, template=TEMPLATE, fixed_sites=[2], strength=0.2)[0]
+    assert free.constraints == []  # its cell may change, which moves what is held
 
 
 @pytest.mark.parametrize(("arguments", "error", "fragment"), HOSTILE, ids=[str(i) for i in range(len(HOSTILE))])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 import numpy as np
 import torch
 from ase import Atoms
+from ase.constraints import FixAtoms
 from tqdm import tqdm
 
 from dosmatgen_ase import __version__
@@ -351,6 +352,8 @@ class DOSGenerator:
         structures = result.crystals.to_atoms()
         for atoms in structures:
             _orient(atoms, request)
+            if request.fixed_cell and request.fixed_sites:  # for whoever relaxes it later
+                atoms.set_constraint(FixAtoms(sorted(request.fixed_sites)))
         return structures, result.network_calls
 
     def _sizes(self, plan: _Plan, n: int) -> list[int]:
