@@ -234,7 +234,7 @@ GENERATE: list[tuple[Callable[[Path, Path], list[object]], int, str]] = [
     (lambda tmp, w: [written(tmp, "nan.dat", "0 nan\n1 nan\n2 nan\n")], 1, "nothing is known in this DOS"),
     (lambda tmp, w: [written(tmp, "inf.dat", "0 1\n1 inf\n2 1\n")], 1, "line 2: 'inf' is infinite"),
     (lambda tmp, w: [written(tmp, "shape.dat", "0 1\n1\n2 1\n")], 1, "line 2: 1 column, but 2 in line 1"),
-    (lambda tmp, w: [written(tmp, "order.dat", "0 1\n1 1\n1 2\n")], 1, "the energy 1 eV stands twice"),
+    (lambda tmp, w: [written(tmp, "order.dat", "0 1\n1 1\n1 2\n")], 1, "the energy 1 eV is there twice"),
     (lambda tmp, w: [written(tmp, "far.dat", "50 1\n51 1\n52 1\n")], 1, "--efermi for columns of text"),
     (lambda tmp, w: [written(tmp, "bad.xml", "<modeling>")], 1, "is not a complete vasprun.xml"),
     (lambda tmp, w: [NICKEL, "--site", 9], 1, "site 9 does not exist"),

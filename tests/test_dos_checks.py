@@ -76,7 +76,7 @@ def test_what_aligned_leaves_alone_and_what_it_refuses() -> None:
 
 def test_targets_of_two_zeros_are_refused_in_one_call(tmp_path: Path) -> None:
     mixed = {0: METAL, 1: gapped(reference="vbm")}
-    with pytest.raises(ValueError, match=r"of site 0 .* Fermi level, that of site 1 .* dos\.aligned\(\)") as caught:
+    with pytest.raises(ValueError, match=r"of site 0 .* Fermi level, but that of site 1 .* dos\.aligned\(\)") as caught:
         on_common_zero(mixed)
     assert "\n" not in str(caught.value)
     same = {0: gapped(-1.0).aligned(), 1: gapped(reference="vbm")}
@@ -88,9 +88,9 @@ def test_targets_of_two_zeros_are_refused_in_one_call(tmp_path: Path) -> None:
 
 def test_generate_refuses_two_zeros_and_warns_of_a_gap(tiny_weights: Path) -> None:
     generator = DOSGenerator(tiny_weights, device="cpu")
-    with pytest.raises(ValueError, match="one crystal has one of them"):
+    with pytest.raises(ValueError, match="One crystal has one zero"):
         generator.generate({0: METAL, 1: gapped(reference="vbm")}, num_atoms=2, num_steps=2)
-    with pytest.raises(ValueError, match="one crystal has one of them"):
+    with pytest.raises(ValueError, match="One crystal has one zero"):
         score([], {0: METAL, 1: gapped(reference="vbm")})
     with pytest.warns(DOSWarning, match=r'reference "fermi": .*dos\.aligned\(\) \(--align\) moves it by 1\.[45]'):
         generator.generate(gapped(-1.5), num_atoms=2, num_steps=2, seed=0)
@@ -165,7 +165,7 @@ def test_scaled_by_a_factor_or_to_electrons() -> None:
     ("arguments", "error", "message"),
     [
         ({}, TypeError, "a factor or electrons="),
-        ({"factor": 2, "electrons": 3}, TypeError, "one of them"),
+        ({"factor": 2, "electrons": 3}, TypeError, "either a factor"),
         ({"factor": 0}, ValueError, "finite number above 0"),
         ({"factor": -1.0}, ValueError, "finite number above 0"),
         ({"electrons": math.inf}, ValueError, "finite number above 0"),
@@ -204,19 +204,19 @@ def flat(states: float, lo: float = -10.0, **options: Any) -> TargetDOS:
         (
             flat(40.0),
             (1, 1),
-            r"40 states from -10\.0 to 0 eV, and no site of any element holds so many \(nearest: ",
+            r"40 states from -10\.0 to 0 eV, and no site of any element holds that number \(nearest: ",
         ),
         (flat(0.01), (1, 1), "holds 0.01 states from -10.0 to 0 eV, and no site"),
         (flat(12.0, lo=-1.0), (1, 1), "holds 12 states from -1.0 to 0 eV"),
         (flat(0.0001, lo=-0.3), (1, 1), None),  # next to nothing is next to nothing there
         (flat(40.0, kind="total"), (1, 20), None),
         (flat(40.0, kind="total"), (4, 4), None),
-        (flat(40.0, kind="total"), (1, 2), "no cell of 1 to 2 atoms holds so many"),
+        (flat(40.0, kind="total"), (1, 2), "no cell of 1 to 2 atoms holds that number"),
         (flat(500.0, kind="total"), (1, 20), "no cell of 1 to 20 atoms"),
-        (TargetDOS.from_arrays(E, np.zeros_like(E)), (1, 1), "a gap alone determines nothing"),
-        (TargetDOS.from_arrays([0.1, 2.0], [0.0, 0.0]), (1, 1), "a gap alone determines nothing"),
+        (TargetDOS.from_arrays(E, np.zeros_like(E)), (1, 1), "a gap alone does not determine"),
+        (TargetDOS.from_arrays([0.1, 2.0], [0.0, 0.0]), (1, 1), "a gap alone does not determine"),
         (TargetDOS.from_arrays(E, np.full_like(E, 1e-6)), (1, 1), "states in all: if its unit is arbitrary"),
-        (TargetDOS.from_arrays(E, METAL.values / METAL.values.max()), (1, 1), "is 1 sharp, as if scaled to that"),
+        (TargetDOS.from_arrays(E, METAL.values / METAL.values.max()), (1, 1), "is exactly 1, so it seems to be scaled"),
         (METAL, (1, 1), None),
         (TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1)), (1, 1), None),
         (TargetDOS.from_peaks([(1.5, 3.0, 0.3)], window=(0.5, 3)), (1, 1), None),
@@ -234,7 +234,7 @@ def test_doubts(dos: TargetDOS, num_atoms: tuple[int, int], message: str | None)
 
 def test_generate_warns_of_a_target_in_arbitrary_units(tiny_weights: Path) -> None:
     generator = DOSGenerator(tiny_weights, device="cpu")
-    with pytest.warns(DOSWarning, match="no site of any element holds so many") as caught:
+    with pytest.warns(DOSWarning, match="no site of any element holds that number") as caught:
         generator.generate({0: flat(400.0), 1: flat(400.0)}, num_atoms=2, num_steps=2, seed=0)
     assert len(caught) == 1
     with warnings.catch_warnings():
@@ -265,7 +265,7 @@ def test_no_label_is_doubted() -> None:
     rows = np.flatnonzero(labels.split == "val")[::4]
     for i in rows:
         for dos in labels.targets(int(i)):
-            assert not any("holds so many" in message for message in doubts(dos))
+            assert not any("holds that number" in message for message in doubts(dos))
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

@@ -437,7 +437,7 @@ def test_every_batch_knows_the_split_of_a_formula(tmp_path: Path, monkeypatch: p
     (tmp_path / "structures.parquet").touch()
     run(maker.make(given, tmp_path / "site_dos"), tmp_path)
     assert [rest["table"] for rest in seen.values()] == [tmp_path / "structures.parquet"] * 3, "as in dosmatgen label"
-    with pytest.raises(ValueError, match=r"c cannot be in the split 'val': .* which are in test"):
+    with pytest.raises(ValueError, match=r"c cannot be in the split 'val': .* are in 'test'"):
         maker.make(given, tmp_path, split={"a": "test", "c": "val"})
 
 

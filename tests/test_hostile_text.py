@@ -72,18 +72,18 @@ REFUSED: list[tuple[str | bytes, str]] = [
     ("-2,5 1.25\n-1,5 2.5\n", "line 1: "),
     ("0;1\n1;2;3\n", "line 2: 3 columns, but 2 in line 1"),
     # repeated energies
-    ("0 1\n0 1\n", "lines 1 and 2: the energy 0 eV stands twice"),
-    ("0 1\n1 2\n1 3\n2 1\n", "lines 2 and 3: the energy 1 eV stands twice"),
-    ("0 1\n0 1\n0 2\n1 1\n1 1\n1 2\n", "lines 1 and 2: the energy 0 eV stands twice"),
-    ("0 1\n0 1.1\n1 2\n1 2.1\n", 'stands twice: if they are two spins, say spin="separate"'),
-    ("0 1\n1 2\n0 1\n1 2\n0 1\n1 2\n", "stands twice"),
+    ("0 1\n0 1\n", "lines 1 and 2: the energy 0 eV is there twice"),
+    ("0 1\n1 2\n1 3\n2 1\n", "lines 2 and 3: the energy 1 eV is there twice"),
+    ("0 1\n0 1\n0 2\n1 1\n1 1\n1 2\n", "lines 1 and 2: the energy 0 eV is there twice"),
+    ("0 1\n0 1.1\n1 2\n1 2.1\n", 'is there twice: if they are two spins, say spin="separate"'),
+    ("0 1\n1 2\n0 1\n1 2\n0 1\n1 2\n", "is there twice"),
     # values
     ("0 1\n1 -5\n2 1\n", "the DOS is -5 at 1 eV: values must not be negative"),
-    ("0 -1\n1 -2\n2 -1\n", "the DOS is negative: a spin drawn downwards is half of it"),
+    ("0 -1\n1 -2\n2 -1\n", "the DOS is negative. A spin drawn downwards is half of it"),
     ("0 -1\n1 1\n2 -1\n3 1\n", "the DOS is -1 at 0 eV: values must not be negative"),
     # energies that are none
     ("-100000 1\n100000 1\n", "200000 eV apart"),
-    ("-5000 1\n0 2\n5000 1\n", "5000 eV apart, at most 100 make a DOS: are the energies in eV"),
+    ("-5000 1\n0 2\n5000 1\n", "5000 eV apart, more than 100: are the energies in eV"),
     ("0 1\n1e300 2\n", "line 2: 1e\\+300 eV is no energy"),
     ("-1e308 1\n1e308 2\n", "line 1: -1e\\+308 eV is no energy"),
     # headers that say that it is something else
@@ -109,7 +109,7 @@ REFUSED: list[tuple[str | bytes, str]] = [
     ("#  E (eV)   dosup(E)  dosdw(E)  Int dos(E) EFermi =  5.1 6.2 eV\n0 1 1 1\n1 2 2 2\n", "two Fermi levels"),
     ("#  E (eV)   dos(E)     Int dos(E) EFermi =  5.1 eV\n0 1\n1 2\n", "dos.x writes 3 columns here, not 2"),
     ("# ik    E (eV)  dos(E)    pdos(E)\n1 0 1 1\n1 1 2 2\n", "resolved by k-point"),
-    ("#  E (eV)   dos(E)     Int dos(E) EFermi =  5.1 eV\n0.1 1 1\n0.1 1 2\n0.2 1 3\n0.2 1 4\n", "stands twice"),
+    ("#  E (eV)   dos(E)     Int dos(E) EFermi =  5.1 eV\n0.1 1 1\n0.1 1 2\n0.2 1 3\n0.2 1 4\n", "is there twice"),
     ("energies,dosTotalSpin-0,spinChannel-0_orbitals-a,spinChannel-0_orbitals-b\n0,1.5,1,1\n1,2,1,1\n", "say which"),
 ]
 
@@ -124,7 +124,7 @@ STATED: list[tuple[str, dict[str, Any], str]] = [
     ("0 1\n1 2\n", {"spin": "both"}, "spin must be 'summed' or 'one' or 'separate'"),
     ("0 1\n1 2\n", {"spin": "separate"}, "needs two columns of DOS"),
     ("0 1 1\n1 2 2\n", {"spin": "one", "columns": (0, 1, 2)}, 'spin="one" goes with one column'),
-    ("0 1\n0 1.5\n1 2\n1 2.5\n", {"spin": "summed"}, "stands twice"),
+    ("0 1\n0 1.5\n1 2\n1 2.5\n", {"spin": "summed"}, "is there twice"),
     ("0 1\n1 2\n", {"reference": "vacuum"}, "reference must be 'fermi' or 'vbm'"),
     ("0 1\n1 2\n", {"kind": "atom"}, "kind must be 'site' or 'total'"),
     ("0 1\n1 2\n", {"units": "K"}, "units must be eV, meV, Ry or Ha"),

@@ -123,7 +123,7 @@ def test_what_relaxes_into_a_known_crystal_is_not_new(
     monkeypatch.setattr("dosmatgen_ase.judge.ranking.score", scored)
     generator = DOSGenerator(tiny_weights, device="cpu")
     if expected is None:
-        with pytest.raises(RejectedError, match="0 of 2 structures are new once relaxed"):
+        with pytest.raises(RejectedError, match="0 of 2 structures are new after relaxation"):
             generator.generate(TARGET, 1, oversample=2, new_only=True, **SETTINGS)
     else:
         made = generator.generate(TARGET, 1, oversample=2, new_only=True, **SETTINGS)

@@ -457,7 +457,7 @@ def test_doscar(tmp_path: Path, lobster: bool, spins: int, sign: int) -> None:
     assert zero_at == pytest.approx(zero - 3.0, abs=0.7)  # the edge of the valence band, within its width
     assert total.energies[total.values.argmax()] + zero_at == pytest.approx(zero - 3.0, abs=0.02)
     assert total.provenance["source"].startswith("LOBSTER" if lobster else "VASP")
-    assert ("turned up" in steps_of(total)) == (sign < 0)
+    assert ("taken as positive" in steps_of(total)) == (sign < 0)
 
 
 def test_doscar_of_a_metal_has_its_zero_at_the_fermi_level(tmp_path: Path) -> None:
@@ -496,7 +496,7 @@ def test_sites_that_hold_far_more_than_the_total_are_told(tmp_path: Path) -> Non
     path = tmp_path / "dos.json"
     path.write_text(json.dumps(pymatgen_dict(SPREAD, 0.01 * dos, sites, 1.0)))
     assert TargetDOS.from_file(path, 0).provenance["assumed"] == [
-        "scale: the sites hold 80.0 times the total DOS, which is taken for right"
+        "scale: the sites hold 80.0 times the total DOS; the total is taken as right"
     ]
 
 
@@ -537,7 +537,7 @@ def test_castep_bands(tmp_path: Path, spins: int) -> None:
     assert target.total_states(hi=2.0) == pytest.approx(4.0, rel=2e-3)
     assert target.band_centre(-5.0, -2.2) == pytest.approx(1.0 - (0.25 * 5.0 + 0.75 * 4.5), abs=0.01)
     assert "zero of energy at -1.0000 eV (vbm)" in steps_of(target)
-    assert target.provenance["assumed"][0].startswith("k-points: taken for a mesh")
+    assert target.provenance["assumed"][0].startswith("k-points: taken as a mesh")
 
 
 # -- packed files ------------------------------------------------------------------------------------------------------

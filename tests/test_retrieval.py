@@ -499,9 +499,9 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str, index: 
 
 def test_a_filter_of_what_an_index_does_not_know_is_refused(predictor: Path) -> None:
     index = build_index([named(bulk("Cu"), "cu")], predictor=predictor)
-    with pytest.raises(ValueError, match="knows no band gaps"):
+    with pytest.raises(ValueError, match="has no band gaps"):
         search(target(curve(-5.0)), gap=(0, 1), index=index)
-    with pytest.raises(ValueError, match="knows no energies above the hull"):
+    with pytest.raises(ValueError, match="has no energies above the hull"):
         search(target(curve(-5.0)), max_above_hull=0.1, index=index)
 
 
@@ -560,7 +560,7 @@ def test_search_takes_several_sites_and_totals(index_file: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--exclude-elements", "Ni,Na,Mg,Si,La"], "none of the 6 known crystals fits"),
+        (["--exclude-elements", "Ni,Na,Mg,Si,La"], "none of the 6 known crystals passes"),
         (["--site", "x"], "must be like 4, 4,6 or 4-7"),
         (["-o", "hits.poscar"], "its name must end in .extxyz, .xyz, .cif, .vasp"),
         (["--index", "none.npz"], "no index at none.npz"),

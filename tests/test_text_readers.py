@@ -165,7 +165,7 @@ def test_the_other_spin_may_be_the_file_that_is_given(tmp_path: Path) -> None:
 
 def test_one_spin_without_the_other_is_told(tmp_path: Path) -> None:
     up, name, _ = vaspkit_site()
-    with pytest.raises(ValueError, match=r"is one spin: put PDOS_A1_DW.dat beside it, or say spin=.one.") as caught:
+    with pytest.raises(ValueError, match=r"holds one spin: put PDOS_A1_DW.dat beside it, or say spin=.one.") as caught:
         read(tmp_path, up, name)
     assert name in str(caught.value)
     assert read(tmp_path, up, name, spin="one").values[1:] == pytest.approx(2 * UP[1:], abs=1e-5)
@@ -303,7 +303,7 @@ def test_spins_in_rows_are_added(tmp_path: Path, order: str, down: float) -> Non
 
 def test_equal_rows_are_two_spins_only_if_that_is_said(tmp_path: Path) -> None:
     text = rows(np.repeat(ENERGIES, 2), np.repeat(UP, 2))
-    with pytest.raises(ValueError, match=r"stands twice: if they are two spins, say spin=.separate."):
+    with pytest.raises(ValueError, match=r"is there twice: if they are two spins, say spin=.separate."):
         read(tmp_path, text)
     assert read(tmp_path, text, spin="separate").values == pytest.approx(2 * UP, abs=1e-5)
 
@@ -342,7 +342,7 @@ def test_smearing_and_a_spin_drawn_downwards_are_told_apart(tmp_path: Path) -> N
     assert "negative values" in smeared.provenance["steps"][-1]
     both = read(tmp_path, "E up down\n" + rows(ENERGIES, level, -level))
     assert both.total_states() == pytest.approx(2.0, abs=2e-3)
-    with pytest.raises(ValueError, match=r"dos\.dat: the DOS is negative: a spin drawn downwards is half of it"):
+    with pytest.raises(ValueError, match=r"dos\.dat: the DOS is negative\. A spin drawn downwards is half of it"):
         read(tmp_path, rows(ENERGIES, -UP))
     assert read(tmp_path, rows(ENERGIES, -UP), spin="one").values == pytest.approx(2 * UP, abs=1e-5)
     with pytest.raises(ValueError, match=r"dos.dat: the DOS is -.* must not be negative"):

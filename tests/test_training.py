@@ -269,7 +269,7 @@ def test_other_data_than_before_is_warned_of(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Trainer(CONFIG, bulk_dataset()).restore(tmp_path / "state")
-    with pytest.warns(UserWarning, match="the data is not that which the run began with"):
+    with pytest.warns(UserWarning, match="the data differ from those that the run began with"):
         Trainer(CONFIG, bulk_dataset(labelled=5)).restore(tmp_path / "state")
 
 

@@ -269,7 +269,7 @@ def check_output(
     if not os.access(target if target.exists() else target.parent, os.W_OK):
         raise PermissionError(f"cannot write {path}: permission denied; choose another place")
     if target.exists() and not overwrite and not _holds(target, marks):
-        raise FileExistsError(f"{path} is there and holds something else: choose another name, or give --overwrite")
+        raise FileExistsError(f"{path} exists and holds something else: choose another name, or give --overwrite")
 
 
 def _holds(path: Path, marks: Sequence[bytes]) -> bool:

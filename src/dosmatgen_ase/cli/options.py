@@ -36,7 +36,7 @@ DosFile = Annotated[
     ),
 ]
 PICTURES = (".png", ".pdf", ".svg")
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there and hold something else.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files that this command did not write.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is one.")]
 Data = Annotated[Path, typer.Option(help="Folder with structures.parquet and site_dos/*.npz.")]
 Predictor = Annotated[
@@ -115,17 +115,19 @@ class TargetOptions:
     site: Annotated[
         int | None,
         typer.Option(
-            help="Site of the file's structure whose DOS is meant, from 0. Default: the total DOS.",
+            help="Take the DOS of this site of the file's structure, counted from 0. Default: the total DOS.",
             rich_help_panel=TARGET_PANEL,
         ),
     ] = None
     reference: Annotated[
         str | None,
-        typer.Option(help="What zero energy is, if the file does not say: fermi or vbm.", rich_help_panel=TARGET_PANEL),
+        typer.Option(
+            help="Zero of the energies, if the file does not say: fermi or vbm.", rich_help_panel=TARGET_PANEL
+        ),
     ] = None
     efermi: Annotated[
         float | None,
-        typer.Option(help="Energy (eV) in columns of text that is to be zero.", rich_help_panel=TARGET_PANEL),
+        typer.Option(help="Energy (eV) of a text file that becomes zero.", rich_help_panel=TARGET_PANEL),
     ] = None
     align: Annotated[
         bool,
@@ -144,17 +146,17 @@ class TargetOptions:
     spin: Annotated[
         str | None,
         typer.Option(
-            help="What columns of text hold: summed (both spins), one (of two that are alike), separate (up and down).",
+            help="Spins in columns of text: summed (both added), one (of two that are alike), separate (up and down).",
             rich_help_panel=TARGET_PANEL,
         ),
     ] = None
     units: Annotated[
-        str | None, typer.Option(help="Of energies in text: eV, meV, Ry or Ha.", rich_help_panel=TARGET_PANEL)
+        str | None, typer.Option(help="Unit of the energies in text: eV, meV, Ry or Ha.", rich_help_panel=TARGET_PANEL)
     ] = None
     electrons: Annotated[
         float | None,
         typer.Option(
-            help="Scale the DOS so that it holds so many states below 0 eV, if its unit is arbitrary.",
+            help="Scale the DOS to this number of states below 0 eV, if its unit is arbitrary.",
             rich_help_panel=TARGET_PANEL,
         ),
     ] = None
@@ -164,13 +166,13 @@ class TargetOptions:
     ] = None
     kind: Annotated[
         str | None,
-        typer.Option(help="Whose DOS it is, if the file does not say: site or total.", rich_help_panel=TARGET_PANEL),
+        typer.Option(help="Kind of the DOS, if the file does not say: site or total.", rich_help_panel=TARGET_PANEL),
     ] = None
     window: Annotated[
         tuple[float, float] | None,
         typer.Option(
             metavar="LOW HIGH",
-            help="Energies (eV) in which the DOS is meant; elsewhere it counts as unknown.",
+            help="Use the DOS between these energies (eV) only; elsewhere it is unknown.",
             rich_help_panel=TARGET_PANEL,
         ),
     ] = None

@@ -55,7 +55,9 @@ class FilterOptions:
     ] = None
     max_above_hull: Annotated[
         float | None,
-        typer.Option(help="Most energy above the hull, eV/atom, as given with the crystals.", rich_help_panel=FILTERS),
+        typer.Option(
+            help="Highest energy above the hull, eV/atom, as given with the crystals.", rich_help_panel=FILTERS
+        ),
     ] = None
     gap: Annotated[
         tuple[float, float] | None,
@@ -82,8 +84,8 @@ def search(
     site: Annotated[
         str | None,
         typer.Option(
-            help="Site of the file's structure whose DOS is meant, from 0, or several: 3 or 0-3. Default: "
-            "the total DOS."
+            help="Take the DOS of this site of the file's structure, counted from 0, or of several: 3 or 0-3. "
+            "Default: the total DOS."
         ),
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Number of crystals.")] = 10,
@@ -119,9 +121,9 @@ def search(
     known = default_index() if index is None else DOSIndex.load(index)
     hits = run(targets[0] if len(targets) == 1 else targets, n, index=known, **filters.keywords())
     if not hits:
-        raise ValueError(f"none of the {len(known)} known crystals fits what was asked for: ask for less")
+        raise ValueError(f"none of the {len(known)} known crystals passes the filters: loosen them")
     show(hit_table(hits, f"nearest of {len(known)} known crystals"))
-    typer.echo("distance: normalised L1 to the target; error: expected error of it; 0 where all of the DOS is computed")
+    typer.echo("distance: normalised L1 to the target; error: its expected error, 0 where all of the DOS is computed")
     typer.echo("gap: eV; hull: eV/atom above the hull, as given with the crystals")
     if "source" in known.info:
         tell(f"structures: {attribution(known.info['source'])}")
@@ -201,7 +203,7 @@ def make_index(
     ] = "",
     parts: Annotated[
         Path | None,
-        typer.Option(help="Folder of what is predicted so far; kept. Default: OUT-parts, removed at the end."),
+        typer.Option(help="Folder of the predictions so far; it is kept. Default: OUT-parts, removed at the end."),
     ] = None,
     predictor: Predictor = None,
     overwrite: Overwrite = False,

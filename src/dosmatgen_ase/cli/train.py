@@ -107,11 +107,11 @@ def train_predictor(
         Path, typer.Option(help="Folder for predictor.safetensors (generate --predictor), ranker and judge.")
     ] = Path("runs/predictor"),
     epochs: Annotated[
-        int, typer.Option(min=1, help="Of each tight-binding model; 60 take about an hour on a CPU core.")
+        int, typer.Option(min=1, help="Epochs of each tight-binding model; 60 take about an hour on a CPU core.")
     ] = 60,
     device: Device = None,
     overwrite: Overwrite = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of initial weights, dropout and order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights, dropout and order.")] = 0,
 ) -> None:
     """Train the forward models (structure to site DOS): one on all labels, two on the halves of the formulas.
 

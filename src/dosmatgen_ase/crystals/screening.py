@@ -119,7 +119,7 @@ def screen(
     heights = volume / np.linalg.norm(normals, axis=1)
     shortest = _shortest_distance(cell, heights, frac_coords)
     if shortest is None:
-        return Screening(False, "cell too skewed to search its images: reduce it first", None, per_atom)
+        return Screening(False, "the cell is too skewed to search its images: reduce it first", None, per_atom)
     if not shortest >= min_distance:
         return Screening(False, f"atoms {shortest:.3f} A apart, less than {min_distance:g}", shortest, per_atom)
     return Screening(True, None, shortest, per_atom)

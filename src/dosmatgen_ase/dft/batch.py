@@ -130,7 +130,7 @@ def _compute_or_read(
             used = done["result"]["total"]["provenance"].get("pseudopotentials")  # of an old record it is not known
             if not same or (used is not None and used != fingerprints(pseudos)):
                 told = "another structure, other settings or pseudopotentials, or an earlier version's recipe"
-                raise ValueError(f"{file} is of {told}: choose another folder, or remove it")
+                raise ValueError(f"{file} holds the result of {told}: choose another folder, or remove it")
             return ElectronicStructure.from_dict(done["result"])
     record = {"format": "dosmatgen_ase.compute_many", "structure": crystal, "settings": given}
     try:

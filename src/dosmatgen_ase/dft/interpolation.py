@@ -67,7 +67,7 @@ def symmetry_of(atoms: Atoms) -> dict[str, np.ndarray]:
     except spglib.SpglibError:
         symmetry = None
     if symmetry is None:
-        raise ValueError("spglib finds no symmetry in this structure: are two atoms on one place?")
+        raise ValueError("spglib finds no symmetry in this structure: are two atoms in one place?")
     return symmetry
 
 

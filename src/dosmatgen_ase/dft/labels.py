@@ -212,8 +212,8 @@ def formula_splits(
         if wanted not in ("train", "val", "test"):
             raise ValueError(f"{name} cannot be in the split {wanted!r}: choose among train, val and test")
         if found.setdefault(formulas[name], wanted) != wanted:
-            among = f"the others of its formula, which are in {found[formulas[name]]}"
-            raise ValueError(f"{name} cannot be in the split {wanted!r}: it must be among {among}")
+            others = f"the others of its formula are in {found[formulas[name]]!r}"
+            raise ValueError(f"{name} cannot be in the split {wanted!r}: {others}")
     return found
 
 
@@ -286,7 +286,7 @@ def unsound(result: ElectronicStructure) -> str | None:
     if result.e_max <= 1.5:
         return f"too few bands: the DOS ends at {result.e_max:.2f} eV"
     if not 0.3 < below <= 1.1 * result.num_electrons + 0.5:
-        return f"{below:.2f} states below zero, where {result.num_electrons:g} electrons are"
+        return f"{below:.2f} states below zero, but {result.num_electrons:g} electrons"
     if result.orbital_dos.max() > np.iinfo(np.uint16).max * SHARD_UNIT:
         return "a peak is too high for the numbers of a shard"
     return None

@@ -58,8 +58,8 @@ def pseudopotentials(atoms: Atoms, settings: EspressoSettings) -> dict[str, Path
             raise ElectronicStructureError(f"{what} for {symbol} in {folder}: it must hold one UPF file per element")
         if (kind := _pseudo_type(fitting[0])) not in ("NC", "SL", ""):
             raise ElectronicStructureError(
-                f"{fitting[0]} is of type {kind}: cut-offs and projections here are those of norm-conserving "
-                "pseudopotentials, such as PseudoDojo's"
+                f"{fitting[0]} is of type {kind}: use norm-conserving pseudopotentials, such as PseudoDojo's, "
+                "for which cut-offs and projections are made"
             )
         found[symbol] = fitting[0]
     return found

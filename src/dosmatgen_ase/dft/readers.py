@@ -161,7 +161,7 @@ _STATE = re.compile(
 
 
 def read_projections(path: Path, projwfc_output: str, num_sites: int) -> _Projections:
-    """Read ``atomic_proj.xml`` of projwfc.x; whose each projection is stands in its printed output only."""
+    """Read ``atomic_proj.xml`` of projwfc.x. Only its printed output tells which atom a projection belongs to."""
     states = _STATE.findall(projwfc_output)
     orbitals = [Orbital(int(site) - 1, int(wfc), int(degree), int(m or 1) - 1) for site, wfc, degree, m, *_ in states]
     if not orbitals or max(orbital.site for orbital in orbitals) >= num_sites:

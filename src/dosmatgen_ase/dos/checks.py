@@ -64,9 +64,9 @@ def on_common_zero(targets: Mapping[Key, TargetDOS], name: str = "site {}") -> d
     if len(zeros) > 1:
         fermi, vbm = name.format(zeros["fermi"]), name.format(zeros["vbm"])
         raise ValueError(
-            f"the target of {fermi} has its zero at the Fermi level, that of {vbm} at the valence-band maximum: one "
-            f"crystal has one of them. Move the first, dos.aligned() where its own gap tells how far, dos.shift(eV) "
-            'elsewhere, or say reference="vbm" (--reference) if that is its zero'
+            f"the target of {fermi} has its zero at the Fermi level, but that of {vbm} at the valence-band maximum. "
+            "One crystal has one zero: move the first by dos.aligned() if its own gap tells how far, else by "
+            'dos.shift(eV), or set reference="vbm" (--reference) if that is its zero'
         )
     return moved
 
@@ -102,8 +102,8 @@ def doubts(dos: TargetDOS, num_atoms: tuple[int, int] = (1, 1)) -> list[str]:
         return []  # an error where it is used
     states = dos.total_states(*seen)
     if states == 0:
-        told = "is zero wherever it is known: a gap alone determines nothing: let it know some states beside the gap"
-        return [f"the {dos.kind} DOS {told}"]
+        told = "a gap alone does not determine a crystal: include states beside the gap"
+        return [f"the {dos.kind} DOS is zero at every known energy, and {told}"]
     if states < NO_STATES:
         return [f"the {dos.kind} DOS holds {states:.2g} states in all: {SCALE_IT}"]
     found = []
@@ -114,7 +114,7 @@ def doubts(dos: TargetDOS, num_atoms: tuple[int, int] = (1, 1)) -> list[str]:
     top = float(dos.values.max())
     if top in (1.0, 100.0) and dos.provenance.get("source") == "arrays" and np.unique(dos.values).size > MANY:
         found.append(
-            f"the largest value of the DOS is {top:g} sharp, as if scaled to that, not in states/eV: {SCALE_IT}"
+            f"the largest value of the DOS is exactly {top:g}, so it seems to be scaled, not in states/eV: {SCALE_IT}"
         )
     return found
 
@@ -128,8 +128,8 @@ def warn_of_doubts(targets: Mapping[Any, TargetDOS], num_atoms: tuple[int, int] 
 
 def _shift_advice(gap: tuple[float, float]) -> str:
     return (
-        f'the DOS has no states from {gap[0]:.2f} to {gap[1]:.2f} eV but reference "fermi": if its crystal has a gap, '
-        f"zero is the valence-band maximum: dos.aligned() (--align) moves it by {-gap[0]:.2f} eV"
+        f'the DOS has no states from {gap[0]:.2f} to {gap[1]:.2f} eV, but reference "fermi": if its crystal has a gap, '
+        f"its zero is the valence-band maximum: dos.aligned() (--align) moves it by {-gap[0]:.2f} eV"
     )
 
 
@@ -162,6 +162,6 @@ def _states_that_fit_nothing(dos: TargetDOS, num_atoms: tuple[int, int]) -> str:
     whose = "no site of any element" if dos.kind == "site" else f"no cell of {sizes} atoms"
     between = f"{num_atoms[0] * fewest[nearest]:.2g} to {num_atoms[1] * most[nearest]:.3g}"
     return (
-        f"the {dos.kind} DOS holds {held:.3g} states from {start:.1f} to 0 eV, and {whose} holds so many (nearest: "
+        f"the {dos.kind} DOS holds {held:.3g} states from {start:.1f} to 0 eV, and {whose} holds that number (nearest: "
         f"{nearest}, {between}): {SCALE_IT}"
     )

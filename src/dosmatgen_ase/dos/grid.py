@@ -111,7 +111,7 @@ def checked_curve(energies: ArrayLike, values: ArrayLike, known: ArrayLike) -> t
     if not np.isfinite(energies).all() or (steps <= 0).any():
         raise ValueError("energies must be finite and strictly increasing: sort them and drop repeated ones")
     if (widest := float(steps.max())) > MAX_STEP:
-        told = f"neighbouring energies are {widest:g} eV apart, at most {MAX_STEP:g} make a DOS"
+        told = f"neighbouring energies are {widest:g} eV apart, more than {MAX_STEP:g}"
         raise ValueError(f"{told}: are the energies in eV?")
     if not known.any():
         raise ValueError("nothing is known in this DOS: at least one energy must be known")

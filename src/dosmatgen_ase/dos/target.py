@@ -184,7 +184,7 @@ class TargetDOS:
         if not known.any():
             if inside_window(self.energies[self.known], (grid.minimum, grid.maximum)).any():
                 raise ValueError(
-                    f"what is known of {self!r} is too narrow for sigma {sigma:g} eV on a grid of step {grid.step:g} "
+                    f"the known part of {self!r} is too narrow for sigma {sigma:g} eV on a grid of step {grid.step:g} "
                     "eV: widen the window, or state sigma if the DOS is already that broad"
                 )
             raise ValueError(
@@ -288,7 +288,7 @@ class TargetDOS:
             If it is not a finite number above 0, or there are no states between `lo` and `hi`.
         """
         if (factor is None) == (electrons is None):
-            raise TypeError("scaled() takes a factor or electrons=, one of them")
+            raise TypeError("scaled() takes either a factor or electrons=")
         given = factor if electrons is None else electrons
         if isinstance(given, bool) or not isinstance(given, int | float | np.number):
             raise TypeError(f"a DOS is scaled by a number, not by {given!r}")

@@ -191,7 +191,7 @@ def _keep_best(screening: ScreeningDoc, keep: int) -> None:
         candidate = survivors[atoms.info["survivor"]]
         candidate.predicted_distance = atoms.info["scores"]["distance"]
         if place > keep:
-            candidate.reason = f"place {place} of {len(survivors)} by predicted DOS, {keep} go on"
+            candidate.reason = f"place {place} of {len(survivors)} by predicted DOS: only {keep} go on"
 
 
 # -- relax and compute -------------------------------------------------------------------------------------------------

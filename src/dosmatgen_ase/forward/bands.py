@@ -48,7 +48,7 @@ def predict_bands(
 
     predictor = predictor or default_predictor()
     if not predictor.tight_binding:
-        raise ValueError("this predictor has no tight-binding model, which bands need: take the one that ships")
+        raise ValueError("bands need a tight-binding model, and this predictor has none: use the one that ships")
     model = predictor.tight_binding[0]
     try:
         graph = tight_binding_graph(atoms, model.config.cutoff)

@@ -93,7 +93,7 @@ def tight_binding_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
     if len(np.unique(graph.first)) < len(atoms):
         raise ValueError(f"isolated atoms: not all have a neighbour within {cutoff:g} A")
     if graph.size > MAX_ORBITALS:
-        raise ValueError(f"{graph.size} orbitals are too many, at most {MAX_ORBITALS}: take a smaller cell")
+        raise ValueError(f"it has {graph.size} orbitals, more than {MAX_ORBITALS}: use a smaller cell")
     return graph
 
 

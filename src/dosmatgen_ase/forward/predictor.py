@@ -394,7 +394,9 @@ def predict_dos(
 def _wanted_sites(sites: Sequence[int] | None, atoms: Atoms) -> list[int]:
     wanted = site_numbers(range(len(atoms)) if sites is None else sites, "sites")
     if missing := [i for i in wanted if not 0 <= i < len(atoms)]:
-        raise ValueError(f"sites={missing}: {atoms.get_chemical_formula()} has the sites 0 to {len(atoms) - 1}")
+        raise ValueError(
+            f"sites={missing} do not exist: {atoms.get_chemical_formula()} has the sites 0 to {len(atoms) - 1}"
+        )
     return list(wanted)
 
 

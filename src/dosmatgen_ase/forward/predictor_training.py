@@ -324,7 +324,7 @@ def evaluate(
 
     rows = [i for i in np.flatnonzero(labels.split == split).tolist() if not isinstance(features[i], str)]
     if not rows:
-        raise ValueError(f"no labels of split {split!r} to measure by: add some")
+        raise ValueError(f"there are no labels of the split {split!r} to measure on: add some")
     found, target, known = _compared(predictor, labels, features, np.array(rows), method)
     numbers = np.concatenate([labels.atoms(i).numbers for i in rows])
     figures: dict[str, Any] = {"structures": len(rows), "sites": len(target)}

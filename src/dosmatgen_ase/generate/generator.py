@@ -187,7 +187,7 @@ class DOSGenerator:
             from dosmatgen_ase.judge.ranking import best, score  # brings CHGNet, which plain generation does without
 
             targets, total = request.site_targets, request.total_target
-            score([], targets, total, ranking=ranking, relax=relax)  # what cannot be is told before the work
+            score([], targets, total, ranking=ranking, relax=relax)  # errors come before the work
         stream = None if out is None else Stream(Path(out), overwrite)
         made = self._start(request, chosen, wanted * oversample if ranked else wanted, progress, stream)
         ordered: list[Atoms] = []
@@ -204,8 +204,8 @@ class DOSGenerator:
                 scored = score(ordered, targets, total, ranking=ranking, relax=relax, progress=progress, **held)
             new = [atoms for atoms in scored if not_new(request, atoms) is None]  # some relax into known ones
             if len(new) < min(wanted, len(scored)):
-                told = f"{len(new)} of {len(scored)} structures are new once relaxed"
-                failure = RejectedError(f"{told}; raise oversample, or allow known ones")
+                told = f"only {len(new)} of {len(scored)} structures are new after relaxation"
+                failure = RejectedError(f"{told}; raise oversample, or allow known crystals")
                 failure.structures = new
                 raise failure
             ordered = best(new, wanted)

@@ -106,7 +106,8 @@ class Request:
         for name, used in named.items():
             for i in sorted(used):
                 if not 0 <= i < limit:
-                    raise ValueError(f"{name} names site {i}, but there are {limit} sites by {source}")
+                    there = "site 0" if limit == 1 else f"sites 0 to {limit - 1}"
+                    raise ValueError(f"{name} names site {i}, but {source} allows {there} only")
         wanted: list[tuple[int | None, TargetDOS]] = [*targets.items(), *([] if total is None else [(None, total)])]
         request = cls(
             settings=settings,
@@ -135,7 +136,7 @@ class Request:
 
     def _check_species(self) -> None:
         for i, z in self.pinned_species().items():
-            name = f"site {i} is to stay {chemical_symbols[z]}, which"
+            name = f"site {i} must be {chemical_symbols[z]}, which"
             if z not in self.allowed:
                 raise ValueError(f"{name} contradicts elements/exclude_elements: allow it, or leave the site free")
             if self.composition and z not in self.composition:
@@ -146,8 +147,8 @@ class Request:
                 if left < 0:
                     used_up = [i for i, other in self.pinned_species().items() if other == z]
                     raise ValueError(
-                        f"composition has fewer {chemical_symbols[z]} than sites {used_up}, which are to stay "
-                        f"{chemical_symbols[z]} by fixed_species or template: change it, or leave some of them free"
+                        f"composition has fewer {chemical_symbols[z]} than the sites {used_up}, where fixed_species or "
+                        f"template hold {chemical_symbols[z]}: change it, or leave some of these sites free"
                     )
 
     def remaining(self, size: int) -> dict[int, int]:
@@ -201,8 +202,8 @@ class Request:
             return
         if (spacing := plane_spacings(np.asarray(template.cell)).min()) < shortest:
             raise ValueError(
-                f"template is collapsed: its lattice repeats every {spacing:.2f} Angstrom, and the network sees all "
-                f"neighbours from {shortest:.2f} on only; use a crystal with atoms farther apart"
+                f"template is collapsed: its lattice repeats every {spacing:.2f} Angstrom, and the network needs at "
+                f"least {shortest:.2f} to see all neighbours; use a crystal with atoms farther apart"
             )
 
     @property

@@ -102,7 +102,7 @@ class Stream:
                 file.write(extxyz([atoms]).decode())
         except OSError as error:
             fix = "make room, then ask for the same again: what it holds is kept"
-            raise OSError(f"cannot go on writing {self.path}: {error.strerror}; {fix}") from error
+            raise OSError(f"cannot continue writing {self.path}: {error.strerror}; {fix}") from error
 
 
 def _torn(lines: Sequence[str]) -> bool:

@@ -208,7 +208,7 @@ def symmetrized(atoms: Atoms, tolerance: float = 0.1) -> Atoms:
         If atoms are closer to each other than that.
     """
     if len(neighbor_list("i", atoms, tolerance)):
-        raise ValueError(f"no symmetry to be found within {tolerance:g} A: atoms are closer to each other")
+        raise ValueError(f"cannot search for symmetry within {tolerance:g} A: two atoms are closer to each other")
     copy = atoms.copy()
     refine_symmetry(copy, tolerance)
     return copy
@@ -226,7 +226,7 @@ def relax_each(
     """Yield what :func:`relax` returns, in order and as it comes, so that a long run can keep what it has."""
     if not (fmax > 0 and max_steps >= 0 and time_limit > 0 and processes > 0):
         given = f"fmax={fmax}, time_limit={time_limit}, processes={processes}"
-        raise ValueError(f"{given} must be above 0, max_steps={max_steps} not below it")
+        raise ValueError(f"{given} must be above 0, and max_steps={max_steps} must not be negative")
     work = partial(_relax_one, fmax=fmax, max_steps=max_steps, time_limit=time_limit, fixed_cell=fixed_cell)
     if min(processes, len(structures)) <= 1:
         engine = load_calculator(calculator)

@@ -104,7 +104,7 @@ class Hull:
         Raises
         ------
         FileNotFoundError, ValueError
-            If there is no such file, or it is none.
+            If there is no such file, or it is no hull.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no hull at {path}: build one with scripts/build_hull.py")

@@ -193,7 +193,7 @@ def _sizes(num_atoms: Any) -> list[int]:
 def _known(values: np.ndarray, name: str, what: str) -> np.ndarray:
     """The values, with which nan compares as false; ValueError if none is known."""
     if np.isnan(values).all():
-        raise ValueError(f"this index knows no {what}: leave {name} out, or build it from crystals that tell them")
+        raise ValueError(f"this index has no {what}: leave {name} out, or build an index from crystals that have them")
     return values
 
 

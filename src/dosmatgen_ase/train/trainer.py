@@ -373,11 +373,11 @@ class Trainer:
             )
         if header["device"] != self.device.type:
             raise ValueError(
-                f"{path} was made on {header['device']}, this run is on {self.device.type}, which has other random "
-                "numbers: resume on the first or choose a new folder"
+                f"{path} was made on {header['device']}, this run is on {self.device.type}, whose random numbers "
+                "differ: resume on the first or choose a new folder"
             )
         if header["data"] != self.data.digest:
-            told = "the data is not that which the run began with: it goes on with the present one"
+            told = "the data differ from those that the run began with: it goes on with the present data"
             warnings.warn(f"{path}: {told}", stacklevel=2)
         try:
             self._take_over(tensors, header)

@@ -74,7 +74,9 @@ def _ase_table(rows: list[Any], sigma: float | None) -> tuple[Array, Array, floa
     lo, hi = states.min() - 5 * sigma, states.max()
     size = math.ceil((hi - lo) / (sigma / 4)) + 1
     if size > _MAX_ENERGIES:
-        raise ValueError(f"states over {hi - lo:.3g} eV at sigma {sigma:g} eV need {size:.3g} energies: widen sigma")
+        raise ValueError(
+            f"states over {hi - lo:.3g} eV at sigma {sigma:g} eV need {size:.3g} energies: take a larger sigma"
+        )
     table = [row.sample_grid(size, xmin=lo, xmax=hi, width=sigma).get_weights() for row in rows]
     return np.linspace(lo, hi, size), np.array(table), sigma
 

@@ -74,7 +74,7 @@ def _target(content: Content) -> TargetDOS:
         f"{num_k} k-points, {electrons:g} electrons, {degeneracy * filled:.2f} states up to the Fermi level",
         f"zero of energy at {zero:.4f} eV ({reference})",
     ]
-    told = ["k-points: taken for a mesh with the weights in the file; a path through the zone gives no DOS"]
+    told = ["k-points: taken as a mesh with the weights in the file; a path through the zone gives no DOS"]
     provenance = record(f"CASTEP {content.basename}", steps, told)
     known = np.ones(size, dtype=bool)
     return TargetDOS(energies - zero, np.maximum(values, 0.0), known, reference, MODEL_SIGMA, "total", provenance)

@@ -184,7 +184,9 @@ def _unpacked(content: bytes, name: str) -> bytes:
             raise ValueError(f"{name} is a damaged {packer} file ({error}): copy it again") from None
         if len(unpacked) > limit:
             told = f"unpacks to more than {limit / 2**20:.0f} MiB from {len(content) / 2**20:.2g} MiB"
-            raise ValueError(f"{name} {told}: refused, as no DOS file does; if it is one, unpack it yourself")
+            raise ValueError(
+                f"{name} {told}: it is refused, because no DOS file does so; if it is one, unpack it yourself"
+            )
         return unpacked
     return content
 

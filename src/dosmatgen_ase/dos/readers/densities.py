@@ -141,7 +141,7 @@ class Densities:
         if (total < 0).any():
             share = -total[total < 0].sum() / max(total[total > 0].sum(), 1e-9)
             raise ValueError(
-                f"values must not be negative: {share:.0%} of the area lie below zero, and {self.smearing} makes "
+                f"values must not be negative: {share:.0%} of the area lies below zero, but {self.smearing} makes "
                 f"{self.negative_limit:.1%} at most"
             )
 
@@ -164,7 +164,7 @@ class Densities:
         if (abs(sums - found) <= slack).all():
             return self.energies, density, False, []
         if found[-1] <= GAP_DOS:
-            return self.energies, density, False, ["the integrated column holds no states and is left aside"]
+            return self.energies, density, False, ["the integrated column holds no states and is not used"]
         told = f"states taken from the integrated column ({found[-1]:.2f}): the density holds {sums[-1]:.2f}"
         return 0.5 * (self.energies[1:] + self.energies[:-1]), np.diff(states) / steps, True, [told]
 
@@ -198,7 +198,7 @@ class Densities:
         held = float(projections.sum() / max(total.sum(), GAP_DOS))
         doubts = []
         if held > MOST_HELD:
-            doubts.append(f"scale: the sites hold {held:.1f} times the total DOS, which is taken for right")
+            doubts.append(f"scale: the sites hold {held:.1f} times the total DOS; the total is taken as right")
         name = f" ({self.symbols[site]})" if len(self.symbols) > site else ""
         notes = [f"site {site}{name}, sites scaled to add up to the total"]
         lost = float((cell_widths(energies) * total)[~known & (energies <= top)].sum())
@@ -243,7 +243,7 @@ def _upward(spins: Array) -> tuple[Array, list[str]]:
     if len(spins) == 2:
         down = spins[1]
         if -down[down < 0].sum() > 5 * down[down > 0].sum():
-            return np.stack([spins[0], -down]), ["spin down is drawn downwards in the file: turned up"]
+            return np.stack([spins[0], -down]), ["spin down is negative in the file: taken as positive"]
     return spins, []
 
 

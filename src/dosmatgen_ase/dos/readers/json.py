@@ -13,8 +13,8 @@ from dosmatgen_ase.dos.target import TargetDOS
 
 _MAX_BRACKETS, _MAX_COMMAS = 5_000_000, 20_000_000  # a list or dict takes 60 bytes and more, a number 32
 _DEFAULTS = {
-    "reference": "zero of energy: taken for the Fermi level, as the file does not say (--reference)",
-    "kind": "kind: taken for the DOS of one site, as the file does not say (--kind)",
+    "reference": "zero of energy: taken as the Fermi level, because the file does not say (--reference)",
+    "kind": "kind: taken as the DOS of one site, because the file does not say (--kind)",
 }
 
 

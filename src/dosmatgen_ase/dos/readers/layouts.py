@@ -120,7 +120,9 @@ def layout_of(table: Table, path: Path) -> Layout:
             "E - E_F (the other sign), and change the header"
         )
     if PER_VOLUME.search(table.text):
-        raise ValueError(f"{table.name}: its DOS is per volume: multiply it by that of the cell, and change the header")
+        raise ValueError(
+            f"{table.name}: its DOS is per volume: multiply it by the volume of the cell, and change the header"
+        )
     for recognise in (_espresso, _aims, _optados, _vaspkit, _pyprocar, _sumo):
         if layout := recognise(table, path):
             return layout
@@ -186,7 +188,9 @@ def _espresso(table: Table, path: Path) -> Layout | None:
     numbers = re.search(r"EFermi\s*=\s*([-+.\d\s]+)", head)
     levels = numbers[1].split() if numbers else []
     if len(levels) > 1:
-        raise ValueError(f"{table.name} has two Fermi levels, of a fixed moment: give efermi= (--efermi) for its zero")
+        raise ValueError(
+            f"{table.name} has two Fermi levels, because its moment is fixed: give the zero as efermi= (--efermi)"
+        )
     siblings: tuple[Path, ...] = ()
     total = None
     if kind == "site" and (found := re.search(r"\.pdos_atm#\d+\(\w+\)_wfc#", path.name)):

@@ -54,7 +54,9 @@ def _arrays(data: bytes) -> dict[str, Any]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
         size, limit = sum(members[key].file_size for key in _WANTED), max(FREE_BYTES, MAX_RATIO * len(data))
         if size > min(limit, MAX_BYTES):
-            raise ValueError(f"it unpacks to {size / 2**20:.0f} MiB from {len(data) / 2**20:.2g} MiB, as no DOS does")
+            raise ValueError(
+                f"it unpacks to {size / 2**20:.0f} MiB from {len(data) / 2**20:.2g} MiB, which no DOS does"
+            )
         return {key: _array(archive, members[key], key) for key in _WANTED}
 
 

@@ -59,7 +59,7 @@ def parse_text(content: bytes, path: str | PathLike[str], request: Request) -> T
         worst = int(np.nanargmin(values))
         raise ValueError(
             f"{table.name}: the DOS is {values[worst]:g} at {energies[worst]:g} eV: values must not be negative, and "
-            "it is too much for smearing: is it a difference of spins, or a column of something else (--columns)?"
+            "smearing does not make that much: is it a difference of spins, or a column of something else (--columns)?"
         )
     known = _known(energies, values, layout)
     if trusted is not None:
@@ -230,7 +230,7 @@ def _spins_added(
     alone = len(parts) == 1 and request.spin != "one" and layout.partner is None
     if down and alone and not repeated:
         raise ValueError(
-            f"{table.name}: the DOS is negative: a spin drawn downwards is half of it: give both spins "
+            f"{table.name}: the DOS is negative. A spin drawn downwards is half of it: give both spins "
             '(columns=(0, 1, 2), --columns), or say spin="one" (--spin one) if both are alike'
         )
     if request.spin == "separate" and len(parts) == 1 and not repeated:
@@ -269,7 +269,7 @@ def _sorted(
             raise ValueError(f"{table.name}, line {lines[0]}: a DOS needs at least 2 energies, not {energies.size}")
         return energies, values
     where = f"lines {lines[twice[0]]} and {lines[twice[0] + 1]}"
-    again = f"{table.name}, {where}: the energy {energies[twice[0]]:g} eV stands twice"
+    again = f"{table.name}, {where}: the energy {energies[twice[0]]:g} eV is there twice"
     pairs = len(energies) % 2 == 0 and np.array_equal(energies[::2], energies[1::2])
     if not pairs or (np.diff(energies[::2]) == 0).any() or len(energies) < 4 or request.spin in ("summed", "one"):
         raise ValueError(f"{again}: keep one row for each energy (or two, one for each spin)")
@@ -291,9 +291,8 @@ def _with_partner(
     partner = layout.partner
     assert partner is not None
     if not partner.is_file():
-        raise ValueError(
-            f'{table.name} is one spin: put {partner.name} beside it, or say spin="one" (--spin one) if both are alike'
-        )
+        fix = f'put {partner.name} beside it, or say spin="one" (--spin one) if both are alike'
+        raise ValueError(f"{table.name} holds one spin: {fix}")
     steps.append(f"the other spin added from {partner.name}")
     return _add(curve, _other(partner, columns, layout, request), f"{table.name} and {partner.name}")
 
@@ -331,7 +330,7 @@ def _scaled_to_total(
         raise ValueError(f"{name} and {path} have different energies: they are not of one calculation")
     sites = np.maximum([curve[1], projected.sum(axis=1) - curve[1]], 0.0)
     scaled, known = scale_sites_to_total(sites, np.maximum(total.sum(axis=1), 0.0), energies=energies)
-    steps.append(f"scaled as all projections of {path.name} to the total")
+    steps.append(f"scaled by the ratio of the total to all projections in {path.name}")
     return (curve[0], scaled[0]), known
 
 

@@ -118,7 +118,7 @@ def _of_blocks(
     if any(len(ion) != len(total) or any(t.shape[0] != total[0].shape[0] for t in ion) for ion in ions):
         raise ValueError("its projections do not fit its total DOS")
     if not last_has_dos:
-        assumptions.append("structure: the DOS is that of an earlier ionic step, as the last one has none")
+        assumptions.append("structure: the DOS is that of an earlier ionic step, because the last one has none")
     if in_lines:
         assumptions.append("k-points: they lie along lines, so this is not the DOS of the crystal; use a mesh")
     ismear, width = _number(settings, "ISMEAR"), _number(settings, "SIGMA")
@@ -191,7 +191,7 @@ def _levels(spin: ET.Element) -> Array:
     """Eigenvalues (k, bands) of one spin."""
     bands = np.array([_table(point)[:, 0] for point in spin])
     if bands.ndim != 2 or not np.isfinite(bands).all():
-        raise ValueError("its eigenvalues are not finite numbers, the same number at each k-point")
+        raise ValueError("its eigenvalues are not finite numbers, or not as many at each k-point")
     return np.sort(bands, axis=1)
 
 

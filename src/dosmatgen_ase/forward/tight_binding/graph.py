@@ -179,7 +179,7 @@ def collate(graphs: Sequence[CrystalGraph]) -> GraphBatch:
         If some are magnetic and some are not.
     """
     if len({g.magnetic for g in graphs}) != 1:
-        raise ValueError("a batch holds magnetic crystals or others, at least one, not both")
+        raise ValueError("a batch needs at least one crystal, and either all or none of them magnetic")
     counts = torch.tensor([len(g.numbers) for g in graphs])
     start = (counts.cumsum(0) - counts).tolist()
     size, most = max(g.size for g in graphs), max(len(g.vectors) for g in graphs)
