@@ -26,7 +26,13 @@ from dosmatgen_ase.forward.tight_binding.basis import (
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, GraphBatch, collate, crystal_graph
 from dosmatgen_ase.forward.tight_binding.integrals import INTEGRALS, blocks, directions
 from dosmatgen_ase.forward.tight_binding.kpoints import mesh_size, offset_mesh, random_mesh, symmetric_mesh
-from dosmatgen_ase.forward.tight_binding.model import MatrixElements, TightBinding, TightBindingConfig, bloch
+from dosmatgen_ase.forward.tight_binding.model import (
+    BAND_ENDS,
+    MatrixElements,
+    TightBinding,
+    TightBindingConfig,
+    bloch,
+)
 from dosmatgen_ase.forward.tight_binding.spectrum import Spectrum, broadened, eigh, zero_and_gap
 
 ENERGIES = torch.linspace(-10, 5, 151, dtype=torch.float64)
@@ -110,10 +116,12 @@ def test_a_square_lattice_has_the_sum_of_two_and_its_dos_peaks_in_the_middle() -
     torch.testing.assert_close(band[0, 0, :, 0], exact)
     share = torch.zeros(*band.shape, 3, dtype=torch.float64)
     share[..., 0] = 1
-    zero, gap = zero_and_gap(band, torch.tensor(weights)[None], torch.tensor([1.0], dtype=torch.float64))
+    zero, gap, opening = zero_and_gap(band, torch.tensor(weights)[None], torch.tensor([1.0], dtype=torch.float64))
     assert abs(float(zero)) < 1e-3  # half filled
     assert float(gap) == 0
-    found = broadened(Spectrum(band, share, torch.tensor(weights)[None], zero, gap), ENERGIES, SIGMA)[0, 0].numpy()
+    found = broadened(Spectrum(band, share, torch.tensor(weights)[None], zero, gap, opening), ENERGIES, SIGMA)[
+        0, 0
+    ].numpy()
     assert abs(ENERGIES[found.argmax()]) < 0.06  # the van Hove singularity
     # rho(E) = 2 K(1 - E^2 / 16) / (2 pi^2), two spins; far from the singularity smearing changes little
     from scipy.special import ellipk
@@ -268,7 +276,7 @@ def test_two_equal_spins_are_one(model: TightBinding) -> None:
         for h in spins:
             values = eigh(h)[0]
             weights = torch.full((1, 4), 0.25, dtype=torch.float64)
-            zeros.append(zero_and_gap(values, weights, batch.electrons.double())[0])
+            zeros.append(zero_and_gap(values, weights, batch.electrons.double()).zero)
         found[scale] = (eigh(spins[1])[0] - eigh(spins[0])[0], zeros[1] - zeros[0])
     torch.testing.assert_close(found[0.0][0], torch.zeros_like(found[0.0][0]))
     assert abs(float(found[0.0][1])) < 1e-5
@@ -298,12 +306,36 @@ def test_the_states_below_the_fermi_level_hold_the_electrons(model: TightBinding
 def test_zero_is_the_top_of_the_valence_band_where_there_is_a_gap() -> None:
     k = torch.full((1, 2), 0.5, dtype=torch.float64)
     bands = torch.tensor([[[[-3.0, -1.0, 2.0], [-2.5, -0.5, 1.5]]]], dtype=torch.float64)
-    for electrons, zero, gap in ((4.0, -0.5, 2.0), (2.0, -2.5, 1.5), (3.0, -0.75, 0.0), (6.0, 2.0, 58.0)):
+    told = ((4.0, -0.5, 2.0, 2.0), (2.0, -2.5, 1.5, 1.5), (3.0, -0.75, 0.0, math.nan), (6.0, 2.0, 58.0, 58.0))
+    for electrons, *expected in told:
         found = zero_and_gap(bands, k, torch.tensor([electrons], dtype=torch.float64))
-        assert [float(f) for f in found] == pytest.approx([zero, gap], abs=2e-3)
+        assert [float(f) for f in found] == pytest.approx(expected, abs=2e-3, nan_ok=True)
+    # Further points hold no electrons but bound the gap, or close it.
+    for levels, zero, gap, opening in (((-2.5, -0.3, 1.3), -0.3, 1.6, 1.6), ((-2.5, 1.7, 1.8), 1.6, 0.0, -0.2)):
+        edges = torch.tensor(levels, dtype=torch.float64)[None, None, None]
+        found = zero_and_gap(bands, k, torch.tensor([4.0], dtype=torch.float64), edges)
+        assert [float(f) for f in found] == pytest.approx([zero, gap, opening], abs=2e-3)
     # A magnetic insulator: three electrons, two of one spin and one of the other.
     spins = torch.cat([bands, bands + torch.tensor([0.0, 4.0, 4.0])], 1)
-    assert [float(f) for f in zero_and_gap(spins, k, torch.tensor([3.0]))] == pytest.approx([-0.5, 2.0])
+    assert [float(f) for f in zero_and_gap(spins, k, torch.tensor([3.0]))] == pytest.approx([-0.5, 2.0, 2.0])
+
+
+def test_bands_end_at_gamma_or_at_face_centres_even_off_the_mesh(model: TightBinding) -> None:
+    """A mesh off the special points misses the ends; there the Hamiltonian is real."""
+    made = graph(bulk("MgO", "rocksalt", a=4.2))
+    batch, ends = collate([made]), torch.tensor(BAND_ENDS, dtype=torch.float64)[None]
+    elements = model.matrix_elements(batch)
+    torch.testing.assert_close(bloch(batch, elements, ends).imag, torch.zeros_like(bloch(batch, elements, ends).real))
+    torch.testing.assert_close(bloch(batch, elements, ends).real, bloch(batch, elements, ends, real=True))
+    coarse, with_ends = torch.tensor(offset_mesh(made.reciprocal, 8))[None], torch.tensor(BAND_ENDS).double()[None]
+    off, on = (model.spectrum(batch, k)[0] for k in (coarse, torch.cat([coarse, with_ends], 1)))
+    torch.testing.assert_close(off.opening, on.opening)
+    filled = int(batch.electrons) // 2
+    alone = zero_and_gap(off.levels, off.kweights, batch.electrons.double())
+    assert float(alone.opening) > float(off.opening) + 1e-3  # the negative control: the mesh alone sees a larger gap
+    assert float(off.opening) == pytest.approx(
+        float(on.levels[..., filled].min() - on.levels[..., filled - 1].max()), abs=1e-9
+    )
 
 
 def test_elements_have_the_electrons_of_their_group() -> None:
@@ -320,7 +352,15 @@ def test_elements_have_the_electrons_of_their_group() -> None:
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("atoms", [crystal(), bulk("Al", cubic=True), bulk("MgO", "rocksalt", a=4.2)])
+def strained() -> Atoms:
+    """MgO with no symmetry: where levels meet, the top of the valence band has a kink."""
+    atoms = bulk("MgO", "rocksalt", a=4.2)
+    atoms.set_cell(atoms.cell.array @ np.array([[1.0, 0.04, -0.02], [0.01, 1.05, 0.03], [0.02, 0.0, 0.96]]), True)
+    atoms.positions[1] += [0.1, -0.05, 0.07]
+    return atoms
+
+
+@pytest.mark.parametrize("atoms", [crystal(), bulk("Al", cubic=True), strained()])
 def test_gradients_to_positions_and_cell_are_those_of_finite_differences(model: TightBinding, atoms: Atoms) -> None:
     rng = np.random.default_rng(1)
     k = torch.tensor(rng.random((1, 4, 3)))
@@ -384,7 +424,7 @@ def test_half_of_a_mesh_stands_for_the_whole(model: TightBinding) -> None:
 def test_a_level_becomes_a_gaussian_on_any_grid(energies: Tensor) -> None:
     level = torch.tensor([[[[-1.2345]]]], dtype=torch.float64)
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    found = broadened(Spectrum(level, torch.ones(1, 1, 1, 1, 1).double(), one, zero, zero), energies, SIGMA)[0, 0]
+    found = broadened(Spectrum(level, torch.ones(1, 1, 1, 1, 1).double(), one, zero, zero, zero), energies, SIGMA)[0, 0]
     exact = 2 * torch.exp(-0.5 * ((energies + 1.2345) / SIGMA) ** 2) / (SIGMA * math.sqrt(2 * math.pi))
     torch.testing.assert_close(found, exact, atol=2e-4, rtol=0)
 

@@ -8,6 +8,7 @@ of one on the other. Crystals with V, Cr, Mn, Fe, Co or Ni have two spin channel
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,6 +40,7 @@ TAIL = 30.0
 LEVEL_UNIT = 3.0  # eV: learned levels by element move faster than by the network
 DELTA_START = 0.3  # Harrison's dd delta is zero: the learned factor counts from this instead
 STONER = (0.1, 0.1, 0.9)  # eV of splitting of s, p, d per Bohr magneton
+BAND_ENDS = tuple(itertools.product((0.0, 0.5), repeat=3))  # k = -k: Gamma and centres of faces, where most bands end
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,11 @@ class TightBinding(nn.Module):
         share = (vectors.real**2 + vectors.imag**2).mT.reshape(crystals, -1, size) @ pick
         if kweights is None:
             kweights = levels.new_full((crystals, points), 1 / points)
-        zero, gap = zero_and_gap(levels, kweights, batch.electrons.to(levels))
+        ends = torch.tensor(BAND_ENDS).to(kpoints).expand(crystals, -1, -1)
+        edges = torch.linalg.eigvalsh(bloch(batch, elements, ends, real=True))
+        found = zero_and_gap(levels, kweights, batch.electrons.to(levels), edges)
         weights = share.view(crystals, channels, points, size, -1)
-        return Spectrum(levels, weights, kweights, zero, gap), elements.moment
+        return Spectrum(levels, weights, kweights, *found), elements.moment
 
     def forward(
         self,
@@ -221,24 +225,33 @@ class TightBinding(nn.Module):
         return dos.view(len(batch), batch.sites, 3, -1), moment
 
 
-def bloch(batch: GraphBatch, elements: MatrixElements, kpoints: Tensor) -> Tensor:
-    """Hamiltonian (b, c, k, n, n) of c spin channels; padding has the level `EMPTY`."""
+def bloch(batch: GraphBatch, elements: MatrixElements, kpoints: Tensor, *, real: bool = False) -> Tensor:
+    """Hamiltonian (b, c, k, n, n) of c spin channels; padding has the level `EMPTY`.
+
+    Parameters
+    ----------
+    batch : GraphBatch
+    elements : MatrixElements
+    kpoints : (b, k, 3)
+    real : the points are `BAND_ENDS`, where it is real: a real matrix, cheaper by far
+    """
     crystals, most, size = len(batch), batch.vectors.shape[1], batch.size
     both = batch.exists[:, :, None] & batch.exists[:, None]
     place = (batch.owner * most * size)[:, None] + batch.place  # of a row in the home cells
     home = (place[:, :, None] * size + batch.place[:, None])[both]
     flat = elements.hopping.new_zeros(crystals * most * size * size)
     flat = flat.index_add(0, batch.target, elements.hopping.flatten()[batch.source])
-    real = flat.index_add(0, home, elements.onsite[both]).view(crystals, most, size * size)
+    space = flat.index_add(0, home, elements.onsite[both]).view(crystals, most, size * size)
     phase = 2 * math.pi * kpoints @ batch.vectors.to(kpoints).mT
-    hamiltonian = torch.complex(phase.cos() @ real, phase.sin() @ real).view(crystals, 1, -1, size, size)
+    matrix = phase.cos() @ space if real else torch.complex(phase.cos() @ space, phase.sin() @ space)
+    hamiltonian = matrix.view(crystals, 1, -1, size, size)
     hamiltonian = (hamiltonian + hamiltonian.mH) / 2
-    unused = torch.arange(size, device=real.device) >= batch.sizes[:, None]
+    unused = torch.arange(size, device=space.device) >= batch.sizes[:, None]
     hamiltonian = hamiltonian + torch.diag_embed(EMPTY * unused).to(hamiltonian.dtype)[:, None, None]
     if not batch.magnetic:
         return hamiltonian
     owner = batch.owner[:, None].expand(-1, NUM_ORBITALS)[batch.exists]
     half = (elements.splitting[:, list(SHELL_OF_ORBITAL)] / 2)[batch.exists]
-    shift = real.new_zeros(crystals, size).index_put((owner, batch.place[batch.exists]), half)
-    matrix = torch.diag_embed(shift).to(hamiltonian.dtype)[:, None, None]
-    return torch.cat([hamiltonian - matrix, hamiltonian + matrix], 1)
+    shift = space.new_zeros(crystals, size).index_put((owner, batch.place[batch.exists]), half)
+    split = torch.diag_embed(shift).to(hamiltonian.dtype)[:, None, None]
+    return torch.cat([hamiltonian - split, hamiltonian + split], 1)

@@ -46,6 +46,9 @@ class Spectrum(NamedTuple):
         Fermi level, or valence-band maximum where there is a gap.
     gap : (b,), eV
         0 for a metal.
+    opening : (b,), eV
+        Bottom of the bands above the electrons minus top of those below, negative where they overlap; NaN where the
+        electrons do not fill whole bands.
     """
 
     levels: Tensor
@@ -53,6 +56,7 @@ class Spectrum(NamedTuple):
     kweights: Tensor
     zero: Tensor
     gap: Tensor
+    opening: Tensor
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,10 +64,18 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return _Eigh.apply(matrix)
 
 
-def zero_and_gap(levels: Tensor, kweights: Tensor, electrons: Tensor) -> tuple[Tensor, Tensor]:
+class Zero(NamedTuple):
+    """Zero of energy, gap and opening of b crystals, all (b,), see `Spectrum`."""
+
+    zero: Tensor
+    gap: Tensor
+    opening: Tensor
+
+
+def zero_and_gap(levels: Tensor, kweights: Tensor, electrons: Tensor, edges: Tensor | None = None) -> Zero:
     """Fermi level, or valence-band maximum where the bands leave a gap; and that gap, 0 for a metal.
 
-    The zero carries the gradient of the levels near it.
+    The zero carries the gradient of the levels near it, the opening that of the levels that bound it.
 
     Parameters
     ----------
@@ -71,20 +83,27 @@ def zero_and_gap(levels: Tensor, kweights: Tensor, electrons: Tensor) -> tuple[T
         Of one channel (each level holds two electrons) or two (one each); padding lies above all else.
     kweights : (b, k)
     electrons : (b,)
+    edges : (b, c, p, n), eV, optional
+        Levels at further points. They hold no electrons, but bands may end there: a mesh hardly meets the ends.
     """
     crystals, channels, points, size = levels.shape
+    every = levels if edges is None else torch.cat([levels, edges], 2)
+    ends = every.reshape(crystals, -1)
     with torch.no_grad():
         flat = levels.reshape(crystals, -1)
         held = (kweights * (2 / channels))[:, None, :, None].expand_as(levels).reshape(crystals, -1)  # electrons
-        bands = levels.transpose(1, 2).reshape(crystals, points, channels * size).sort(-1).values
+        bands = every.transpose(1, 2).reshape(crystals, -1, channels * size).sort(-1).values
         filled = (electrons * channels / 2).round().long()
         whole = (electrons * channels / 2 - filled).abs() < 1e-3
-        before = (filled - 1).clamp(0, channels * size - 1)[:, None, None].expand(-1, points, 1)
-        after = filled.clamp(0, channels * size - 1)[:, None, None].expand(-1, points, 1)
-        top, bottom = bands.gather(2, before)[..., 0].amax(1), bands.gather(2, after)[..., 0].amin(1)
-        bottom = torch.where(filled >= channels * size, torch.full_like(bottom, EMPTY), bottom)
+        before = (filled - 1).clamp(0, channels * size - 1)[:, None, None].expand(-1, bands.shape[1], 1)
+        after = filled.clamp(0, channels * size - 1)[:, None, None].expand(-1, bands.shape[1], 1)
+        below, above = bands.gather(2, before)[..., 0], bands.gather(2, after)[..., 0]
+        above = torch.where((filled >= channels * size)[:, None], torch.full_like(above, EMPTY), above)
+        top, bottom = below.amax(1), above.amin(1)
         gap = torch.where(whole & (bottom - top > MIN_GAP), bottom - top, torch.zeros_like(top))
-        low, high = bands[..., 0].amin(1) - 1, bands.amax((1, 2)) + 1
+        # Where the mesh leaves a gap that the further points close, its electrons do not tell the Fermi level.
+        untold = whole & (gap == 0) & (above[:, :points].amin(1) - below[:, :points].amax(1) > MIN_GAP)
+        low, high = flat.amin(1) - 1, bands.amax((1, 2)) + 1
         for _ in range(24):
             middle = (low + high) / 2
             many = (held * torch.special.ndtr((middle[:, None] - flat) / SMEARING)).sum(1) > electrons
@@ -94,14 +113,21 @@ def zero_and_gap(levels: Tensor, kweights: Tensor, electrons: Tensor) -> tuple[T
         excess = (held * torch.special.ndtr(away)).sum(1) - electrons
         slope = (held * torch.exp(-0.5 * away**2)).sum(1) / (SMEARING * math.sqrt(2 * math.pi))
         fermi = fermi - (excess / slope.clamp(min=1e-6)).clamp(-1e-5, 1e-5)
-        zero = torch.where(gap > 0, top, fermi)
-        # The zero follows the levels as the count says: those within the smearing of a Fermi level, or the topmost.
-        spread = torch.exp(-0.5 * ((flat - zero[:, None]) / SMEARING) ** 2) + 1e-8 * (flat < EMPTY / 2)
-        topmost = ((flat - top[:, None]).abs() < SAME_LEVEL).to(flat)
-        near = held * torch.where((gap > 0)[:, None], topmost, spread)
+        # A Fermi level follows the levels within the smearing, as the count says.
+        near = held * (torch.exp(-0.5 * ((flat - fermi[:, None]) / SMEARING) ** 2) + 1e-8 * (flat < EMPTY / 2))
         near = near / near.sum(1, keepdim=True)
-    moved = (near * (levels.reshape(crystals, -1) - flat)).sum(1)
-    return zero + moved, gap
+    follows = (near * (levels.reshape(crystals, -1) - flat)).sum(1)
+    valence, conduction = _following(top, ends), _following(bottom, ends)
+    opening = torch.where(whole, conduction - valence, torch.full_like(top, math.nan))
+    fermi = torch.where(untold, (valence + conduction) / 2, fermi + follows)
+    return Zero(torch.where(gap > 0, valence, fermi), gap, opening)
+
+
+def _following(level: Tensor, ends: Tensor) -> Tensor:
+    """Give a level (b,) the gradient of those of `ends` (b, m) that are the same: their mean, so symmetry stays."""
+    same = ((ends - level[:, None]).abs() < SAME_LEVEL).to(ends)
+    share = same / same.sum(1, keepdim=True).clamp(min=1)
+    return level + (share * (ends - ends.detach())).sum(1)
 
 
 def broadened(spectrum: Spectrum, energies: Tensor, sigma: float) -> Tensor:

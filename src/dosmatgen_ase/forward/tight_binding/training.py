@@ -21,6 +21,7 @@ from dosmatgen_ase.forward.tight_binding.basis import NUM_ELEMENTS, start_levels
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, collate, crystal_graph
 from dosmatgen_ase.forward.tight_binding.kpoints import random_mesh
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
+from dosmatgen_ase.forward.tight_binding.spectrum import broadened
 from dosmatgen_ase.model.checkpoint import load_tensors, save_tensors
 
 MAX_BATCH = 16  # crystals
@@ -39,7 +40,7 @@ class TightBindingTraining:
     points : k-points per crystal of up to 6 atoms (half of it up to 10, a quarter above), half as many in the first
         60 % of the run: meshes are shifted at random each time, so few are no bias
     elements : of the padded Hamiltonians of a batch, at most
-    orbital, moment : weights of the losses on the DOS of s, p and d and on magnetic moments
+    orbital, moment, gap : weights of the losses on the DOS of s, p and d, on magnetic moments, and on the gap (1/eV)
     moved : first and last weight of the loss on how far states must move, eV
     """
 
@@ -51,6 +52,7 @@ class TightBindingTraining:
     elements: int = 20_000
     orbital: float = 0.3
     moment: float = 0.1
+    gap: float = 0.2
     moved: tuple[float, float] = (0.7, 0.1)
 
 
@@ -67,6 +69,8 @@ class LabelledCrystal(NamedTuple):
         1 where computed, else 0.
     moment : (n,)
         Magnitude of the magnetic moment, Bohr magnetons.
+    gap : float, eV
+        0 for a metal.
     """
 
     graph: CrystalGraph
@@ -74,6 +78,7 @@ class LabelledCrystal(NamedTuple):
     dos: Tensor
     known: Tensor
     moment: Tensor
+    gap: float
 
 
 def labelled_crystals(
@@ -86,7 +91,8 @@ def labelled_crystals(
         known = torch.from_numpy(labels.known[i].astype(np.float32))
         graph = crystal_graph(labels.atoms(i), cutoff)
         magnitude = torch.from_numpy(np.abs(moment).astype(np.float32))
-        found.append(LabelledCrystal(graph, torch.from_numpy(parts.astype(np.float32)), dos, known, magnitude))
+        shares = torch.from_numpy(parts.astype(np.float32))
+        found.append(LabelledCrystal(graph, shares, dos, known, magnitude, float(labels.band_gap[i])))
     return found
 
 
@@ -110,7 +116,7 @@ def loss_of(
     settings: TightBindingTraining,
     moved: float,
 ) -> Tensor:
-    """Mean over sites of the softened normalised L1, its parts by shell and what must move; and of the moments.
+    """Mean over sites of the softened normalised L1, its parts by shell and what must move; of moments and of gaps.
 
     The distance that states must move (the integral of the difference of cumulated DOS, in eV times states) still pulls
     a level that overlaps with none of its target, where the L1 says nothing.
@@ -118,7 +124,8 @@ def loss_of(
     device = model.start.device
     batch = collate([m.graph for m in members]).to(device)
     energies = torch.tensor(MODEL_GRID.energies, dtype=torch.float32, device=device)
-    found, moment = model(batch, points.to(device), energies, MODEL_SIGMA)
+    spectrum, moment = model.spectrum(batch, points.to(device))
+    found = broadened(spectrum, energies, MODEL_SIGMA).view(len(members), batch.sites, 3, -1)
     shells = torch.cat([m.shells for m in members]).to(device)
     dos = torch.cat([m.dos for m in members]).to(device)
     known = torch.stack([m.known for m in members]).to(device)[batch.owner]
@@ -134,7 +141,10 @@ def loss_of(
         carriers = model.magnetic[batch.numbers]
         wanted = torch.cat([m.moment for m in members]).to(device)
         loss = loss + settings.moment * (moment - wanted).abs()[carriers].mean()
-    return loss
+    gap = loss.new_tensor([m.gap for m in members])
+    opening = torch.where(spectrum.opening.isnan(), gap, spectrum.opening)  # an odd number of electrons teaches nothing
+    wrong = torch.where(gap > 0, (opening - gap).abs(), opening.clamp(min=0))
+    return loss + settings.gap * wrong.mean()
 
 
 def batches(
