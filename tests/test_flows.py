@@ -76,6 +76,12 @@ def run(flow: Any, folder: Path, *, ensure_success: bool = True) -> Any:
     return store.get_output(flow.output.uuid, load=True)
 
 
+class DOSLookalike(Maker):
+    """Stands for a Maker of another package."""
+
+    name = "other"
+
+
 def small(weights: Path, **changes: Any) -> InverseDesignMaker:
     """Four structures of an untrained network, relaxed for two steps, their DOS predicted."""
     makers: dict[str, Any] = {
@@ -87,6 +93,27 @@ def small(weights: Path, **changes: Any) -> InverseDesignMaker:
         "dos_maker": PredictDOSMaker(),
     }
     return InverseDesignMaker(**{**makers, **changes})
+
+
+@pytest.mark.parametrize(
+    ("dos_maker", "options", "excluded", "allowed"),
+    [
+        (DOSMaker(), {}, {"Ac", "Pu", "La", "Xe"}, {"Ni", "O", "Cs"}),
+        (PredictDOSMaker(), {"exclude_elements": ["Pb"]}, {"Pb", "Ac"}, {"Ni"}),
+        (DOSMaker(), {"fixed_species": {0: "La"}}, {"Ac", "Ce"}, {"La"}),
+        (DOSMaker(), {"num_atoms": 5, "composition": "LaNi4"}, {"Ac"}, {"La"}),
+        (DOSMaker(), {"elements": ["La", "Ni"]}, set(), {"La"}),
+        (DOSLookalike(), {}, set(), {"Ac", "La"}),
+    ],
+)
+def test_elements_without_labels_are_drawn_only_where_another_engine_follows_or_the_user_names_them(
+    dos_maker: Maker, options: dict[str, Any], excluded: set[str], allowed: set[str]
+) -> None:
+    flow = InverseDesignMaker(generate_maker=GenerateMaker(n=1, **options), dos_maker=dos_maker).make(TARGET)
+    found = set(flow.jobs[0].maker.settings.exclude_elements or ())
+    assert found >= excluded
+    assert not found & allowed
+    assert not GenerateMaker(n=1).settings.exclude_elements  # the Maker alone draws all
 
 
 # -- what travels ------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ase.data import chemical_symbols
 from jobflow import Flow, Job, Maker, OnMissing, Response, job
 from pymatgen.core import Structure
 
@@ -20,6 +21,7 @@ from dosmatgen_ase.flows.jobs import (
     CompareDOSMaker,
     DOSMaker,
     GenerateMaker,
+    PredictDOSMaker,
     RelaxMaker,
     ScreenMaker,
     add_reports,
@@ -28,7 +30,12 @@ from dosmatgen_ase.flows.jobs import (
 )
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, InverseDesignDoc, RelaxDoc, ScreeningDoc
 from dosmatgen_ase.flows.search import SearchMaker, with_known
+from dosmatgen_ase.forward.predictor import labelled_elements
+from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 from dosmatgen_ase.parsing import DOSInput, site_numbers
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 
 @dataclass
@@ -48,6 +55,11 @@ class InverseDesignMaker(Maker):
         ``BandStructureMaker(bs_maker=None)``.
     search_maker
         `SearchMaker`, whose known crystals are candidates beside the generated ones. None by default.
+
+    Notes
+    -----
+    Where this package computes or predicts the DOS, elements without labels are not drawn (`labelled_elements`): most
+    have no pseudopotential. Elements that ``elements``, a composition, a pin or the template names stay allowed.
     """
 
     name: str = "inverse design"
@@ -82,7 +94,10 @@ class InverseDesignMaker(Maker):
             held = {*relaxing.fixed_sites, *(kept.fixed_sites or ())}
             held |= {int(i) for item in (start.constraints if start else ()) for i in item.get_indices()}
             relaxing = replace(relaxing, fixed_cell=relaxing.fixed_cell or kept.fixed_cell, fixed_sites=sorted(held))
-        generation = self.generate_maker.make(dos, sites=sites, template=template)
+        generator = self.generate_maker
+        if isinstance(self.dos_maker, DOSMaker | PredictDOSMaker):
+            generator = _without_unlabelled(generator, start)
+        generation = generator.make(dos, sites=sites, template=template)
         first: list[Job] = [generation]
         if self.search_maker is not None:
             known = self.search_maker.make(dos, sites=sites)
@@ -90,6 +105,18 @@ class InverseDesignMaker(Maker):
         screening = self.screen_maker.make(first[-1].output)
         evaluation = evaluate_candidates(screening.output, relaxing, self.dos_maker, self.compare_maker)
         return Flow([*first, screening, evaluation], output=evaluation.output, name=self.name)
+
+
+def _without_unlabelled(maker: GenerateMaker, template: Atoms | None) -> GenerateMaker:
+    """Exclude elements without labels: most have no pseudopotential. What the user names may stay."""
+    settings = maker.settings
+    if settings.elements is not None:
+        return maker
+    named = {*dict(settings.fixed_species or {}).values(), *dict(settings.composition or {})}
+    named |= set(template.symbols) if template else set()
+    unlabelled = set(chemical_symbols[1 : MAX_ATOMIC_NUMBER + 1]) - set(labelled_elements()) - named
+    excluded = sorted({*(settings.exclude_elements or ()), *unlabelled}, key=chemical_symbols.index)
+    return replace(maker, settings=settings.replace(exclude_elements=excluded))
 
 
 @job  # without a schema: what is stored for this job is a reference to the output of the ranking
