@@ -4,8 +4,10 @@
     python scripts/build_hull.py --minutes 30     # goes on where it was, and writes the hull as far as it got
     python scripts/build_hull.py --onto src/dosmatgen_ase/references/hull.npz --structures LARGE.parquet --minutes 0
 
-The hull that ships was made by the first command and enlarged by the third, with a table of cells of 21 to 120 atoms
-(the same columns, from the same source). It went through a part of that table; the same command goes on.
+    python scripts/build_hull.py --onto src/dosmatgen_ase/references/hull.npz --structures --prototypes
+
+The hull that ships was made by the first command, enlarged by the third, with a table of cells of 21 to 120 atoms
+(the same columns, from the same source), and by the last, as these tables lack some well-known compounds.
 
 1. The energy of every crystal of the tables as it stands, and of a reference crystal for each element that they lack.
 2. Those within `--margin` of the hull of these energies are relaxed with the defaults of `dosmatgen_ase.relax`.
@@ -37,6 +39,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.data import chemical_symbols
+from prototypes import prototypes
 from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import reduced_formula, right_handed
@@ -112,7 +115,8 @@ def priority(crystals: Sequence[Atoms]) -> list[int]:
 def main(arguments: list[str] | None = None) -> None:
     """Find what is missing, and write the hull."""
     parser = argparse.ArgumentParser(description="Rebuild or enlarge the CHGNet hull; resumable.")
-    parser.add_argument("--structures", type=Path, nargs="+", default=[ROOT / "data" / "structures.parquet"])
+    parser.add_argument("--structures", type=Path, nargs="*", default=[ROOT / "data" / "structures.parquet"])
+    parser.add_argument("--prototypes", action="store_true", help="textbook compounds as well (prototypes.py)")
     parser.add_argument("--onto", type=Path, help="a hull whose entries are taken as they are; the result holds them")
     parser.add_argument("--cache", type=Path, default=ROOT / "data" / "cache" / "hull.jsonl")
     parser.add_argument("--out", type=Path, default=DEFAULT_HULL)
@@ -127,6 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     base = None if options.onto is None else Hull.load(options.onto)
     known_names = set() if base is None else set(base.name.tolist())
     named = {str(atoms.info["material_id"]): atoms for path in options.structures for atoms in read_crystals(path)}
+    if options.prototypes:
+        named |= {str(atoms.info["material_id"]): atoms for atoms in prototypes()}
     crystals = [atoms for name, atoms in named.items() if name not in known_names]
     present = {z for atoms in crystals for z in atoms.numbers.tolist()}
     own = {int(atoms.numbers[0]) for atoms in crystals if len(set(atoms.numbers)) == 1}
@@ -174,7 +180,11 @@ def main(arguments: list[str] | None = None) -> None:
                     break
                 chunk = todo[start : start + CHUNK]
                 above = [bound.above(crystals[i].numbers, known[names[i]]["static"]) for i in chunk]
-                rows = [i for i, e in zip(chunk, above, strict=True) if e is not None and e <= options.margin]
+                rows = [
+                    i
+                    for i, e in zip(chunk, above, strict=True)
+                    if e is not None and (e <= options.margin or crystals[i].info["split"] == "prototype")
+                ]  # the cell of a prototype is a guess
                 finished = relax_each([crystals[i] for i in rows], processes=options.processes)
                 for i, atoms in zip(rows, finished, strict=True):
                     report = atoms.info["relaxation"]
