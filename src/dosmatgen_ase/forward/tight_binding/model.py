@@ -55,13 +55,13 @@ class TightBindingConfig:
     rounds : of messages between neighbours
     message : numbers that a neighbour tells per radial function
     cutoff : of bonds, Angstrom
-    dropout : probability in the network of the levels
+    dropout : probability in the networks of the levels and of what neighbours tell
     """
 
     width: int = 128
     hidden: int = 192
     site_hidden: int = 128
-    rounds: int = 2
+    rounds: int = 1
     message: int = 12
     cutoff: float = 6.0
     dropout: float = 0.2
@@ -135,7 +135,9 @@ class TightBinding(nn.Module):
         told = nn.Embedding(NUM_ELEMENTS, config.message)  # what a neighbour says, in the first round and later ones
         later = (nn.Linear(config.width * (1 + k), config.message) for k in range(1, config.rounds))
         self.told = nn.ModuleList([told, *later])
-        self.heard = nn.ModuleList(_mlp(RADIAL * config.message, 128, config.width) for _ in range(config.rounds))
+        self.heard = nn.ModuleList(
+            _mlp(RADIAL * config.message, 128, config.width, config.dropout) for _ in range(config.rounds)
+        )
         self.level = nn.Embedding(NUM_ELEMENTS, 3)
         self.onsite = _mlp(wide, config.site_hidden, 3, config.dropout, start=0.0)
         self.moment = _mlp(wide, 64, 1)

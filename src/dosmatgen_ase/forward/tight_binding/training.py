@@ -47,7 +47,7 @@ class TightBindingTraining:
     epochs: int = 60
     minutes: float | None = None
     learning_rate: float = 3e-3
-    weight_decay: float = 1e-3
+    weight_decay: float = 0.02
     points: int = 24
     elements: int = 20_000
     orbital: float = 0.3
