@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The main job on a fresh machine: crystals whose first site has the DOS of Ni in Au3Ni.
+# The main job on a fresh machine: 64 crystals are drawn whose first site is to have the DOS of Ni in Au3Ni, all of them
+# in out.extxyz; the best 8 by their predicted DOS are in out-best.extxyz.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash scripts/setup.sh
 # Without actinides: no label holds one, and there is no pseudopotential to compute their DOS with.
-.venv/bin/dosmatgen generate data/ni_in_au3ni.npz --site 3 -n 8 --num-atoms 4-7 --exclude-elements Ac,Th,Pa,U,Np,Pu -o out.extxyz --plot out.png
+.venv/bin/dosmatgen generate data/ni_in_au3ni.npz --site 3 -n 8 --oversample 8 --num-atoms 4-7 --exclude-elements Ac,Th,Pa,U,Np,Pu -o out.extxyz --plot out.png
