@@ -61,7 +61,7 @@ def test_pymatgen_draws_the_same_bands(predictor: DOSPredictor) -> None:
 
 
 def test_bad_requests_are_told(predictor: DOSPredictor) -> None:
-    with pytest.raises(ValueError, match="no bands for Cu: collapsed"):
+    with pytest.raises(ValueError, match="no bands for Cu: it has collapsed"):
         predict_bands(bulk("Cu", a=0.5), predictor=predictor)
     with pytest.raises(ValueError, match="path='GQ9' is not a path"):
         predict_bands(bulk("Cu"), "GQ9", predictor=predictor)

@@ -32,7 +32,7 @@ from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, InverseDesi
 from dosmatgen_ase.flows.search import SearchMaker, with_known
 from dosmatgen_ase.forward.predictor import labelled_elements
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
-from dosmatgen_ase.parsing import DOSInput, site_numbers
+from dosmatgen_ase.parsing import DOSInput, formula_counts, site_elements, site_numbers
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -112,7 +112,7 @@ def _without_unlabelled(maker: GenerateMaker, template: Atoms | None) -> Generat
     settings = maker.settings
     if settings.elements is not None:
         return maker
-    named = {*dict(settings.fixed_species or {}).values(), *dict(settings.composition or {})}
+    named = {*site_elements(settings.fixed_species or {}).values(), *(formula_counts(settings.composition) or {})}
     named |= set(template.symbols) if template else set()
     unlabelled = set(chemical_symbols[1 : MAX_ATOMIC_NUMBER + 1]) - set(labelled_elements()) - named
     excluded = sorted({*(settings.exclude_elements or ()), *unlabelled}, key=chemical_symbols.index)
