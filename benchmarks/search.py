@@ -30,8 +30,8 @@ from ase import Atoms
 from dosmatgen_ase import TargetDOS
 from dosmatgen_ase.crystals.screening import reduced_formula
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
-from dosmatgen_ase.dos import mean_distance
-from dosmatgen_ase.judge.metrics import MIN_SHARED, bootstrap_interval
+from dosmatgen_ase.dos import MIN_SHARED, mean_distance
+from dosmatgen_ase.judge.metrics import bootstrap_interval
 from dosmatgen_ase.retrieval.build import build_index, read_known
 from dosmatgen_ase.retrieval.index import DOSIndex
 from dosmatgen_ase.retrieval.query import search

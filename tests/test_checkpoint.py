@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load, save, save_file
 
 from dosmatgen_ase import files
-from dosmatgen_ase.model.checkpoint import content_hash, load_model, load_tensors, save_model, save_tensors
+from dosmatgen_ase.files.tensors import content_hash, load_tensors, save_tensors
+from dosmatgen_ase.model.checkpoint import load_model, save_model
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser
 from dosmatgen_ase.model.denoiser import SIZES, Layer
 

@@ -16,6 +16,7 @@ from ase.data import chemical_symbols
 
 from dosmatgen_ase.data import SiteDOSLabels, load_pseudo_labels, load_site_dos, load_structures
 from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.files.tensors import load_tensors, save_tensors
 from dosmatgen_ase.forward.features import cached_site_features, site_features
 from dosmatgen_ase.forward.predictor import (
     DEFAULT_PREDICTOR,
@@ -27,7 +28,6 @@ from dosmatgen_ase.forward.predictor import (
 )
 from dosmatgen_ase.forward.predictor_training import evaluate, train_predictor
 from dosmatgen_ase.forward.pseudo_labels import pseudo_labels, write_pseudo_labels
-from dosmatgen_ase.model.checkpoint import load_tensors, save_tensors
 
 ROOT = Path(__file__).parents[1]
 SMALL = PredictorConfig(hidden=64, depth=1, dropout=0.0, members=2, epochs=40, batch_size=16)

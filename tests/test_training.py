@@ -21,8 +21,9 @@ from ase.build import bulk
 from dosmatgen_ase.crystals.batch import CrystalBatch
 from dosmatgen_ase.data import CrystalDataset, Structures
 from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.files.tensors import load_tensors, save_tensors
 from dosmatgen_ase.limits import MAX_ATOMS
-from dosmatgen_ase.model.checkpoint import load_model, load_tensors, save_tensors
+from dosmatgen_ase.model.checkpoint import load_model
 from dosmatgen_ase.model.denoiser import DenoiserConfig
 from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
 from dosmatgen_ase.model.diffusion.process import JointProcess, Prediction

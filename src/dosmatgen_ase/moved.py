@@ -12,7 +12,7 @@ from types import ModuleType
 
 PACKAGE = "dosmatgen_ase"
 MOVED = {
-    "checkpoint": ("model.checkpoint",),
+    "checkpoint": ("model.checkpoint", "files.tensors"),
     "conditioning": ("model.conditioning",),
     "constraints": ("generate.constraints",),
     "coverage": ("data.coverage",),

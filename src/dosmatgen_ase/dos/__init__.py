@@ -17,6 +17,7 @@ Reading order: `grid`, `broadening`, `target` (the class), `readers` (one module
 from dosmatgen_ase.dos.broadening import resample, scale_sites_to_total
 from dosmatgen_ase.dos.checks import DOSWarning, on_common_zero
 from dosmatgen_ase.dos.distances import (
+    MIN_SHARED,
     band_centre_difference,
     fingerprint_similarity,
     mae,
@@ -32,6 +33,7 @@ from dosmatgen_ase.dos.target import TargetDOS
 __all__ = [
     "GAP_DOS",
     "MIN_GAP",
+    "MIN_SHARED",
     "MODEL_GRID",
     "MODEL_SIGMA",
     "NEAR_GAP",

@@ -11,6 +11,9 @@ from dosmatgen_ase.dos.checks import pair_on_common_zero
 from dosmatgen_ase.dos.grid import MODEL_GRID, MODEL_SIGMA, Array, Mask, cell_widths, inside_window
 from dosmatgen_ase.dos.target import TargetDOS
 
+MIN_SHARED = 0.9
+"""Share of the bins and of the states of a query that another DOS must know to be called near it."""
+
 
 def normalised_l1_arrays(values: Array, target: Array, known: Mask) -> Array:
     """``sum |g - g*| / sum g*`` over known bins.

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
+from dosmatgen_ase.files.tensors import fill, load_tensors, save_tensors, without_values
 from dosmatgen_ase.forward.features import site_features, tight_binding_graph
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
-from dosmatgen_ase.model.checkpoint import fill, load_tensors, save_tensors, without_values
 from dosmatgen_ase.parsing import site_numbers
 from dosmatgen_ase.threads import cpu_threads
 

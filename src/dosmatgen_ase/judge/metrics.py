@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dosmatgen_ase.crystals.convert import to_structure
-from dosmatgen_ase.dos import MODEL_GRID, NEAR_GAP, mae_arrays, normalised_l1_arrays
+from dosmatgen_ase.dos import MIN_SHARED, MODEL_GRID, NEAR_GAP, mae_arrays, normalised_l1_arrays
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-MIN_SHARED = 0.9  # of the bins and states of a query: what a row must know to be near it
 QUARTILES = (0.25, 0.5, 0.75)
 
 

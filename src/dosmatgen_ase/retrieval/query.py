@@ -18,8 +18,7 @@ import numpy as np
 from ase.data import atomic_numbers
 from scipy.optimize import linear_sum_assignment
 
-from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, resample
-from dosmatgen_ase.judge.metrics import MIN_SHARED
+from dosmatgen_ase.dos import MIN_SHARED, MODEL_GRID, MODEL_SIGMA, TargetDOS, resample
 from dosmatgen_ase.parsing import (
     DOSInput,
     ElementLike,

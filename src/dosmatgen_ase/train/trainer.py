@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from dosmatgen_ase.crystals.batch import CrystalBatch
 from dosmatgen_ase.data import CrystalDataset, size_bucket_batches
-from dosmatgen_ase.model.checkpoint import filled_model, load_model, load_tensors, save_model, save_tensors
+from dosmatgen_ase.files.tensors import load_tensors, save_tensors
+from dosmatgen_ase.model.checkpoint import filled_model, load_model, save_model
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser, ConditionDropout, DOSCondition
 from dosmatgen_ase.model.denoiser import Denoiser, DenoiserConfig
 from dosmatgen_ase.model.diffusion.lattice import LatticeProcess

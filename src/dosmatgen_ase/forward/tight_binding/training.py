@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from dosmatgen_ase.data import SiteDOSLabels
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA
+from dosmatgen_ase.files.tensors import load_tensors, save_tensors
 from dosmatgen_ase.forward.tight_binding.basis import NUM_ELEMENTS, start_levels
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, collate, crystal_graph
 from dosmatgen_ase.forward.tight_binding.kpoints import random_mesh
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
 from dosmatgen_ase.forward.tight_binding.spectrum import broadened
-from dosmatgen_ase.model.checkpoint import load_tensors, save_tensors
 
 MAX_BATCH = 16  # crystals
 CHUNK = 256  # crystals sorted by size together, so that company is random and padding small
