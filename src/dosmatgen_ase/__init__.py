@@ -1,5 +1,16 @@
 """Crystal structures from an electronic density of states.
 
+Folders, from low to high; each imports lower ones only:
+
+* ``dos``: targets; how they are read (``readers``) and broadened (``broadening``);
+* ``data``: structures and labels; ``crystals``: what a crystal is (``checks``), which candidates are rejected
+  (``screening``);
+* ``model``: the network and its noise (``diffusion``: cell, coordinates, elements); ``train``: its training;
+* ``dft``: Quantum ESPRESSO and the label set; ``forward``: the model that predicts a DOS;
+* ``judge``: relaxation with any potential (``relaxation``), hull, ranking; ``retrieval``: known crystals by DOS;
+* ``generate``: `DOSGenerator`, its settings and its one sampling loop;
+* ``flows``: jobflow; ``report``: a run as one page; ``cli``: the commands.
+
 The public names are imported on first use (PEP 562), so that ``import dosmatgen_ase`` loads neither torch nor ASE.
 """
 
