@@ -242,39 +242,57 @@ def markdown(report: dict[str, Any]) -> str:
             ]
             lines += ["", f"Nearer: {'; '.join(near)}.", ""]
     told = report["facts"]
-    lines += [
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in told["share"].items())
+    lines.append(
         f"Targets of split `{report['split']}` with 2 to {report['max_atoms']} atoms, labels of recipe {RECIPE}. "
-        "Normalised L1 by DFT over the energies known in both, mean over the sites by the best assignment, mean and "
+        "Normalised L1 by DFT over the energies known in both, mean over the sites by the best assignment; mean and "
         "median over targets [95 % bootstrap interval]; *pooled*: errors of all sites over all states. No crystal has "
-        f"the formula of its target; {told['own']:.0%} of the draws with the elements free had it, and were left out. "
-        f"Generated crystals: {told['generated']}, of which {told['new']} are not among the known ones; energy above "
-        f"the hull (CHGNet) {told['above_hull']:.2f} eV/atom in the median. Known crystals that were found: "
-        f"{told['found']}, {told['computed']} of them computed here, {told['earlier']} with a label of an earlier "
-        "recipe (off by some 10 %); the predictor had been trained on the labels of "
-        f"{told['seen']} of the {told['by_prediction']} found by prediction. States of the targets that could be "
-        f"compared: {', '.join(f'{name} {share:.0%}' for name, share in told['share'].items())}. "
-        f"Failed: {', '.join(report['failed']) or 'none'}; not computed: {report['not_computed']}."
-    ]
+        f"the formula of its target. States of the targets that could be compared: {shares}."
+    )
+    if made := told.get("generated"):
+        lines.append(
+            f"Generated: {made['crystals']} crystals, of which {made['new']} are not among the known ones; energy "
+            f"above the hull (CHGNet) {made['above_hull']:.2f} eV/atom in the median. Where elements are free, "
+            f"{made['own']:.0%} of the draws had the formula of the target and were left out; for {made['none']} "
+            "targets no other draw was fit."
+        )
+    if known := told.get("known"):
+        lines.append(
+            f"Known crystals found: {known['crystals']}, {known['computed']} of them computed here, {known['earlier']} "
+            "with a label of an earlier recipe (off by some 10 %). Of those found by prediction, "
+            f"{known['by_prediction']}, the predictor had been trained on the labels of {known['seen']}."
+        )
+    missing = ", ".join(f"{method} {n}" for method, n in report["not_computed"].items() if n) or "none"
+    lines.append(f"Failed: {', '.join(report['failed']) or 'none'}. Not computed yet: {missing}.")
     return "\n".join(lines) + "\n"
 
 
-def facts(questions: Sequence[Question], picks: Mapping[tuple[str, str], list[Atoms]], rows: Any, found: Any) -> Any:
-    """What the text under the tables tells."""
-    made = [atoms for (_, method), some in picks.items() if method == GENERATOR for atoms in some]
-    free = [picks[q.key, GENERATOR][0] for q in questions if not q.excluded and picks.get((q.key, GENERATOR))]
+def of_generated(questions: Sequence[Question], picks: Mapping[tuple[str, str], list[Atoms]]) -> dict[str, Any]:
+    """What the text tells of what was generated."""
+    made = [atoms for q in questions for atoms in picks[q.key, GENERATOR]]
+    free = [picks[q.key, GENERATOR] for q in questions if not q.excluded]
     above = [x for x in energy_above_hull(made) if x is not None]
-    predicted = {a.info["material_id"] for (_, m), some in picks.items() if m == PREDICTED for a in some}
-    all_rows = {
-        m: [r for task in rows.values() for one in task.get(m, []) for r in one if isinstance(r, dict)] for m in METHODS
-    }
     return {
-        "own": sum(a.info["own"] for a in free) / max(1, sum(a.info["draws"] for a in free)),
-        "generated": len(made),
+        "crystals": len(made),
         "new": sum(default_index().find(atoms) is None for atoms in made),
-        "above_hull": float(np.median(above)) if above else float("nan"),
+        "above_hull": float(np.median(above)),
+        "own": sum(some[0].info["own"] for some in free if some) / sum(some[0].info["draws"] for some in free if some),
+        "none": sum(not some for some in free),
+    }
+
+
+def of_known(name_of: Mapping[tuple[str, str, int], str], labels: SiteDOSLabels, computed: set[str]) -> dict[str, Any]:
+    """What the text tells of what was found."""
+    found = {name for (_, method, _), name in name_of.items() if method != GENERATOR}
+    predicted = {name for (_, method, _), name in name_of.items() if method == PREDICTED}
+    trained = set(labels.material_id[labels.split == "train"].tolist())
+    earlier = set(labels.material_id[labels.recipe != RECIPE].tolist()) - computed
+    return {
+        "crystals": len(found),
+        "computed": len(found & computed),
+        "earlier": len(found & earlier),
         "by_prediction": len(predicted),
-        **found(predicted),
-        "share": {m: float(np.mean([r["share"] for r in some])) for m, some in all_rows.items() if some},
+        "seen": len(predicted & trained),
     }
 
 
@@ -337,7 +355,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
 
     failed: list[str] = []
-    missing = 0
+    missing = dict.fromkeys(options.methods, 0)
     table: dict[str, dict[str, list[Tries]]] = {}
     for q in questions:
         for method in options.methods:
@@ -350,7 +368,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 elif result is None and name in row_of:
                     values, known = label_of(labels, row_of[name])
                 else:
-                    missing += result is None
+                    missing[method] += result is None
                     if result is not None:
                         failed.append(f"{method} {k + 1} of {q.target.material_id}, {q.task}")
                     tries.append(NOT_COMPUTED if result is None else "failed")
@@ -361,17 +379,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 }
                 tries.append(told if method == GENERATOR else {"material_id": name, **told})
             table.setdefault(q.task, {}).setdefault(method, []).append(tries)
-
-    def found(predicted: set[str]) -> dict[str, int]:
-        known = {name_of[key] for key in name_of if key[1] != GENERATOR}
-        trained = {str(name) for name in labels.material_id[labels.split == "train"]}
-        earlier = sum(labels.recipe[row_of[name]] != RECIPE for name in (known - results.keys()) & row_of.keys())
-        return {
-            "found": len(known),
-            "computed": len(known & results.keys()),
-            "earlier": int(earlier),
-            "seen": len(predicted & trained),
-        }
+    found = {
+        m: [r for rows in table.values() for some in rows[m] for r in some if isinstance(r, dict)] for m in missing
+    }
+    told_of: dict[str, Any] = {"share": {m: float(np.mean([r["share"] for r in some])) for m, some in found.items()}}
+    if GENERATOR in options.methods:
+        told_of["generated"] = of_generated(questions, picks)
+    if len(options.methods) > (GENERATOR in options.methods):
+        told_of["known"] = of_known(name_of, labels, set(results))
 
     report = {
         "weights": generator.header["sha256"],
@@ -383,7 +398,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "tries": options.tries,
         "seed": options.seed,
         "tables": {task: summary(rows, options.tries) for task, rows in table.items()},
-        "facts": facts(questions, picks, table, found),
+        "facts": told_of,
         "failed": failed,
         "not_computed": missing,
         "per_target": {

@@ -202,8 +202,7 @@ class _Server:
             from optimade.client import OptimadeClient
             from optimade.exceptions import BadRequest
             from optimade.filterparser import LarkParser
-            from requests.adapters import HTTPAdapter
-            from urllib3.util import Retry
+            from requests.adapters import HTTPAdapter, Retry
         except ImportError as error:
             needed = 'pip install "dosmatgen-ase[optimade]"'
             raise ImportError(f"reading structures of other databases needs optimade: {needed}") from error
