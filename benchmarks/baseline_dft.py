@@ -30,11 +30,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are loaded
 
 import numpy as np
-from _common import ROOT, add_split, add_targets, drawn_rows, results_folder, rng_for, split_of, write_results
+from _common import ROOT, add_split, results_folder, split_of
+from _stats import interval, mean_of
+from _tables import text, write_results
+from _targets import Target, add_targets, drawn_rows, rng_for
 from ase import Atoms
 from ase.data import chemical_symbols
 from dft_judge import TIME_LIMIT, kept, on_grid, settled
-from round_trip import Target, interval, mean_of, text
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 

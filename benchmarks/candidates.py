@@ -29,19 +29,18 @@ from _common import (
     add_options,
     add_predictors,
     add_split,
-    add_targets,
-    drawn_rows,
     load_predictors,
     results_folder,
-    rng_for,
     sampler_config,
     split_of,
-    write_results,
 )
+from _draws import Candidates, cached, judge_candidates
+from _stats import interval, mean_of, ratio_of_means
+from _tables import text, write_results
+from _targets import Target, add_targets, drawn_rows, rng_for
 from constraints import draws, request
 from cost import PUBLISHED_CALLS, PublishedNetwork, cpu_seconds, published_call
 from matplotlib.figure import Figure
-from round_trip import Candidates, Target, cached, interval, judge_candidates, mean_of, ratio_of_means, text
 from torch import nn
 from tqdm import tqdm
 

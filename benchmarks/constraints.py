@@ -32,31 +32,18 @@ from _common import (
     add_options,
     add_predictors,
     add_split,
-    add_targets,
-    drawn_rows,
     load_predictors,
     results_folder,
-    rng_for,
     sampler_config,
     split_of,
-    write_results,
 )
+from _draws import Candidates, cached, candidate_figures, judge_candidates
+from _stats import interval, mean_of, ratio_of_means, ratios, summarise
+from _tables import text, write_results
+from _targets import Target, add_targets, drawn_rows, rng_for
 from ase import Atoms
 from ase.spacegroup import crystal
 from matplotlib.figure import Figure
-from round_trip import (
-    Candidates,
-    Target,
-    cached,
-    candidate_figures,
-    interval,
-    judge_candidates,
-    mean_of,
-    ratio_of_means,
-    ratios,
-    summarise,
-    text,
-)
 from tqdm import tqdm
 
 from dosmatgen_ase import DOSGenerator, TargetDOS

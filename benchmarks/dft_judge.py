@@ -25,32 +25,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 import ase.io
 import numpy as np
 import torch
-from _common import (
-    JUDGE,
-    ROOT,
-    add_options,
-    add_split,
-    add_targets,
-    drawn_rows,
-    results_folder,
-    sampler_config,
-    split_of,
-    write_results,
-)
+from _common import JUDGE, ROOT, add_options, add_split, results_folder, sampler_config, split_of
+from _draws import METRICS, MODES, crystal_figures, generate
+from _stats import interval, mean_of, ratio_of_means
+from _tables import text, write_results
+from _targets import Target, add_targets, drawn_rows
 from ase import Atoms
 from matplotlib.figure import Figure
-from round_trip import (
-    METRICS,
-    MODES,
-    Library,
-    Target,
-    crystal_figures,
-    generate,
-    interval,
-    mean_of,
-    ratio_of_means,
-    text,
-)
+from round_trip import Library
 from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import reduced_formula, screen

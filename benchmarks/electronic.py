@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import RESULTS, ROOT, write_results
+from _common import RESULTS, ROOT
+from _tables import write_results
 from ase import Atoms
 
 from dosmatgen_ase.data import load_site_dos

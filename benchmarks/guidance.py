@@ -20,30 +20,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 
 import numpy as np
 import torch
-from _common import (
-    RESULTS,
-    ROOT,
-    add_options,
-    add_predictors,
-    in_random_order,
-    load_predictors,
-    rng_for,
-    sampler_config,
-    write_results,
-)
+from _common import RESULTS, ROOT, add_options, add_predictors, load_predictors, sampler_config
+from _draws import MODES, candidate_figures, generate, judge_candidates
+from _stats import interval, ratio_of_means, ratios
+from _tables import text, write_results
+from _targets import Target, in_random_order, rng_for
 from constraints import CONDITIONS, diversity, draws, request, site_targets
 from matplotlib.figure import Figure
-from round_trip import (
-    MODES,
-    Target,
-    candidate_figures,
-    generate,
-    interval,
-    judge_candidates,
-    ratio_of_means,
-    ratios,
-    text,
-)
 from tqdm import tqdm
 
 from dosmatgen_ase import DOSGenerator

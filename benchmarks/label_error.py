@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import RESULTS, ROOT, rng_for, write_results
+from _common import RESULTS, ROOT
+from _tables import write_results
+from _targets import rng_for
 from ase import Atoms
 from electronic import OCCUPIED, SHIFTS, in_shape, vasp_elements
 from tqdm import tqdm

@@ -22,7 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 
 import numpy as np
 import torch
-from _common import JUDGE, RANKER, RESULTS, ROOT, write_results
+from _common import JUDGE, RANKER, RESULTS, ROOT
+from _tables import write_results
 from ase.build import bulk
 from ase.spacegroup import crystal
 from electronic import SHIFTS, in_shape, vasp_elements

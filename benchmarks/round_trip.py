@@ -19,8 +19,8 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,215 +33,33 @@ from _common import (
     add_options,
     add_predictors,
     add_split,
-    add_targets,
-    draw,
-    drawn_rows,
     load_predictors,
     results_folder,
-    rng_for,
     sampler_config,
     split_of,
-    write_results,
 )
-from ase import Atoms
+from _draws import MODES, Candidates, cached, candidate_figures, crystal_figures, generate, judge_candidates
+from _stats import interval, ratio_of_means, ratios, share_of_gain, summarise
+from _tables import text, write_results
+from _targets import Target, add_targets, drawn_rows
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from dosmatgen_ase.crystals.screening import screen
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
-from dosmatgen_ase.files import write_npz
-from dosmatgen_ase.forward.predictor import DOSPredictor, SitePrediction
+from dosmatgen_ase.forward.predictor import SitePrediction
 from dosmatgen_ase.forward.predictor_training import element_tables
-from dosmatgen_ase.generate.constraints import Constraints
-from dosmatgen_ase.generate.generator import BATCH_PAIRS
-from dosmatgen_ase.generate.sampler import SamplerConfig
-from dosmatgen_ase.judge.metrics import bootstrap_interval, nearest_sites, site_distances
+from dosmatgen_ase.judge.metrics import nearest_sites
 from dosmatgen_ase.model.checkpoint import load_model
-from dosmatgen_ase.model.conditioning import ConditionalDenoiser, DOSCondition
 from dosmatgen_ase.plotting import plot_dos
 
-
-@dataclass(frozen=True)
-class Mode:
-    """What is handed over beside the number of atoms: "all", "none", or the "site" drawn for the target."""
-
-    dos: str
-    species: str
-
-    @property
-    def judged(self) -> str:
-        """Sites that are judged."""
-        return "site" if self.species == "site" else "all"
-
-
-MODES = {
-    "conditional": Mode("all", "none"),
-    "unconditional": Mode("none", "none"),
-    "site with DOS": Mode("site", "site"),
-    "site without DOS": Mode("none", "site"),
-    "species with DOS": Mode("all", "all"),
-    "species without DOS": Mode("none", "all"),
-}
 PAIRS = [tuple(MODES)[i : i + 2] for i in (0, 2, 4)]
-METRICS = ("l1", "pooled", "near_gap", "mae")
 BAR = {"conditional / unconditional": 0.40, "true element": 0.50, "judge / per-element mean": 0.75}
-
-
-@dataclass(frozen=True)
-class Target:
-    """One labelled crystal: what is asked for (DOS, number of atoms) and, for the judge only, the crystal itself."""
-
-    material_id: str
-    atoms: Atoms
-    dos: np.ndarray  # (N, G)
-    known: np.ndarray  # (G,)
-    reference: str
-    site: int  # the site of the masked modes
-
-    @property
-    def key(self) -> str:
-        """Name of files about it: of the id, and of the label itself, which may be computed anew."""
-        digest = hashlib.sha256(self.atoms.numbers.tobytes() + self.dos.tobytes() + self.known.tobytes())
-        return f"{self.material_id}-{digest.hexdigest()[:8]}"
-
-    def sites(self, which: str) -> np.ndarray:
-        """Mask (N,) of "all" sites, "none", or the drawn "site"."""
-        index = np.arange(len(self.atoms))
-        return {"all": index >= 0, "none": index < 0, "site": index == self.site}[which]
-
-    @classmethod
-    def from_label(cls, labels: SiteDOSLabels, row: int, seed: int) -> Target:
-        """Row of the labels."""
-        atoms, name = labels.atoms(row), str(labels.material_id[row])
-        site = int(rng_for(seed, name, 0, 1).integers(len(atoms)))  # numbers that no draw (seed, name, k) uses
-        reference = "vbm" if labels.band_gap[row] > 0 else "fermi"
-        return cls(name, atoms, labels.values[row, : len(atoms)].astype(float), labels.known[row], reference, site)
-
-    def targets(self, which: str) -> dict[int, TargetDOS]:
-        """The DOS of "all" sites, "none", or the drawn "site", as `DOSGenerator.generate` takes them."""
-        return {
-            int(i): TargetDOS(MODEL_GRID.energies, self.dos[i], self.known, self.reference, MODEL_SIGMA)
-            for i in np.flatnonzero(self.sites(which))
-        }
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """K candidates of one target in each of the M modes.
-
-    Attributes
-    ----------
-    numbers : (M, K, N)
-    accepted : (M, K) bool
-        The screen accepts it and CHGNet can read it.
-    judged, ranked : (M, K, N, G) float16
-        Site DOS by the judge and by the ranking predictor; NaN where not accepted.
-    supported : (M, K, N) bool
-        The judge knows the element from at least three labels.
-    """
-
-    numbers: np.ndarray
-    accepted: np.ndarray
-    judged: np.ndarray
-    ranked: np.ndarray
-    supported: np.ndarray
-
-
-def generate(
-    model: ConditionalDenoiser,
-    target: Target,
-    count: int,
-    config: SamplerConfig,
-    guidance_scale: float,
-    seed: int,
-    modes: Sequence[str] = tuple(MODES),
-) -> list[Atoms]:
-    """``count`` first draws per mode, mode after mode; only the crystal's size and its pinned species are read."""
-    size = len(target.atoms)
-    rows = [(MODES[mode], k) for mode in modes for k in range(count)]
-    room = max(1, BATCH_PAIRS // size**2)
-    made: list[Atoms] = []
-    for part in (rows[i : i + room] for i in range(0, len(rows), room)):
-        shown = torch.tensor(np.array([target.sites(mode.dos) for mode, _ in part]))
-        pinned = torch.tensor(np.array([target.sites(mode.species) for mode, _ in part]))
-        known = shown[..., None] & torch.tensor(target.known)
-        condition = replace(
-            DOSCondition.none(len(part), size, MODEL_GRID.size),
-            site=torch.tensor(target.dos, dtype=torch.float32) * known,
-            site_known=known,
-        )
-        free = Constraints.none(torch.full((len(part),), size))
-        start = replace(free.start, atomic_numbers=torch.tensor(target.atoms.numbers) * pinned)
-        rngs = [rng_for(seed, target.material_id, k) for _, k in part]
-        made += draw(model, replace(free, start=start, fixed_species=pinned), condition, rngs, config, guidance_scale)
-    return made
-
-
-def judge_candidates(
-    made: list[Atoms], judge: DOSPredictor, ranker: DOSPredictor, num_modes: int = len(MODES)
-) -> Candidates:
-    """Screen candidates of one target, mode after mode, and predict their DOS."""
-    passed = [i for i, atoms in enumerate(made) if screen(atoms).accepted]
-    crystals = [made[i] for i in passed]
-    numbers = np.array([atoms.numbers for atoms in made])
-    shape = (len(made), numbers.shape[1], MODEL_GRID.size)
-    accepted = np.zeros(len(made), dtype=bool)
-    judged, ranked, supported = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(numbers.shape, dtype=bool)
-    by_judge, by_ranker = (p.predict_arrays(crystals) for p in (judge, ranker))
-    for i, mine, other in zip(passed, by_judge, by_ranker, strict=True):
-        accepted[i] = not mine.reason
-        if accepted[i]:
-            judged[i], ranked[i], supported[i] = mine.mean, other.mean, mine.known.any(-1)
-
-    def by_mode(array: np.ndarray) -> np.ndarray:
-        return array.reshape(num_modes, -1, *array.shape[1:])
-
-    return Candidates(
-        numbers=by_mode(numbers),
-        accepted=by_mode(accepted),
-        judged=by_mode(judged.astype(np.float16)),
-        ranked=by_mode(ranked.astype(np.float16)),
-        supported=by_mode(supported),
-    )
-
-
-def cached(path: Path, make: Callable[[], Candidates]) -> Candidates:
-    """Candidates from a file, made and kept there the first time."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_npz(path, **make().__dict__)
-    with np.load(path, allow_pickle=False) as file:
-        return Candidates(**{name: file[name] for name in file.files})
 
 
 def mode_figures(target: Target, candidates: Candidates, name: str) -> dict[str, float]:
     """Figures of one of the `MODES`, on the sites that it is judged by."""
     return candidate_figures(target, candidates, list(MODES).index(name), target.sites(MODES[name].judged))
-
-
-def candidate_figures(target: Target, candidates: Candidates, mode: int, sites: np.ndarray) -> dict[str, float]:
-    """Mean, best and ranked pick of each metric over the accepted candidates of one mode; NaN if there are none."""
-    keep = candidates.accepted[mode]
-    if not keep.any():
-        return {f"{metric} {which}": np.nan for metric in METRICS for which in ("mean", "best", "picked")}
-    wanted = target.dos[sites]
-    judged, ranked = (a[mode, keep][:, sites].astype(float) for a in (candidates.judged, candidates.ranked))
-    pick = int(site_distances(ranked, wanted, target.known)["l1"].argmin())
-    figures: dict[str, float] = {}
-    for metric, d in site_distances(judged, wanted, target.known).items():
-        figures |= {f"{metric} mean": d.mean(), f"{metric} best": d.min(), f"{metric} picked": d[pick]}
-    return figures
-
-
-def crystal_figures(
-    values: np.ndarray, target: Target, which: str = "all", known: np.ndarray | None = None
-) -> dict[str, float]:
-    """Metrics of one DOS per site (N, G) over some sites (and bins), in the form of `mode_figures`."""
-    sites = target.sites(which)
-    mask = np.broadcast_to(target.known, target.dos.shape) if known is None else target.known & known
-    distances = site_distances(values[sites], target.dos[sites], mask[sites])
-    return {f"{metric} {figure}": float(d) for metric, d in distances.items() for figure in ("mean", "best", "picked")}
 
 
 class Library:
@@ -263,47 +81,6 @@ class Library:
         """Distances of the nearest sites' own DOS, over the bins known in both."""
         rows = self.nearest(target, 1.0)
         return crystal_figures(self.values[rows], target, known=self.known[rows])
-
-
-def mean_of(rows: np.ndarray) -> float:
-    """Mean of a column of targets."""
-    return float(rows.mean())
-
-
-def ratio_of_means(rows: np.ndarray) -> float:
-    """Mean of the first column over the mean of the second."""
-    return float(rows[:, 0].mean() / rows[:, 1].mean())
-
-
-def interval(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> dict[str, Any]:
-    """A statistic over the targets that have every figure it needs, with its bootstrap interval."""
-    whole = rows[np.isfinite(rows.reshape(len(rows), -1)).all(-1)]
-    if not len(whole):
-        return {"value": None, "interval": [None, None], "targets": 0}
-    return {"value": statistic(whole), "interval": bootstrap_interval(whole, statistic), "targets": len(whole)}
-
-
-def summarise(table: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Per row of the table and figure: mean over targets with its interval."""
-    return {
-        row: {name: interval(np.array([f[name] for f in figures]), mean_of) for name in figures[0]}
-        for row, figures in table.items()
-    }
-
-
-def ratios(table: dict[str, list[dict[str, float]]], over: str, under: str) -> dict[str, Any]:
-    """Ratio of two rows of the table, paired by target."""
-
-    def pair(name: str) -> np.ndarray:
-        return np.array([[a[name], b[name]] for a, b in zip(table[over], table[under], strict=True)])
-
-    return {name: interval(pair(name), ratio_of_means) for name in table[over][0]}
-
-
-def share_of_gain(rows: np.ndarray) -> float:
-    """What picking gains over the mean, as a share of what an oracle gains; columns mean, picked, best."""
-    mean, picked, best = rows.mean(axis=0)
-    return float((mean - picked) / (mean - best)) if mean > best else 0.0
 
 
 def ranked_picks(table: dict[str, list[dict[str, float]]], on: str, off: str) -> dict[str, Any]:
@@ -339,14 +116,6 @@ def element_shares(targets: list[Target], found: list[Candidates], library: Libr
         gain = np.array(right["conditional"]) - np.array(right[name])
         shares[f"conditional - {name}"] = interval(np.stack([gain, sites], 1), weighted)
     return shares
-
-
-def text(figure: dict[str, Any]) -> str:
-    """``0.71 [0.65, 0.77]``."""
-    if figure["value"] is None:
-        return "-"
-    low, high = figure["interval"]
-    return f"{figure['value']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def markdown(report: dict[str, Any]) -> str:

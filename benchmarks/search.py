@@ -24,7 +24,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is loaded
 
 import numpy as np
-from _common import ROOT, add_split, in_random_order, results_folder, rng_for, split_of, write_results
+from _common import ROOT, add_split, results_folder, split_of
+from _tables import write_results
+from _targets import in_random_order, rng_for
 from ase import Atoms
 
 from dosmatgen_ase import TargetDOS

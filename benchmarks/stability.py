@@ -25,12 +25,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 
 import numpy as np
 import torch
-from _common import RESULTS, ROOT, in_random_order, write_results
+from _common import RESULTS, ROOT
+from _tables import write_results
+from _targets import Target, in_random_order
 from ase import Atoms
 from ase.build import bulk
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
-from round_trip import Target
 from tqdm import tqdm
 
 from dosmatgen_ase import DOSGenerator

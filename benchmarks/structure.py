@@ -22,18 +22,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 
 import numpy as np
 import torch
-from _common import (
-    ROOT,
-    add_options,
-    add_split,
-    chgnet_energies,
-    draw,
-    results_folder,
-    rng_for,
-    sampler_config,
-    split_of,
-    write_results,
-)
+from _common import ROOT, add_options, add_split, chgnet_energies, results_folder, sampler_config, split_of
+from _draws import draw
+from _tables import write_results
+from _targets import rng_for
 from ase import Atoms
 from tqdm import tqdm
 

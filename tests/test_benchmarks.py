@@ -10,16 +10,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import _common
+import _draws
+import _stats
+import _tables
 import numpy as np
 import pytest
 import round_trip
 import structure
 import torch
-from _common import drawn_rows, in_random_order
+from _draws import MODES, Candidates
+from _targets import Target, drawn_rows, in_random_order
 from ase import Atoms
 from ase.build import bulk
-from round_trip import MODES, Candidates, Library, Target
+from round_trip import Library
 
 from dosmatgen_ase import __version__
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
@@ -99,7 +102,7 @@ def named(atoms: Atoms, name: str) -> Atoms:
 
 
 def test_results_are_strict_json(tmp_path: Path) -> None:
-    _common.write_results(tmp_path, "a", {"x": [1.0, math.inf], "y": {"z": math.nan, "w": "inf"}}, "")
+    _tables.write_results(tmp_path, "a", {"x": [1.0, math.inf], "y": {"z": math.nan, "w": "inf"}}, "")
     kept = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
     told = kept.pop("made_by")
     assert kept == {"x": [1.0, None], "y": {"z": None, "w": "inf"}}
@@ -170,7 +173,7 @@ def test_each_mode_is_told_what_it_says_and_no_more(model: ConditionalDenoiser, 
     target = Target.from_label(labels, 0, seed=0)
 
     def draws(t: Target) -> dict[str, list[Atoms]]:
-        return by_mode(round_trip.generate(model, t, 2, STEPS, 1.0, 0))
+        return by_mode(_draws.generate(model, t, 2, STEPS, 1.0, 0))
 
     first = draws(target)
     site, elsewhere = target.sites("site"), ~target.sites("site")
@@ -247,7 +250,7 @@ def test_what_a_ranked_pick_gains_is_told_beside_the_oracle() -> None:
             "pick / per-element mean": 0.6,
         }
     )
-    assert round_trip.share_of_gain(np.ones((3, 3))) == 0.0
+    assert _stats.share_of_gain(np.ones((3, 3))) == 0.0
 
 
 def test_a_library_that_holds_the_target_retrieves_it(labels: SiteDOSLabels) -> None:
@@ -268,7 +271,7 @@ def test_rejected_candidates_have_no_dos(folder: Path) -> None:
     made = [bulk("NaCl", "rocksalt", a=5.64) for _ in MODES for _ in range(2)]
     made[1].set_cell(0.2 * made[1].cell, scale_atoms=True)
     judge, ranker = (DOSPredictor.load(folder / f"{name}.safetensors") for name in ("judge", "predictor"))
-    candidates = round_trip.judge_candidates(made, judge, ranker)
+    candidates = _draws.judge_candidates(made, judge, ranker)
     assert candidates.accepted.tolist() == [[True, False]] + [[True, True]] * (len(MODES) - 1)
     assert np.isnan(candidates.judged).all((-2, -1)).tolist() == (~candidates.accepted).tolist()
     assert not np.array_equal(candidates.judged[1], candidates.ranked[1])
@@ -278,7 +281,7 @@ def test_the_round_trip_runs_and_resumes(
     files: list[str], labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(round_trip, "load_site_dos", lambda path: labels)
-    monkeypatch.setattr(round_trip, "bootstrap_interval", partial(bootstrap_interval, samples=20))
+    monkeypatch.setattr(_stats, "bootstrap_interval", partial(bootstrap_interval, samples=20))
     small = ["--val", "--num-targets=2", "--candidates=2", "--num-steps=2", f"--cache={tmp_path}/kept"]
     report = round_trip.main([*files, *small, f"--out={tmp_path}"])
     assert report["targets"] == len(list((tmp_path / "kept").glob("*/*.npz"))) == 2
@@ -289,7 +292,7 @@ def test_the_round_trip_runs_and_resumes(
     table = (tmp_path / "round_trip.md").read_text()
     assert all(f"| {name} |" in table for name in (*MODES, "retrieval", "per-element mean"))
 
-    monkeypatch.delattr(round_trip, "draw")
+    monkeypatch.delattr(_draws, "draw")
     assert round_trip.main([*files, *small, f"--out={tmp_path}"]) == report
     with pytest.raises(NameError):  # other settings, other candidates
         round_trip.main([*files, *small, "--guidance-scale=2", f"--out={tmp_path}"])
@@ -357,7 +360,7 @@ def test_the_dft_judge_runs_and_counts(
     monkeypatch.setattr(dft_judge, "default_predictor", lambda: predictor)
     monkeypatch.setattr(dft_judge, "compute_many", engine)
     monkeypatch.setattr(dft_judge, "relax", lambda atoms: atoms.copy())
-    monkeypatch.setattr(round_trip, "bootstrap_interval", partial(bootstrap_interval, samples=20))
+    monkeypatch.setattr(_stats, "bootstrap_interval", partial(bootstrap_interval, samples=20))
     files = [f"--weights={folder}/generator.safetensors", f"--judge={folder}/judge.safetensors"]
     small = ["--val", "--num-targets=2", "--candidates=2", "--num-steps=2", f"--cache={tmp_path}/kept"]
     report = dft_judge.main([*files, *small, f"--out={tmp_path}"])
@@ -401,7 +404,7 @@ def test_the_curve_of_candidates_runs_and_resumes(
     import candidates
 
     monkeypatch.setattr(candidates, "load_site_dos", lambda path: labels)
-    monkeypatch.setattr(round_trip, "bootstrap_interval", partial(bootstrap_interval, samples=20))
+    monkeypatch.setattr(_stats, "bootstrap_interval", partial(bootstrap_interval, samples=20))
     small = ["--val", "--num-targets=2", "--candidates=5", "--num-steps=2", f"--cache={tmp_path}/kept"]
     report = candidates.main([*files, *small, f"--out={tmp_path}"])
     assert report["numbers"] == [1, 2, 5]
@@ -423,7 +426,7 @@ def test_the_guidance_curve_runs(
     monkeypatch.setattr(guidance, "SETTINGS", [(1.0, 0.7), (2.0, 0.7)])
     monkeypatch.setattr(guidance, "WINDOW_SCALES", (1.0, 3.0))
     monkeypatch.setattr(guidance, "WINDOW_DRAWS", 2)
-    monkeypatch.setattr(round_trip, "bootstrap_interval", partial(bootstrap_interval, samples=20))
+    monkeypatch.setattr(_stats, "bootstrap_interval", partial(bootstrap_interval, samples=20))
     report = guidance.main(
         [*files, "--num-targets=2", "--window-targets=2", "--candidates=2", "--num-steps=2", f"--out={tmp_path}"]
     )

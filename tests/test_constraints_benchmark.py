@@ -10,10 +10,11 @@ import constraints
 import numpy as np
 import pytest
 import torch
+from _draws import Candidates
+from _targets import Target
 from ase import Atoms
 from ase.build import bulk
 from constraints import CONDITIONS, PINS, displacement, diversity, pinned, respected, site_targets
-from round_trip import Candidates, Target
 
 from dosmatgen_ase.dos import MODEL_GRID
 

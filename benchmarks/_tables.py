@@ -1,0 +1,48 @@
+"""Results on disk: a JSON file that says what made it, and its table."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import ROOT
+
+from dosmatgen_ase import __version__
+from dosmatgen_ase.files import write_atomic
+
+
+def made_by() -> dict[str, Any]:
+    """What made a result: version, commit (null outside a clone; ``-dirty`` with changes not committed), command."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    script, *options = sys.argv
+    return {"version": __version__, "commit": commit, "command": shlex.join(["python", script, *options])}
+
+
+def write_results(folder: Path, name: str, report: dict[str, Any], markdown: str) -> None:
+    """Write ``name.json`` (infinite and undefined numbers as null; it says what made it) and ``name.md``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {**report, "made_by": made_by()}
+    write_atomic(folder / f"{name}.json", (json.dumps(_strict(report), indent=2) + "\n").encode())
+    write_atomic(folder / f"{name}.md", markdown.encode())
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def text(figure: dict[str, Any]) -> str:
+    """``0.71 [0.65, 0.77]``."""
+    if figure["value"] is None:
+        return "-"
+    low, high = figure["interval"]
+    return f"{figure['value']:.2f} [{low:.2f}, {high:.2f}]"
