@@ -5,10 +5,10 @@
 
 Each method has three tries per target, in its own order, and DFT judges the first of them and the best of three. The
 generator draws 50 crystals of the target's size; the predictor that ships puts them in order, those of the target's own
-formula are left out. The look-ups take whole known crystals of another formula, as many atoms as the target or a whole
-number of times fewer: by their computed DOS, or by the predicted one as if there were no labels. What is generated is
+formula are left out. The look-ups take whole labelled crystals of another formula, as many atoms as the target or a
+whole number of times fewer: by their labels, or by the predicted DOS as if there were none. What is generated is
 relaxed with CHGNet and its symmetry refined; known crystals stay as the Materials Project relaxed them. DFT is that of
-the labels: where there is one it is taken, also of an earlier recipe (with ``--anew`` those are computed anew). A
+the labels, which are taken as they are, also those of an earlier recipe (with ``--anew`` they are computed anew). A
 crystal has no order of sites: its distance is that of the best assignment of targets to sites.
 
 Everything is kept under `runs/baseline_dft/`, so that an interrupted run goes on.
@@ -144,17 +144,18 @@ def looked_up(question: Question, index: DOSIndex) -> list[Atoms]:
     return [hit for hit in hits if not question.own(hit)][:TRIES]
 
 
-def indexes(labels: SiteDOSLabels, unfit: Sequence[str], largest: int, predictor: Path, cache: Path) -> Any:
-    """Known crystals that are small enough and can be computed: those with a label by it, and all by prediction."""
-    known = read_known(ROOT / "data" / "structures.parquet")
-    pool = [atoms for atoms in known if len(atoms) <= largest and not set(atoms.symbols) & set(unfit)]
+def indexes(labels: SiteDOSLabels, unfit: Sequence[str], largest: int, cache: Path) -> dict[str, DOSIndex]:
+    """The labelled crystals that are small enough and can be computed, with their labels and as they are predicted."""
     names = set(labels.material_id.tolist())
-    some = [atoms for atoms in pool if atoms.info["material_id"] in names]
-    there = {atoms.info["material_id"] for atoms in some}
-    of_pool = labels.select(np.isin(labels.material_id, list(there)))
-    common: dict[str, Any] = {"predictor": predictor, "parts": cache / "parts"}
-    predicted = build_index(pool, None, progress=True, **common)
-    return {COMPUTED: build_index(some, of_pool, **common), PREDICTED: predicted}
+    pool = [
+        atoms
+        for atoms in read_known(ROOT / "data" / "structures.parquet")
+        if len(atoms) <= largest and atoms.info["material_id"] in names and not set(atoms.symbols) & set(unfit)
+    ]
+    of_pool = labels.select(np.isin(labels.material_id, [atoms.info["material_id"] for atoms in pool]))
+    parts = cache / "parts"
+    predicted = build_index(pool, None, parts=parts, progress=True)
+    return {COMPUTED: build_index(pool, of_pool, parts=parts), PREDICTED: predicted}
 
 
 # -- their distance ----------------------------------------------------------------------------------------------------
@@ -260,9 +261,9 @@ def markdown(report: dict[str, Any]) -> str:
         )
     if known := told.get("known"):
         lines.append(
-            f"Known crystals found: {known['crystals']}, {known['computed']} of them computed here, {known['earlier']} "
-            "with a label of an earlier recipe (off by some 10 %). Of those found by prediction, "
-            f"{known['by_prediction']}, the predictor had been trained on the labels of {known['seen']}."
+            f"Known crystals found: {known['crystals']} of {known['pool']} that have labels; the label of "
+            f"{known['earlier']} is of an earlier recipe (off by some 10 %). Of the {known['by_prediction']} found by "
+            f"prediction, the predictor had been trained on the labels of {known['seen']}."
         )
     missing = ", ".join(f"{method} {n}" for method, n in report["not_computed"].items() if n) or "none"
     lines.append(f"Failed: {', '.join(report['failed']) or 'none'}. Not computed yet: {missing}.")
@@ -291,7 +292,6 @@ def of_known(name_of: Mapping[tuple[str, str, int], str], labels: SiteDOSLabels,
     earlier = set(labels.material_id[labels.recipe != RECIPE].tolist()) - computed
     return {
         "crystals": len(found),
-        "computed": len(found & computed),
         "earlier": len(found & earlier),
         "by_prediction": len(predicted),
         "seen": len(predicted & trained),
@@ -335,19 +335,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             make = partial(generated, q, generator, predictor, options.draws, options.seed, unfit)
             drawn = kept(folder / f"{q.key}.extxyz", make)
             relaxed = kept(folder / f"{q.key}-relaxed.extxyz", partial(settled, drawn))
-            picks[q.key, GENERATOR] = relaxed
-            for k, atoms in enumerate(relaxed[: options.tries]):
+            picks[q.key, GENERATOR] = relaxed[: options.tries]
+            for k, atoms in enumerate(picks[q.key, GENERATOR]):
                 name_of[q.key, GENERATOR, k] = name = f"{folder.name}-{q.key}-{k}"
                 to_compute.setdefault(k, {})[name] = atoms
     if COMPUTED in options.methods or PREDICTED in options.methods:
-        by = indexes(labels, unfit, options.max_atoms, DEFAULT_PREDICTOR, cache)
+        by = indexes(labels, unfit, options.max_atoms, cache)
         for method in [m for m in options.methods if m in by]:
             for q in tqdm(questions, unit="target", desc=method):
-                picks[q.key, method] = looked_up(q, by[method])
-                for k, hit in enumerate(picks[q.key, method][: options.tries]):
+                picks[q.key, method] = looked_up(q, by[method])[: options.tries]
+                for k, hit in enumerate(picks[q.key, method]):
                     name_of[q.key, method, k] = material = hit.info["material_id"]
-                    recipe = labels.recipe[row_of[material]] if material in row_of else None
-                    if recipe is None or (options.anew and recipe != RECIPE):
+                    if options.anew and labels.recipe[row_of[material]] != RECIPE:
                         to_compute.setdefault(k, {})[material] = hit
     in_order = {name: atoms for k in sorted(to_compute) for name, atoms in to_compute[k].items()}  # first tries first
     if options.kept_only:
@@ -362,7 +361,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for q in questions:
         for method in options.methods:
             tries: Tries = []
-            for k, atoms in enumerate(picks[q.key, method][: options.tries]):
+            for k, atoms in enumerate(picks[q.key, method]):
                 name = name_of[q.key, method, k]
                 result = results.get(name)
                 if isinstance(result, ElectronicStructure):
@@ -388,7 +387,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if GENERATOR in options.methods:
         told_of["generated"] = of_generated(questions, picks)
     if len(options.methods) > (GENERATOR in options.methods):
-        told_of["known"] = of_known(name_of, labels, set(results))
+        told_of["known"] = {"pool": len(by[COMPUTED]), **of_known(name_of, labels, set(results))}
 
     report = {
         "weights": generator.header["sha256"],
