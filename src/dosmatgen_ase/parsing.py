@@ -1,4 +1,4 @@
-"""What a user may write for elements, sites, sizes, formulas and targets, and the one error for each that is none.
+"""What a user may write for elements, sites, sizes, formulas and targets, and one error for each that is wrong.
 
 Python, the Makers and the command line all read their arguments here. Whatever counts as a whole number, a list or an
 element is taken as one: numpy integers and arrays, ``range``, sets, atomic numbers, pymatgen's Element, Species and
@@ -37,12 +37,12 @@ DOSInput: TypeAlias = "TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS]
 
 
 def is_whole(value: Any) -> bool:
-    """Whether this is an integer of Python or numpy; a truth value is none."""
+    """Whether this is an integer of Python or numpy; True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_real(value: Any) -> bool:
-    """Whether this is a number of Python or numpy; a truth value is none."""
+    """Whether this is a number of Python or numpy; True and False are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -236,7 +236,7 @@ def is_list(dos: Any) -> bool:
 
 
 def numbers_from_text(text: str) -> list[int]:
-    """``"4-7"``, ``"4,6"`` or ``"4"`` as a list; ``ValueError`` for what is none."""
+    """``"4-7"``, ``"4,6"`` or ``"4"`` as a list; ``ValueError`` for another text."""
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,3})(?:-(\d{1,3}))?\s*", part)
@@ -253,7 +253,7 @@ def names_from_text(text: str) -> list[str]:
 
 
 def pins_from_text(texts: Iterable[str]) -> dict[int, str]:
-    """``["0=Co"]`` as ``{0: "Co"}``; ``ValueError`` for what is none."""
+    """``["0=Co"]`` as ``{0: "Co"}``; ``ValueError`` for another text."""
     found: dict[int, str] = {}
     for text in texts:
         match = re.fullmatch(r"\s*(\d{1,3})\s*=\s*([A-Za-z]{1,2})\s*", text)

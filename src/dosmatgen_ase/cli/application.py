@@ -1,4 +1,4 @@
-"""The application that the commands hang on, and the one place where an error or a warning becomes one line."""
+"""The application of all commands, and the one place where an error or a warning becomes one line."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def tell(line: str, *, err: bool = False) -> None:
 
 @contextlib.contextmanager
 def resumable(kept: Callable[[], str]) -> Iterator[None]:
-    """Say on Ctrl-C what is kept of the work inside."""
+    """Say on Ctrl-C what is kept of the work in this block."""
     try:
         yield
     except KeyboardInterrupt:

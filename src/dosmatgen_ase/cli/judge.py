@@ -1,4 +1,4 @@
-"""``dosmatgen relax`` and ``predict``: what a structure is worth, without DFT."""
+"""``dosmatgen relax`` and ``predict``: relaxation and prediction of structures, without DFT."""
 
 from __future__ import annotations
 

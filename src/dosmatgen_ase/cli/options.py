@@ -292,7 +292,7 @@ def output(
     marks: Sequence[bytes] = (),
     continued: bool = False,
 ) -> None:
-    """Find out before the work that an output can be written, and nothing of the user's is lost.
+    """Check before the work that an output can be written and replaces no file of the user.
 
     Parameters
     ----------
@@ -333,7 +333,7 @@ def figure(value: float | None) -> str:
 
 
 def read_structure(path: Path) -> Any:
-    """Read the template: of several structures the last, as ASE does, which is told."""
+    """Read the template. Of several structures it is the last, as in ASE; a line says so."""
     from dosmatgen_ase.files import read_structures as read
 
     if not path.is_file():

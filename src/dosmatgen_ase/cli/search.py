@@ -1,4 +1,4 @@
-"""``dosmatgen search`` and ``index``: the known crystals with a DOS, and the index that they are found in."""
+"""``dosmatgen search`` and ``index``: find known crystals by their DOS, and make the index for it."""
 
 from __future__ import annotations
 

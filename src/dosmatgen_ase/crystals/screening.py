@@ -218,7 +218,7 @@ def reduced_formula(atoms: Atoms) -> tuple[tuple[int, int], ...]:
 def screen_many(
     structures: Sequence[Atoms], *, drop_duplicates: bool = True, known: KnownCrystals | None = None, **limits: float
 ) -> list[Screening]:
-    """Screen each structure, then reject what came before in the list and, if asked, what is known; one outcome each.
+    """Screen each structure; reject also those earlier in the list and, if asked, known ones. One outcome each.
 
     Parameters
     ----------

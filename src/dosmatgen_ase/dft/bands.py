@@ -1,4 +1,4 @@
-"""From bands to a DOS: Fermi level, gap, broadening, and the targets that come of it."""
+"""From bands to a DOS: Fermi level, gap, broadening, and the targets made of them."""
 
 from __future__ import annotations
 

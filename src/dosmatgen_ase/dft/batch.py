@@ -36,8 +36,7 @@ def compute_many(
     """Compute the DOS of many structures side by side; a run that was stopped goes on where it was.
 
     Each result is ``OUT_DIR/NAME.json``, written in one piece. A failure is recorded there with its reason and not
-    tried again under the same settings; its files stay in ``OUT_DIR/NAME``. Not recorded is that a pseudopotential is
-    missing.
+    tried again under the same settings; its files stay in ``OUT_DIR/NAME``. A missing pseudopotential is not recorded.
 
     Parameters
     ----------
@@ -77,7 +76,7 @@ def compute_each(
     workers: int = 1,
     progress: bool = False,
 ) -> Generator[tuple[str, ElectronicStructure | ElectronicStructureError], None, None]:
-    """Do what `compute_many` does, begun in the order given, and yield each name and result when it is there.
+    """Do what `compute_many` does, start in the order given, and yield each name and result as it comes.
 
     Close the iterator (`contextlib.closing`) to end the programs that run.
     """

@@ -75,7 +75,7 @@ def label(
     unpacked: str | Path | None = None,
     progress: bool = False,
 ) -> LabelReport:
-    """Compute the site DOS of structures that have none by this recipe yet, and pack them into shards.
+    """Compute the site DOS of structures that have no label of this recipe yet, and pack them into shards.
 
     What is in a shard, as a label or as a failure, or failed here before, is not computed again; but a label of an
     earlier recipe is. Labels by other `settings` or pseudopotentials than the recipe's replace none and are replaced by
@@ -198,7 +198,7 @@ def _elements(structures: Structures | Mapping[str, Atoms]) -> set[str]:
 def formula_splits(
     formulas: Mapping[str, str], split: Mapping[str, str] | None, known: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Split of every formula for which one is given, by its name in ``formulas``, or known before.
+    """Split of every formula that has one: given by a name in ``formulas``, or known before.
 
     Raises
     ------
@@ -279,7 +279,7 @@ def _without_log(reason: str) -> str:
 
 
 def unsound(result: ElectronicStructure) -> str | None:
-    """What is wrong with a result that a program took for a success; None if nothing is."""
+    """What is wrong with a result that a program reported as a success; None if nothing is."""
     below = result.total.values[result.energies <= 0].sum() * (result.energies[1] - result.energies[0])
     if not (np.isfinite(result.total.values).all() and np.isfinite(result.orbital_dos).all()):
         return "the DOS holds numbers that are not finite"

@@ -80,7 +80,7 @@ def fingerprints(pseudos: Mapping[str, Path]) -> dict[str, str]:
 
 
 def has_recipe_pseudopotentials(elements: Collection[str], settings: EspressoSettings) -> bool:
-    """Whether the files of those elements that have one are the ones that the label set is computed with."""
+    """Whether the elements' files are those of the label set; elements without a file do not count."""
     own = json.loads((Path(__file__).parents[1] / "references" / "pseudodojo.json").read_text())["sha256_12"]
     given = set(elements) - set(without_pseudopotential(elements, settings))
     found = fingerprints(pseudopotentials(Atoms(sorted(given)), settings))

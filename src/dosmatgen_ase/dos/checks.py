@@ -1,4 +1,4 @@
-"""What a target may have wrong without being an error: its zero of energy, its number of states. Told by warnings."""
+"""Warnings about a target that is probably not what its user means: its zero of energy, its number of states."""
 
 from __future__ import annotations
 

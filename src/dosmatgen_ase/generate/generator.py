@@ -390,7 +390,7 @@ def batches(sizes: Sequence[int]) -> list[list[int]]:
 
 
 def not_new(request: Request, atoms: Atoms) -> str | None:
-    """Why a structure is rejected where only new ones are wanted; None if it is not."""
+    """Why a structure is rejected if only new ones are wanted; None if it is accepted."""
     if not request.settings.new_only:
         return None
     from dosmatgen_ase.retrieval.index import default_index

@@ -47,7 +47,7 @@ class GenerationOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """What crystals are to be made, and how; checked as far as one can without the target.
+    """Which crystals are made, and how; checked as far as possible without the target.
 
     Lists may be whatever counts as one (array, range, set), elements symbols, atomic numbers, or Element and Species
     of pymatgen. Fields hold tuples of Python integers, symbols, and ``{site: symbol}``.
@@ -69,8 +69,8 @@ class GenerationSettings:
         Sites of the template that keep their position in the cell and their element. FixAtoms on the template adds its
         sites and fixes the cell.
     free_species : several int, optional
-        Sites of the template whose element is drawn anew, even where `fixed_sites` or strength 0 hold the position. So
-        the model tells which dopant fits there.
+        Sites of the template whose element is drawn anew, even if `fixed_sites` or strength 0 hold the position. The
+        model then tells which dopant fits there.
     fixed_cell : bool
         Keep the cell of the template.
     composition : str or mapping, optional
@@ -80,15 +80,15 @@ class GenerationSettings:
     exclude_elements : several elements, optional
         These elements may not appear.
     guidance_scale : float, optional
-        0 ignores the DOS, 1 is the plain conditional model, more amplifies; all but 0 and 1 double the cost. By default
-        1. Where less than half of the energies are known, it is 3 until the elements are settled.
+        0 ignores the DOS, 1 is the plain conditional model, more amplifies it. Values other than 0 and 1 double the
+        cost. By default 1. If less than half of the energies are known, it is 3 until the elements are settled.
     num_steps : int
         Steps of the sampler from pure noise.
     seed : int, optional
-        The same seed and settings give the same crystals, however many. By default every run differs, and tells its
-        seed.
+        The same seed and settings give the same crystals, for any number of them. By default every run differs, and
+        tells its seed.
     new_only : bool
-        Draw again what is a known crystal, by the index that ships, before relaxation and after it.
+        Reject known crystals of the index that ships, before and after relaxation, and draw others.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The file of results that grows structure by structure, survives a kill, and is gone on with."""
+"""The file of results: it grows structure by structure, survives a kill, and is continued."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is said of a finished crystal: relaxation, hull, ranking, metrics."""
+"""Judgement of finished crystals: relaxation, hull, ranking, metrics."""

@@ -1,4 +1,4 @@
-"""Order candidates by what makes them good: the DOS predicted for them, how sure that is, their energy.
+"""Order candidates by their predicted DOS, its expected error, and their energy.
 
 `Ranking` holds the weight of each criterion, `score` measures candidates, `best` picks distinct ones. Scores stand in
 ``atoms.info["scores"]``. What ranks must not judge: figures about the picks come from another model, or from DFT.

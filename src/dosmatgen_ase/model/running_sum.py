@@ -16,7 +16,7 @@ def running_sum(values: Tensor) -> Tensor:
 
 
 def doubling_sum(values: Tensor) -> Tensor:
-    """Cumulative sum over the last axis in log2(n) steps: each adds what stands 1, 2, 4, ... places before."""
+    """Cumulative sum over the last axis in log2(n) steps: each adds the value 1, 2, 4, ... places before."""
     distance = 1
     while distance < values.shape[-1]:
         values = values + pad(values[..., :-distance], (distance, 0))

@@ -1,4 +1,4 @@
-"""The result of a run for the eye: one HTML file that needs no other, and the files to go on with.
+"""The result of a run as one HTML file that needs no other, and as files for further work.
 
 ``page.html`` is the template. Pictures are SVG inside the file, the table sorts itself by a few lines of JavaScript,
 structures are downloads. A result file may come from anyone: jinja2 escapes its text, links are paths below or beside
