@@ -36,8 +36,8 @@ class TightBindingDOS(NamedTuple):
 
 
 def mesh_points(sites: int) -> int:
-    """Return the points of the mesh for a cell of so many atoms, at most."""
-    return 36 if sites <= 6 else 18 if sites <= 10 else max(1, 180 // sites)
+    """Return the points of the mesh for a cell of so many atoms, at most: about the same density for all."""
+    return max(8, min(96, 256 // sites))
 
 
 def predict_crystals(
@@ -70,7 +70,7 @@ def predict_crystals(
 def _batches(graphs: Sequence[CrystalGraph]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Rows of crystals of like size, all or none magnetic, with their points (b, k, 3) and weights (b, k)."""
     meshes = [offset_mesh(g.reciprocal, mesh_points(len(g.numbers))) for g in graphs]
-    order = sorted(range(len(graphs)), key=lambda i: (graphs[i].magnetic, len(meshes[i]) > 18, graphs[i].size))
+    order = sorted(range(len(graphs)), key=lambda i: (graphs[i].magnetic, len(meshes[i]).bit_length(), graphs[i].size))
     while order:
         rows, most = [order[0]], len(meshes[order[0]])
         for i in order[1:MAX_BATCH]:
