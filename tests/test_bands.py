@@ -67,7 +67,7 @@ def test_bad_requests_are_told(predictor: DOSPredictor) -> None:
         predict_bands(bulk("Cu"), "GQ9", predictor=predictor)
     tables = {**predictor.tables, "input_mean": torch.zeros(536), "input_std": torch.ones(536)}
     networks = DOSPredictor(PredictorConfig(hidden=4, depth=1, members=1), tables, {})
-    with pytest.raises(ValueError, match="no tight-binding model"):
+    with pytest.raises(ValueError, match="need a tight-binding model"):
         predict_bands(bulk("Cu"), predictor=networks)
 
 
