@@ -11,7 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from dosmatgen_ase.cli.application import app, printable, resumable, show, tell
-from dosmatgen_ase.cli.options import PICTURES, Data, Overwrite, Structures, StructureTables, output, read_structures
+from dosmatgen_ase.cli.options import (
+    PICTURES,
+    Data,
+    Overwrite,
+    Structures,
+    StructureTables,
+    output,
+    read_structures,
+    single_table,
+)
 
 
 @app.command()
@@ -88,12 +97,10 @@ def label(
     from dosmatgen_ase.dft.labels import label as run
     from dosmatgen_ase.dft.settings import EspressoSettings
 
-    tables = [path for path in structures if path.suffix == ".parquet"]
-    if tables and len(structures) > 1:
-        raise ValueError(f"give {tables[0]} alone: a table and other files cannot be labelled in one run")
-    given: Any = load_structures(tables[0]) if tables else read_structures(structures)
+    crystals = single_table(structures)
+    given: Any = load_structures(crystals) if crystals else read_structures(structures)
     beside = shards.parent / "structures.parquet"
-    splits = load_structures(beside) if not tables and beside.is_file() else None
+    splits = load_structures(beside) if not crystals and beside.is_file() else None
     settings = EspressoSettings(pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher, nice=19)
     chosen = order if order in ("cost", "coverage") else _first_words(Path(order))
     with resumable(lambda: f"the labels made so far are in {shards}"):

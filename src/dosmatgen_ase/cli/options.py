@@ -348,6 +348,14 @@ def read_structure(path: Path) -> Any:
     return last
 
 
+def single_table(paths: Sequence[Path]) -> Path | None:
+    """The table among files of structures, which must come alone; None where there is none."""
+    tables = [path for path in paths if path.suffix == ".parquet"]
+    if tables and len(paths) > 1:
+        raise ValueError(f"give {tables[0]} alone: a table and other files cannot be read in one run")
+    return tables[0] if tables else None
+
+
 def read_structures(files: Sequence[Path]) -> dict[str, Atoms]:
     """Every structure of the files, named ``STEM`` or, where a file has many, ``STEM-0000``, ``STEM-0001``, ..."""
     from dosmatgen_ase.files import read_structures as read

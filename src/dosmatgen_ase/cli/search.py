@@ -23,6 +23,7 @@ from dosmatgen_ase.cli.options import (
     figure,
     output,
     read_structures,
+    single_table,
     with_options,
 )
 from dosmatgen_ase.parsing import names_from_text, numbers_from_text
@@ -247,10 +248,8 @@ def _of_files(paths: Sequence[Path]) -> list[Atoms]:
     """Crystals of one table, or of files that ASE reads."""
     from dosmatgen_ase.retrieval.build import read_known
 
-    tables = [path for path in paths if path.suffix == ".parquet"]
-    if tables and len(paths) > 1:
-        raise ValueError(f"give {tables[0]} alone: a table and other files cannot be indexed in one run")
-    return read_known(tables[0]) if tables else _named(read_structures(paths))
+    table = single_table(paths)
+    return read_known(table) if table else _named(read_structures(paths))
 
 
 def _of_database(url: str, filter: str, limit: int | None, folder: Path) -> tuple[list[Atoms], dict[str, Any]]:
