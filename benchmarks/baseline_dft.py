@@ -60,6 +60,7 @@ GENERATOR, COMPUTED, PREDICTED = "generator", "look-up, computed", "look-up, pre
 METHODS = (GENERATOR, COMPUTED, PREDICTED)
 TRIES = 3  # crystals that a method may have computed, at most
 NOT_COMPUTED = "not computed"
+FEWEST = 8  # targets that are worth a table
 HITS = 100  # of a look-up, before those of the target's own formula are left out
 
 
@@ -197,7 +198,8 @@ def summary(rows: Mapping[str, Sequence[Tries]], tries: int) -> dict[str, Any]:
 
     Over the targets of which every method has all these tries behind it, and one of them gave a DOS.
     """
-    names, count = list(rows), len(next(iter(rows.values())))
+    count = len(next(iter(rows.values())))
+    names = [name for name, some in rows.items() if any(isinstance(row, dict) for found in some for row in found)]
 
     def done(found: Tries) -> bool:
         return NOT_COMPUTED not in found and any(isinstance(row, dict) for row in found)
@@ -234,6 +236,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = []
     for task, by_tries in report["tables"].items():
         for k, figures in by_tries.items():
+            if figures["targets"] < FEWEST:
+                continue
             name = "the first" if k == "1" else f"best of {k}"
             lines += [f"| {task}, {name}, {figures['targets']} targets | mean | median | pooled |", "|--|" + "--:|" * 3]
             for method, row in figures["methods"].items():
@@ -272,8 +276,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 def of_generated(questions: Sequence[Question], picks: Mapping[tuple[str, str], list[Atoms]]) -> dict[str, Any]:
     """What the text tells of what was generated."""
-    made = [atoms for q in questions for atoms in picks[q.key, GENERATOR]]
-    free = [picks[q.key, GENERATOR] for q in questions if not q.excluded]
+    made = [atoms for (_, method), some in picks.items() if method == GENERATOR for atoms in some]
+    free = [picks[q.key, GENERATOR] for q in questions if not q.excluded and (q.key, GENERATOR) in picks]
     above = [x for x in energy_above_hull(made) if x is not None]
     return {
         "crystals": len(made),
@@ -311,7 +315,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--predictor", type=Path, default=DEFAULT_PREDICTOR, help="orders what is generated")
     parser.add_argument("--anew", action="store_true", help="compute what has a label of an earlier recipe, too")
-    parser.add_argument("--kept-only", action="store_true", help="compute no DOS: take what an earlier run left")
+    parser.add_argument("--kept-only", action="store_true", help="make nothing: take what an earlier run left")
     parser.add_argument("--jobs", type=int, default=1, help="structures computed at a time")
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "baseline_dft")
     options = parser.parse_args(arguments)
@@ -332,9 +336,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     name_of: dict[tuple[str, str, int], str] = {}  # of the file of a try's DFT; of a material where its label serves
     if GENERATOR in options.methods:
         for q in tqdm(questions, unit="target", desc="generate and relax"):
+            after = folder / f"{q.key}-relaxed.extxyz"
+            if options.kept_only and not after.exists():
+                continue
             make = partial(generated, q, generator, predictor, options.draws, options.seed, unfit)
-            drawn = kept(folder / f"{q.key}.extxyz", make)
-            relaxed = kept(folder / f"{q.key}-relaxed.extxyz", partial(settled, drawn))
+            relaxed = kept(after, partial(settled, kept(folder / f"{q.key}.extxyz", make)))
             picks[q.key, GENERATOR] = relaxed[: options.tries]
             for k, atoms in enumerate(picks[q.key, GENERATOR]):
                 name_of[q.key, GENERATOR, k] = name = f"{folder.name}-{q.key}-{k}"
@@ -360,8 +366,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     table: dict[str, dict[str, list[Tries]]] = {}
     for q in questions:
         for method in options.methods:
-            tries: Tries = []
-            for k, atoms in enumerate(picks[q.key, method]):
+            tries: Tries = [] if (q.key, method) in picks else [NOT_COMPUTED]
+            missing[method] += len(tries)
+            for k, atoms in enumerate(picks.get((q.key, method), [])):
                 name = name_of[q.key, method, k]
                 result = results.get(name)
                 if isinstance(result, ElectronicStructure):
