@@ -107,8 +107,8 @@ def train_predictor(
         Path, typer.Option(help="Folder for predictor.safetensors (generate --predictor), ranker and judge.")
     ] = Path("runs/predictor"),
     epochs: Annotated[
-        int, typer.Option(min=1, help="Epochs of each tight-binding model; 60 take about an hour on a CPU core.")
-    ] = 60,
+        int, typer.Option(min=1, help="Epochs of each tight-binding model; 40 take about half an hour on a CPU core.")
+    ] = 40,
     device: Device = None,
     overwrite: Overwrite = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights, dropout and order.")] = 0,

@@ -45,7 +45,7 @@ class Role(NamedTuple):
 
 # All models differ by seed. The judge shares neither labels nor CHGNet's features with the ranker.
 ROLES = {
-    "predictor": Role(None, PredictorConfig(), 1),
+    "predictor": Role(None, PredictorConfig(), 2),
     "ranker": Role(0, PredictorConfig(), 1),
     "judge": Role(1, PredictorConfig(members=0), 1),
 }

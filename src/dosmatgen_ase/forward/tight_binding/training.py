@@ -44,7 +44,7 @@ class TightBindingTraining:
     moved : first and last weight of the loss on how far states must move, eV
     """
 
-    epochs: int = 60
+    epochs: int = 40
     minutes: float | None = None
     learning_rate: float = 3e-3
     weight_decay: float = 0.02
