@@ -16,10 +16,12 @@ from ase.data import chemical_symbols
 
 from dosmatgen_ase.data import SiteDOSLabels, load_pseudo_labels, load_site_dos, load_structures
 from dosmatgen_ase.dos import MODEL_GRID
+from dosmatgen_ase.dos.checks import labelled_elements
 from dosmatgen_ase.files.tensors import load_tensors, save_tensors
 from dosmatgen_ase.forward.features import cached_site_features, site_features
 from dosmatgen_ase.forward.predictor import (
     DEFAULT_PREDICTOR,
+    MIN_LABELS,
     DOSCalculator,
     DOSPredictor,
     PredictorConfig,
@@ -222,7 +224,7 @@ def test_many_crystals_are_predicted_as_one_by_one_and_a_bad_one_costs_no_other(
     assert [len(found) for found in both] == [1, 2]
     for one, other in zip(both[1], alone, strict=True):
         np.testing.assert_allclose(one.values, other.values, atol=1e-4)
-    with pytest.warns(UserWarning, match="no DOS for 1 of 2 structures: structure 0, Cu: collapsed"):
+    with pytest.warns(UserWarning, match="no DOS for 1 of 2 structures: structure 0, Cu: it has collapsed"):
         lost, found = predict_dos([squeezed, oxide])
     assert lost == [None]
     assert len(found) == 2
@@ -235,7 +237,7 @@ def test_many_crystals_are_predicted_as_one_by_one_and_a_bad_one_costs_no_other(
     ("arguments", "error", "fragment"),
     [
         (("MgO",), TypeError, "takes ase.Atoms or a list of them, not str"),
-        ((bulk("Cu"), [1]), ValueError, r"sites=\[1\]: Cu has the sites 0 to 0"),
+        ((bulk("Cu"), [1]), ValueError, r"sites=\[1\] do not exist: Cu has the sites 0 to 0"),
         ((bulk("Cu"), [-1]), ValueError, r"sites=\[-1\]"),
         ((bulk("Cu"), ["Cu"]), TypeError, "whole numbers"),
     ],
@@ -316,3 +318,11 @@ def test_threads_predict_what_one_does() -> None:
     for i, features in enumerate(found):
         assert not isinstance(features, str)
         np.testing.assert_allclose(features, alone[i % 4], atol=1e-5)
+
+
+def test_the_elements_that_count_as_labelled_are_those_that_the_predictor_knows() -> None:
+    support = default_predictor().tables["support"].numpy().max(axis=1)
+    known = {chemical_symbols[z] for z in range(1, 95) if support[z] >= MIN_LABELS}
+    assert labelled_elements() == known
+    assert {"Ni", "O"} <= known
+    assert not {"Ac", "La"} & known

@@ -41,11 +41,13 @@ def metals() -> list[Atoms]:
 
 def test_the_crystal_that_has_the_dos_comes_first(copper: TargetDOS) -> None:
     ranked = score(metals(), {0: copper})
-    assert [atoms.symbols[0] for atoms in ranked] == ["Cu", "Ag", "Al"]
+    first, *others = [atoms.info["scores"]["distance"] for atoms in ranked]
+    assert ranked[0].symbols[0] == "Cu"
+    assert first < 0.5 * min(others)  # the d bands of silver lie elsewhere, aluminium has none
     told = [atoms.info["scores"] for atoms in ranked]
     assert told[0]["distance"] == pytest.approx(0.0, abs=1e-3)
     assert [t["score"] for t in told] == [t["distance"] for t in told]
-    assert told[1]["distance"] == pytest.approx(normalised_l1(predict_dos(bulk("Ag"))[0], copper), abs=1e-3)
+    assert told[1]["distance"] == pytest.approx(normalised_l1(predict_dos(ranked[1])[0], copper), abs=1e-3)
     assert all(0 < t["expected_error"] < 2 for t in told)
     assert "energy_above_hull" not in told[0]
 

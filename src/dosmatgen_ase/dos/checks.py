@@ -140,6 +140,11 @@ def states_below_zero() -> dict[str, Any]:
     return table
 
 
+def labelled_elements() -> frozenset[str]:
+    """Return the elements that the labels hold: only theirs is a DOS that the models know."""
+    return frozenset(states_below_zero()["elements"])
+
+
 def _states_that_fit_nothing(dos: TargetDOS, num_atoms: tuple[int, int]) -> str:
     """A sentence if the states known below zero are more, or fewer, than sites of any element hold there."""
     table = states_below_zero()

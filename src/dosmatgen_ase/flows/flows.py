@@ -17,6 +17,7 @@ from jobflow import Flow, Job, Maker, OnMissing, Response, job
 from pymatgen.core import Structure
 
 from dosmatgen_ase.crystals.convert import to_atoms
+from dosmatgen_ase.dos.checks import labelled_elements
 from dosmatgen_ase.flows.jobs import (
     CompareDOSMaker,
     DOSMaker,
@@ -30,7 +31,6 @@ from dosmatgen_ase.flows.jobs import (
 )
 from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, InverseDesignDoc, RelaxDoc, ScreeningDoc
 from dosmatgen_ase.flows.search import SearchMaker, with_known
-from dosmatgen_ase.forward.predictor import labelled_elements
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 from dosmatgen_ase.parsing import DOSInput, formula_counts, site_elements, site_numbers
 
@@ -114,7 +114,7 @@ def _without_unlabelled(maker: GenerateMaker, template: Atoms | None) -> Generat
         return maker
     named = {*site_elements(settings.fixed_species or {}).values(), *(formula_counts(settings.composition) or {})}
     named |= set(template.symbols) if template else set()
-    unlabelled = set(chemical_symbols[1 : MAX_ATOMIC_NUMBER + 1]) - set(labelled_elements()) - named
+    unlabelled = set(chemical_symbols[1 : MAX_ATOMIC_NUMBER + 1]) - labelled_elements() - named
     excluded = sorted({*(settings.exclude_elements or ()), *unlabelled}, key=chemical_symbols.index)
     return replace(maker, settings=settings.replace(exclude_elements=excluded))
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from ase.calculators.calculator import Calculator, all_changes
-from ase.data import chemical_symbols
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -331,17 +330,6 @@ def inverse_softplus(y: Tensor) -> Tensor:
 def default_predictor() -> DOSPredictor:
     """Return the predictor that ships with the package, loaded once per process."""
     return DOSPredictor.load()
-
-
-def labelled_elements(predictor: DOSPredictor | None = None) -> list[str]:
-    """Return the elements that enough labelled structures hold for their DOS to be known, in atomic order.
-
-    Parameters
-    ----------
-    predictor : by default the one that ships
-    """
-    support = (predictor or default_predictor()).tables["support"].numpy()
-    return [chemical_symbols[z] for z in np.flatnonzero(support.max(axis=1) >= MIN_LABELS).tolist() if z]
 
 
 def predict_dos(
