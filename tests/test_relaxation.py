@@ -22,6 +22,7 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator, all_properties
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixBondLength, FixCartesian, FixedPlane, FixScaled, FixSymmetry
+from pymatgen.io.ase import AseAtomsAdaptor
 from typer.testing import CliRunner
 
 from dosmatgen_ase.cli import app
@@ -386,7 +387,7 @@ def test_a_file_that_is_no_mace_model_gives_one_clear_error(tmp_path: Path) -> N
     pytest.importorskip("mace")
     (tmp_path / "m.model").write_text("not a model")
     with pytest.raises(ValueError, match="not a MACE model"):
-        relax(bulk("Cu"), tmp_path / "m.model")
+        relax(bulk("Cu"), tmp_path / "m.model", trust_model=True)
 
 
 class Payload:
@@ -405,8 +406,66 @@ def test_a_model_file_is_not_loaded_without_trust(tmp_path: Path, command: list[
     done = CliRunner().invoke(app, [name, str(tmp_path / "cu.cif"), option, str(tmp_path / "m.model")])
     assert done.exit_code == 1
     assert "is a pickle, which may run any code" in done.stderr
-    assert "add --trust-model" in done.stderr
+    assert "add trust_model=True (--trust-model)" in done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_python_and_flows_trust_no_model_file_unasked(tmp_path: Path) -> None:
+    from dosmatgen_ase import DOSGenerator, TargetDOS
+    from dosmatgen_ase.crystals.convert import to_structure
+    from dosmatgen_ase.flows.jobs import RelaxMaker
+
+    path = tmp_path / "m.model"
+    torch.save(Payload(tmp_path / "ran"), path)
+    dos, maker = TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1)), RelaxMaker(calculator=str(path))
+    for attempt in (
+        lambda: relax(bulk("Cu"), path),
+        lambda: relax([bulk("Cu"), bulk("Ag")], str(path), processes=2),
+        lambda: relax_into(tmp_path / "out.extxyz", [bulk("Cu")], path),
+        lambda: DOSGenerator().generate(dos, 1, num_atoms=2, relax=path),
+        lambda: maker.make.original(maker, to_structure(bulk("Cu"))),
+    ):
+        with pytest.raises(ValueError, match=r"is a pickle, which may run any code .* add trust_model=True"):
+            attempt()
+    assert not (tmp_path / "ran").exists()
+
+
+def suicide(atoms: Atoms) -> Atoms:
+    """Ends its own process at gold, as the system does with one that takes all memory."""
+    if "Au" in atoms.symbols:
+        os.kill(os.getpid(), signal.SIGKILL)
+    atoms = atoms.copy()
+    atoms.info["relaxation"] = {"reason": None}
+    return atoms
+
+
+def test_a_structure_that_costs_its_process_is_its_own_failure() -> None:
+    given = [bulk(symbol) for symbol in ("Cu", "Au", "Al", "Ag")]
+    found = list(relaxation.in_processes(suicide, given, 2))
+    assert [str(atoms.symbols) for atoms in found] == ["Cu", "Au", "Al", "Ag"]
+    reasons = [atoms.info["relaxation"]["reason"] for atoms in found]
+    assert [reason is None for reason in reasons] == [True, False, True, True]
+    assert "its process was killed, as by a system that is short of memory" in reasons[1]
+    assert found[1].info["relaxation"]["energy"] is None
+
+
+@pytest.mark.parametrize("atoms", [bulk("NaCl", "rocksalt", a=5.6), bulk("Fe") * (2, 1, 1)])
+def test_chgnet_gives_the_numbers_of_its_own_calculator(atoms: Atoms) -> None:
+    from dosmatgen_ase.forward.features import load_chgnet
+    from dosmatgen_ase.judge.chgnet import CHGNetForces
+
+    model = load_chgnet()
+    atoms.rattle(0.05, seed=2)
+    told = model.predict_structure(AseAtomsAdaptor.get_structure(atoms), task="efs")
+    atoms.calc = CHGNetForces()
+    assert atoms.get_potential_energy() / len(atoms) == pytest.approx(float(told["e"]), abs=1e-5)
+    np.testing.assert_allclose(atoms.get_forces(), told["f"], atol=2e-5)
+    np.testing.assert_allclose(atoms.get_stress(voigt=False), told["s"] / 160.21766208, atol=1e-6)
+
+
+def test_a_cell_too_large_for_chgnet_is_told_before_the_work() -> None:
+    outcome = report(relax(bulk("C", "diamond", cubic=True) * (3, 3, 3), max_steps=0))
+    assert "bonds and angles are too many for CHGNet, at most 50000: take a smaller cell" in outcome["reason"]
 
 
 def test_without_mace_the_fix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +490,7 @@ def test_a_local_mace_model_file_relaxes(tmp_path: Path) -> None:
             atomic_numbers=[29], correlation=1, atomic_inter_scale=[0.01], atomic_inter_shift=[0.0],
         )  # fmt: skip
         torch.save(model.double(), tmp_path / "tiny.model")
-    told = report(relax(strained_copper(), str(tmp_path / "tiny.model"), max_steps=3))
+    told = report(relax(strained_copper(), str(tmp_path / "tiny.model"), max_steps=3, trust_model=True))
     assert told["energy"] == pytest.approx(-3.0, abs=1.0)
 
 
@@ -514,7 +573,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_in_the_file(
                 relaxed.append(lattice)
             super().calculate(*args)
 
-    monkeypatch.setattr(relaxation, "load_calculator", lambda _: Stopping())
+    monkeypatch.setattr(relaxation, "load_calculator", lambda *_: Stopping())
     structures = [bulk("Cu", a=a) for a in (3.5, 3.6, 3.7, 3.8)]
     for atoms in structures:
         atoms.info["a"] = atoms.cell.lengths()[0] * np.sqrt(2)

@@ -84,7 +84,7 @@ def test_distance_agrees_with_the_neighbour_list_of_ase(seed: int) -> None:
         assert neighbor_list("d", atoms, result.min_distance + 1e-6).min() == pytest.approx(result.min_distance)
     else:
         assert result.reason is not None
-        assert "per atom" in result.reason
+        assert "per atom" in result.reason or "too skewed" in result.reason
 
 
 def alloy() -> Atoms:

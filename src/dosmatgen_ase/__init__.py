@@ -17,11 +17,12 @@ The public names are imported on first use (PEP 562), so that ``import dosmatgen
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
-from dosmatgen_ase.moved import install
+from dosmatgen_ase.moved import TYPE_CHECKING, install
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from dosmatgen_ase.crystals.screening import KnownCrystals, screen_many
     from dosmatgen_ase.dft.espresso import compute_dos
     from dosmatgen_ase.dos import DOSWarning, EnergyGrid, TargetDOS

@@ -1,14 +1,19 @@
-"""Old names of modules, importable for one more release with a `DeprecationWarning` that tells the new name."""
+"""Old names of modules, importable for one more release with a `DeprecationWarning` that tells the new name.
+
+Every import of the package comes here first, before the command line can hear Ctrl-C: so it loads next to nothing.
+"""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+
+TYPE_CHECKING = False  # that of typing, which takes longer to load than all of this
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
 
 PACKAGE = "dosmatgen_ase"
 MOVED = {
@@ -45,8 +50,8 @@ MOVED = {
 }
 
 
-class MovedModules(MetaPathFinder, Loader):
-    """Finds a module by its old name: a module whose attributes are those of the new ones."""
+class MovedModules:
+    """Finds a module by its old name, and loads it: a module whose attributes are those of the new ones."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -55,7 +60,10 @@ class MovedModules(MetaPathFinder, Loader):
         package, _, name = fullname.partition(".")
         if package != PACKAGE or name not in MOVED:
             return None
-        return ModuleSpec(fullname, self, is_package=name == "diffusion")
+        return ModuleSpec(fullname, self, is_package=name == "diffusion")  # type: ignore[arg-type]  # it has what a loader needs
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Leave it to Python."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Warn, and hand on every attribute of the new modules."""

@@ -3,18 +3,46 @@
 
 Thin: every command reads its arguments, calls the library and prints. Heavy libraries are imported inside the commands,
 so that ``dosmatgen --help`` needs none of them. One module holds one group of commands; `options` what they share;
-`application` turns an error into one line on stderr and an exit code (1; 2 for a wrong command line; 130 for Ctrl-C).
+`application` turns an error into one line on stderr and an exit code (1; 2 for a wrong command line; 130 for Ctrl-C);
+`commands` joins all. This file imports nothing, so that Ctrl-C is heard from the first moment.
 """
 
-from dosmatgen_ase.cli.application import app
-from dosmatgen_ase.cli.options import read_structures
+from __future__ import annotations
 
-# Imported for the commands that they add to `app`, in the order of its help.
-from dosmatgen_ase.cli import search, generate, dos, report, train, judge, dft  # isort: skip
+from importlib import import_module
 
-__all__ = ["app", "dft", "dos", "generate", "judge", "main", "read_structures", "report", "search", "train"]
+from dosmatgen_ase.moved import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from dosmatgen_ase.cli.commands import app
+    from dosmatgen_ase.cli.options import read_structures
+
+__all__ = ["app", "main", "read_structures"]
+
+_HOME = {"app": "commands", "read_structures": "options"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def main() -> None:
     """Entry point of the ``dosmatgen`` command."""
+    import _signal  # type: ignore[import-not-found]  # what `signal` is made of, without the enum, which would take as long as all before
+    import os
+
+    def leave(*_: object) -> None:  # while modules load there is nothing to tidy up, and much to interrupt
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    before = _signal.getsignal(_signal.SIGINT)
+    if before is _signal.default_int_handler:  # a shell that ignores Ctrl-C for a job in the background is obeyed
+        _signal.signal(_signal.SIGINT, leave)
+    from dosmatgen_ase.cli.commands import app
+
+    _signal.signal(_signal.SIGINT, before)
     app()

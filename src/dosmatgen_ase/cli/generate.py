@@ -18,7 +18,6 @@ from dosmatgen_ase.cli.options import (
     OptionGroup,
     Overwrite,
     TargetOptions,
-    check_trust,
     figure,
     generation_settings,
     output,
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from dosmatgen_ase.judge.ranking import Ranking
 
 BEST = "Relax and rank"
+MANY = 200  # candidates whose ranking takes seconds, and shows a bar
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,10 @@ def generate(
     A run that was killed goes on where it stopped: give the same command again.
     """
     start = time.perf_counter()
-    check_trust(best.relax, best.trust_model)
+    if best.relax is not None:
+        from dosmatgen_ase.judge.relaxation import check_trust
+
+        check_trust(best.relax, best.trust_model)
     dos = target.read(dos_file)
     files = _Files.of(out, best)
     _check_before(ctx, files, n, best)
@@ -176,7 +179,7 @@ def _check_before(ctx: typer.Context, files: _Files, n: int, options: RankingOpt
         output(ctx, "out", STRUCTURES, path=files.relaxed)
     output(ctx, "plot", PICTURES)
     if options.relax is not None:
-        load_calculator(options.relax)
+        load_calculator(options.relax, options.trust_model)
 
 
 def _ranked(
@@ -202,8 +205,11 @@ def _ranked(
     tell(f"{len(drawn)} crystals drawn; {rejected} more were rejected by the screen and drawn again", err=True)
     if files.relaxed is not None and options.relax is not None:
         held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
-        drawn = relax_into(files.relaxed, drawn, options.relax, progress=True, **held)
-    sites, total, progress = request.site_targets, request.total_target, options.relax is not None
+        drawn = relax_into(
+            files.relaxed, drawn, options.relax, progress=True, trust_model=options.trust_model, **held
+        )
+    sites, total = request.site_targets, request.total_target
+    progress = options.relax is not None or len(drawn) > MANY
     scored = score(drawn, sites, total, predictor=forward, ranking=ranking, progress=progress)
     return best([atoms for atoms in scored if not_new(request, atoms) is None], n)  # some relax into known ones
 

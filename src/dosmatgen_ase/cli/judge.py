@@ -15,7 +15,6 @@ from dosmatgen_ase.cli.options import (
     PICTURES,
     Overwrite,
     Structures,
-    check_trust,
     figure,
     output,
     read_structures,
@@ -60,7 +59,7 @@ def relax(
     where it stopped: give the same command again. Atoms that a file marks as fixed stay, and the cell with them.
     """
     from dosmatgen_ase.files import STRUCTURES, stream_of, write_structures
-    from dosmatgen_ase.judge.relaxation import relax_into
+    from dosmatgen_ase.judge.relaxation import check_trust, relax_into
     from dosmatgen_ase.judge.stability import in_words, load_hull
 
     check_trust(calculator, trust_model)
@@ -70,6 +69,7 @@ def relax(
     if out != stream:
         output(ctx, "out", STRUCTURES, count=len(named), marks=(b"relaxation",))
     limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "processes": jobs}
+    limits["trust_model"] = trust_model
     held: dict[str, Any] = {
         "fixed_cell": fixed_cell,
         "fixed_sites": site_list(fixed_sites, "--fixed-sites"),
@@ -112,12 +112,12 @@ def predict(
     *expected error* estimates the normalised L1 to a computed DOS, from the spread of the ensemble.
     """
     from dosmatgen_ase.dos import TargetDOS
-    from dosmatgen_ase.files import write_atomic
+    from dosmatgen_ase.files import output_folder, write_atomic
     from dosmatgen_ase.forward.predictor import predict_dos
 
     output(ctx, "plot", PICTURES)
     named = read_structures(files)
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     for name in named:
         output(ctx, "out", (".json",), path=out / f"{name}.json")
         for ending in (".json", ".png") if bands else ():

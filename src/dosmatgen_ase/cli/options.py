@@ -267,13 +267,6 @@ def generation_settings() -> OptionGroup:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def check_trust(calculator: str | None, trusted: bool) -> None:
-    """Refuse the file of a model that the user does not vouch for: a pickle runs what code is in it."""
-    if calculator is not None and calculator != "chgnet" and Path(calculator).is_file() and not trusted:
-        told = "a MACE model file is a pickle, which may run any code when it is loaded"
-        raise ValueError(f"{calculator}: {told}; if you trust its maker, add --trust-model")
-
-
 def site_list(text: str | None, option: str) -> list[int]:
     """``"0-3"`` or ``"0,2"`` as sites; none for None."""
     try:

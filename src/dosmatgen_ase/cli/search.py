@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -216,7 +215,7 @@ def make_index(
     """
     from dosmatgen_ase.data import load_site_dos
     from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR
-    from dosmatgen_ase.retrieval.build import build_index
+    from dosmatgen_ase.retrieval.build import build_index, remove_parts
 
     output(ctx, "out", (".npz",), marks=(b"material_id.npy",))
     if (structures is None) == (from_optimade is None):
@@ -236,7 +235,7 @@ def make_index(
         )
     made.save(out)
     if parts is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_parts(folder)
     size = out.stat().st_size / 1e6
     count = int(made.computed.sum())
     tell(f"{out}: {len(made)} crystals, {count} with a computed DOS, {size:.1f} MB")

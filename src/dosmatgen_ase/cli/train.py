@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def train(
+    ctx: typer.Context,
     config: Annotated[
         Path, typer.Option(help="JSON with fields of TrainingConfig, such as configs/default.json.", show_default=False)
     ],
@@ -39,8 +40,10 @@ def train(
     ] = None,
     device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; replaces the config's.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a generator on the training split. A run that was killed goes on where its last state was saved."""
+    from dosmatgen_ase.files import output_folder
     from dosmatgen_ase.train.trainer import TrainingConfig
     from dosmatgen_ase.train.trainer import train as run
 
@@ -53,7 +56,10 @@ def train(
     chosen = str(select_device(device))
     structures = load_structures(data / "structures.parquet", split="train")
     labels = load_site_dos(data / "site_dos")
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
+    for name in ("state.safetensors", "weights.safetensors", "log.jsonl", "pseudo_labels.npz"):
+        if not (name == "pseudo_labels.npz" and (out / name).is_file()):  # one that is there is used as it is
+            output(ctx, "out", (Path(name).suffix,), path=out / name, marks=(b'"gradient_norm": ',))
     dataset = CrystalDataset.join(structures, labels)
     if pseudo_labels is not None:
         path = Path(pseudo_labels)
@@ -78,13 +84,15 @@ def train(
 
 def _predict_once(path: Path, structures: Structures, predictor: Path | None) -> None:
     """Write the predicted DOS of structures, unless they are there."""
+    from dosmatgen_ase.files import exclusive
     from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
     from dosmatgen_ase.forward.pseudo_labels import write_pseudo_labels
 
     if not path.exists():
         forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
         tell(f"predicting the DOS of {len(structures)} structures (once; kept in {path})", err=True)
-        write_pseudo_labels(path, structures, forward, cache=path.with_name("chgnet_features"))
+        with exclusive(path):
+            write_pseudo_labels(path, structures, forward, cache=path.with_name("chgnet_features"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no config {path}: start from configs/default.json")
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object with the fields of TrainingConfig")
@@ -118,11 +126,12 @@ def train_predictor(
     The first is for use. In benchmarks the ranker picks, and makes pseudo-labels; the judge only measures. A run that
     was killed goes on with the tight-binding model that it was at.
     """
+    from dosmatgen_ase.files import output_folder
     from dosmatgen_ase.forward.predictor_training import ROLES, train_predictors
     from dosmatgen_ase.forward.tight_binding.training import TightBindingTraining
     from dosmatgen_ase.generate.generator import select_device
 
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     paths = {name: out / f"{name}.safetensors" for name in ROLES}
     for path in paths.values():
         output(ctx, "out", (".safetensors",), path=path)

@@ -6,13 +6,58 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
+from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS, MAX_GIVEN_ATOMS
 
 if TYPE_CHECKING:
     from ase import Atoms
 
 MIN_VOLUME = 1e-3  # A^3; below, three vectors span no cell
 MIN_VOLUME_PER_ATOM = 2.0  # A^3; below, atoms have collapsed, and potentials and neighbour lists mean nothing
+MAX_CELLS_AWAY = 1000  # an atom may lie so many cells away from its own; beyond, single precision has lost its place
+_LONGEST = 8.0  # Angstrom: no list of neighbours reaches farther
+_MAX_IMAGES = 10_000  # cells around one that such a list looks at, in a second; 729 where lattice planes are 2 A apart
+
+
+def beyond_bounds(atoms: Atoms) -> str | None:
+    """Why a crystal is too large for a list of its neighbours, in one line; None if it is not.
+
+    Whoever looks for neighbours, pairs or symmetry asks here first: the work grows with the atoms and with the cells
+    that lie within reach, and both may be absurd in a file of a few bytes. Cell and positions must be finite.
+    """
+    return too_many_or_far(atoms) or too_skewed(atoms)
+
+
+def too_many_or_far(atoms: Atoms) -> str | None:
+    """The part of `beyond_bounds` that comes before any pair of atoms is looked at."""
+    import numpy as np
+
+    if len(atoms) > MAX_GIVEN_ATOMS:
+        return f"{len(atoms)} atoms, more than {MAX_GIVEN_ATOMS}: take a smaller cell"
+    reciprocal = _reciprocal(atoms)
+    with np.errstate(all="ignore"):
+        away = np.abs(np.asarray(atoms.positions) @ reciprocal.T).max(initial=0.0)
+    if not away <= MAX_CELLS_AWAY:
+        return f"an atom lies {away:.3g} cells away from its own, more than {MAX_CELLS_AWAY}: wrap the positions first"
+    return None
+
+
+def too_skewed(atoms: Atoms) -> str | None:
+    """The part of `beyond_bounds` that looks at the cell."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        images = np.prod(2 * np.ceil(_LONGEST * np.linalg.norm(_reciprocal(atoms), axis=1)) + 1)
+    return None if images <= _MAX_IMAGES else "the cell is too skewed to search its images: reduce it first"
+
+
+def _reciprocal(atoms: Atoms) -> Any:
+    """Reciprocal vectors as rows, 1/Angstrom, without 2 pi; not finite where an absurd cell overflows."""
+    import numpy as np
+
+    cell = np.asarray(atoms.cell, dtype=float)
+    with np.errstate(all="ignore"):
+        normals = np.cross(cell[[1, 2, 0]], cell[[2, 0, 1]])
+        return normals / (cell[0] @ normals[0])
 
 
 def is_disordered(atoms: Atoms) -> bool:
@@ -81,3 +126,5 @@ def check_atoms(atoms: Any, name: str, max_atoms: int = MAX_ATOMS) -> None:
         raise ValueError(f"{name} {told}")
     if len(atoms) > max_atoms:
         raise ValueError(f"{name} has {len(atoms)} atoms: use a (primitive) cell of 1 to {max_atoms}")
+    if beyond := beyond_bounds(atoms):
+        raise ValueError(f"{name} cannot be used: {beyond}")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from dosmatgen_ase.crystals.checks import MIN_VOLUME_PER_ATOM, fault
+from dosmatgen_ase.crystals.checks import MIN_VOLUME_PER_ATOM, fault, too_many_or_far, too_skewed
 from dosmatgen_ase.crystals.convert import to_structure
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_DRAWN_VOLUME_PER_ATOM = 100.0  # A^3; of what a model draws freely
 MAX_GIVEN_VOLUME_PER_ATOM = 1000.0  # A^3; of a cell that was given: a slab has vacuum, caesium alone has 111
-_MAX_DISTANCES = 2_000_000  # about 0.2 s; a Niggli-reduced cell of 20 atoms needs 10,000
+_MAX_DISTANCES = 2_000_000  # about 0.2 s: all pairs of 2,000 atoms; a Niggli-reduced cell of 20 atoms needs 10,000
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,9 @@ def screen(
     if not per_atom <= max_volume_per_atom:
         return Screening(False, f"{per_atom:.3g} A^3 per atom, more than {max_volume_per_atom:g}", None, per_atom)
 
+    if (beyond := too_many_or_far(atoms)) is not None:
+        return Screening(False, beyond, None, per_atom)
+
     frac_coords = positions @ (normals / volume).T  # the normals over the volume are the reciprocal vectors
     heights = volume / np.linalg.norm(normals, axis=1)
     shortest = _shortest_distance(cell, heights, frac_coords)
@@ -122,6 +125,8 @@ def screen(
         return Screening(False, "the cell is too skewed to search its images: reduce it first", None, per_atom)
     if not shortest >= min_distance:
         return Screening(False, f"atoms {shortest:.3f} A apart, less than {min_distance:g}", shortest, per_atom)
+    if (beyond := too_skewed(atoms)) is not None:
+        return Screening(False, beyond, shortest, per_atom)
     return Screening(True, None, shortest, per_atom)
 
 

@@ -13,6 +13,7 @@ from dosmatgen_ase.data.dataset import (
     load_site_dos,
     load_structures,
     read_crystals,
+    read_shard,
     size_bucket_batches,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "load_site_dos",
     "load_structures",
     "read_crystals",
+    "read_shard",
     "size_bucket_batches",
 ]

@@ -19,25 +19,26 @@ from ase import Atoms
 from ase.formula import Formula
 
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, resample, scale_sites_to_total
-from dosmatgen_ase.files import read_structures
-from dosmatgen_ase.limits import MAX_ATOMS
+from dosmatgen_ase.files import DAMAGE, read_npz, read_structures
+from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
 
 LABEL_SIGMA = 0.1  # eV, broadening of the stored labels
 SHARD_UNIT = 1e-3  # states/eV: shards store integers
 ROUNDING_FLOOR = 10 * SHARD_UNIT  # states/eV per cell: below, the rounding of the shards decides the ratio of two DOS
-SHARD_KEYS = (
-    "material_id",
-    "split",
-    "atom_offset",
-    "atomic_numbers",
-    "frac_coords",
-    "cell",
-    "energies",
-    "site_dos",
-    "total_dos",
-    "e_max",
-    "band_gap",
-)
+SHARD_KEYS = {  # kinds of number and axes
+    "material_id": ("U", 1),
+    "split": ("U", 1),
+    "atom_offset": ("iu", 1),
+    "atomic_numbers": ("iu", 1),
+    "frac_coords": ("f", 2),
+    "cell": ("f", 2),
+    "energies": ("f", 1),
+    "site_dos": ("iu", 3),
+    "total_dos": ("iu", 2),
+    "e_max": ("f", 1),
+    "band_gap": ("f", 1),
+}
+_SHARD_EXTRAS = {"recipe": ("iu", 0), "failed_id": ("U", 1)}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -124,6 +125,15 @@ def read_crystals(path: str | Path, split: str | None = None, facts: Mapping[str
     needed = ["material_id", "cell", "atomic_numbers", "frac_coords"]
     table = _read_table(path, needed, split, list(facts.values()))
     columns = {name: table[column].to_pylist() for name, column in facts.items() if column in table.column_names}
+    try:
+        return _crystals(table, needed, columns)
+    except DAMAGE as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{path} is not laid out as data/structures.parquet, or damaged ({told})") from None
+
+
+def _crystals(table: Any, needed: Sequence[str], columns: Mapping[str, list[Any]]) -> list[Atoms]:
+    """Crystals of the rows of a table, which may be damaged."""
     crystals = []
     for i, (name, flat, numbers, coords) in enumerate(zip(*(table[c].to_pylist() for c in needed), strict=True)):
         cell, frac = right_handed(np.reshape(flat, (1, 3, 3)), np.reshape(coords, (1, -1, 3)))
@@ -153,8 +163,8 @@ def _read_table(path: Path, needed: Sequence[str], split: str | None, more: Sequ
                 f"{path} lacks the columns {', '.join(missing)}: a table laid out as data/structures.parquet has them"
             )
         table = pq.read_table(path, columns=[*columns, *(name for name in more if name in there)])
-    except pa.ArrowException as error:
-        raise ValueError(f"{path} is not a readable parquet table: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet table: {' '.join(str(error).split())}") from error
     if split is not None:
         table = table.filter(pc.equal(table["split"], split))
     if table.num_rows == 0:
@@ -209,25 +219,42 @@ def load_structures(path: str | Path, split: str | None = None, max_atoms: int =
     table = _read_table(Path(path), [f.name for f in fields(Structures)], split)
     import pyarrow.compute as pc
 
-    table = table.filter(pc.less_equal(table["num_atoms"], max_atoms))
-    if table.num_rows == 0:
+    try:
+        table = table.filter(pc.less_equal(table["num_atoms"], max_atoms))
+        found = _structures(table.combine_chunks()) if table.num_rows else None
+    except DAMAGE as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{path} is not laid out as data/structures.parquet, or damaged ({told})") from None
+    if found is None:
         raise ValueError(f"{path} holds no structure with split={split!r} and max_atoms={max_atoms}")
-    table = table.combine_chunks()
+    return found
+
+
+def _structures(table: Any) -> Structures:
+    """Make arrays of a table of pyarrow; ``ValueError`` if its columns do not fit each other."""
+    import pyarrow.compute as pc
+
     text = {name: table[name].to_numpy().astype(str) for name in ("material_id", "split", "reduced_formula")}
 
     def flat(name: str) -> np.ndarray:
         return pc.list_flatten(table[name]).to_numpy().astype(np.float64)
 
     counts = table["num_atoms"].to_numpy().astype(np.int64)
-    frac = _pad(flat("frac_coords").reshape(-1, 3), counts, np.float64)
-    cell, frac = right_handed(flat("cell").reshape(-1, 3, 3), frac)
+    numbers, cells, coords = flat("atomic_numbers"), flat("cell"), flat("frac_coords")
+    sizes = {"atomic_numbers": (numbers, counts.sum()), "cell": (cells, 9 * len(counts))}
+    for name, (values, size) in (sizes | {"frac_coords": (coords, 3 * counts.sum())}).items():
+        if values.size != size or not np.isfinite(values).all():
+            raise ValueError(f"{name} has {values.size} numbers for {size} places, or some are not finite")
+    if counts.min() < 1 or not ((numbers >= 1) & (numbers <= MAX_ATOMIC_NUMBER)).all():
+        raise ValueError(f"num_atoms must be at least 1, atomic_numbers lie in 1 to {MAX_ATOMIC_NUMBER}")
+    cell, frac = right_handed(cells.reshape(-1, 3, 3), _pad(coords.reshape(-1, 3), counts, np.float64))
     return Structures(
         **text,
         spacegroup=table["spacegroup"].to_numpy().astype(np.int64),
         num_atoms=counts,
         cell=cell,
         frac_coords=frac,
-        atomic_numbers=_pad(flat("atomic_numbers"), counts, np.int64),
+        atomic_numbers=_pad(numbers, counts, np.int64),
     )
 
 
@@ -290,7 +317,7 @@ def load_site_dos(directory: str | Path, recipe: int | None = None) -> SiteDOSLa
     paths = sorted(Path(directory).glob("*.npz"))
     if not paths:
         raise FileNotFoundError(f"no label shards (*.npz) in {directory}: pass data/site_dos of a repository clone")
-    shards = sorted(map(_read_shard, paths), key=lambda data: int(data["recipe"]))
+    shards = sorted(map(read_shard, paths), key=lambda data: int(data["recipe"]))
     if recipe is not None:
         shards = [data for data in shards if data["recipe"] == recipe]
         if not shards:
@@ -327,6 +354,8 @@ def load_site_dos(directory: str | Path, recipe: int | None = None) -> SiteDOSLa
             )
             for i, sites, start, end in zip(new, parts, starts, starts[1:], strict=False)
         ]
+    if not rows:
+        raise ValueError(f"the label shards in {directory} hold no label: pass data/site_dos of a repository clone")
     ids, splits, cells, fracs, numbers, all_values, all_known, band_gaps, recipes = zip(*rows, strict=True)
     counts = np.array([len(z) for z in numbers])
     padded_frac = _pad(np.concatenate(fracs).astype(np.float64), counts, np.float64)
@@ -368,7 +397,7 @@ def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndar
     """
     wanted = {name: i for i, name in enumerate(labels.material_id.tolist())}
     found: list[np.ndarray | None] = [None] * len(wanted)
-    shards = sorted(map(_read_shard, sorted(Path(directory).glob("*.npz"))), key=lambda data: int(data["recipe"]))
+    shards = sorted(map(read_shard, sorted(Path(directory).glob("*.npz"))), key=lambda data: int(data["recipe"]))
     for data in shards:  # the last of a name wins, as in `load_site_dos`
         names = data["material_id"].tolist()
         chosen = [k for k, name in enumerate(names) if name in wanted and data["recipe"] == labels.recipe[wanted[name]]]
@@ -388,12 +417,43 @@ def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndar
     return [part for part in found if part is not None]
 
 
-def _read_shard(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as shard:
-        missing = [key for key in SHARD_KEYS if key not in shard.files]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}: not a label shard as described in data/README.md")
-        return {"recipe": np.array(1), **{key: shard[key] for key in (*SHARD_KEYS, "recipe") if key in shard.files}}
+def read_shard(path: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of one label shard, those of `SHARD_KEYS`, "recipe" and "failed_id".
+
+    Raises
+    ------
+    ValueError
+        If the file is something else, damaged, or its arrays do not fit each other.
+    """
+    try:
+        data = {"recipe": np.array(1), "failed_id": np.array([], np.str_), **read_npz(path, SHARD_KEYS, _SHARD_EXTRAS)}
+        if wrong := _misfit(data):
+            raise ValueError(wrong)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a label shard as described in data/README.md: {error}") from None
+    return data
+
+
+def _misfit(data: dict[str, np.ndarray]) -> str | None:
+    """What does not fit in the arrays of a shard."""
+    n, sites, energies = len(data["material_id"]), len(data["atomic_numbers"]), data["energies"]
+    shapes = {
+        "split": (n,), "cell": (n, 9), "e_max": (n,), "band_gap": (n,), "atom_offset": (n + 1,),
+        "frac_coords": (sites, 3), "site_dos": (sites, 4, energies.size), "total_dos": (n, energies.size),
+    }  # fmt: skip
+    if wrong := [name for name, shape in shapes.items() if data[name].shape != shape]:
+        return f"{', '.join(wrong)} do not fit the other arrays"
+    sizes, offset = np.diff(data["atom_offset"].astype(np.int64)), data["atom_offset"]
+    if not (offset[0] == 0 and offset[-1] == sites and ((sizes >= 1) & (sizes <= MAX_ATOMS)).all()):
+        return f"atom_offset does not tell 1 to {MAX_ATOMS} atoms of each structure"
+    if not ((data["atomic_numbers"] >= 1) & (data["atomic_numbers"] <= MAX_ATOMIC_NUMBER)).all():
+        return f"atomic_numbers must lie in 1 to {MAX_ATOMIC_NUMBER}"
+    numbers = ("frac_coords", "cell", "energies", "e_max", "band_gap")
+    if wrong := [name for name in numbers if not np.isfinite(data[name]).all()]:
+        return f"{', '.join(wrong)} hold numbers that are not finite"
+    if energies.size < 2 or not (np.diff(energies) > 0).all() or abs(energies).max() > 1000:
+        return "energies must rise, within 1000 eV of zero"
+    return None
 
 
 def load_pseudo_labels(path: str | Path) -> dict[str, np.ndarray]:
@@ -403,12 +463,26 @@ def load_pseudo_labels(path: str | Path) -> dict[str, np.ndarray]:
     -------
     dict
         `material_id` (m,), `values` (m, 20, 151) float16 in states/eV, `known` (m, 20, 151) bool.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, or it is something else or damaged.
     """
-    with np.load(path, allow_pickle=False) as file:
-        missing = [k for k in ("material_id", "values", "known") if k not in file.files]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}: make it with predictor.write_pseudo_labels")
-        return {k: file[k] for k in ("material_id", "values", "known")}
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no pseudo-labels at {path}: make them with predictor.write_pseudo_labels")
+    try:
+        data = read_npz(path, {"material_id": ("U", 1), "values": ("f", 3), "known": ("b", 3)})
+        shape = (len(data["material_id"]), MAX_ATOMS, MODEL_GRID.size)
+        if data["values"].shape != shape or data["known"].shape != shape:
+            raise ValueError(f"values and known must have the shape {shape}")
+        if not all(np.isfinite(part).all() and (part >= 0).all() for part in data["values"]):
+            raise ValueError("values hold negative numbers, or such that are not finite")
+    except ValueError as error:
+        fix = "make it with predictor.write_pseudo_labels"
+        raise ValueError(f"{path} holds no pseudo-labels ({error}): {fix}") from None
+    return data
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,8 @@ from dosmatgen_ase.dft.programs import Programs
 from dosmatgen_ase.dft.pseudopotentials import fingerprints, pseudo_directory, pseudopotentials
 from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import PHYSICS, RECIPE, EspressoSettings
-from dosmatgen_ase.files import write_atomic
+from dosmatgen_ase.dos.readers.common import READ_ERRORS
+from dosmatgen_ase.files import output_folder, write_atomic
 
 
 def compute_many(
@@ -90,7 +91,7 @@ def compute_each(
     Programs.find(settings, stop)
     pseudo_directory(settings)
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     pool = ThreadPoolExecutor(workers)  # the work is done by other programs, so threads are enough
     failures = 0
     try:
@@ -123,15 +124,17 @@ def _compute_or_read(
     if (done := read_record(file)) is not None:
         same = done["structure"] == crystal
         if "failed" in done and same and done["settings"] == given:
-            return ElectronicStructureError(done["failed"])
-        if "result" in done:
+            return ElectronicStructureError(str(done["failed"]))
+        if (result := recorded_result(file)) is not None:
             same = same and all(done["settings"].get(k) == given[k] for k in (*PHYSICS, "recipe"))
-            used = done["result"]["total"]["provenance"].get("pseudopotentials")  # of an old record it is not known
+            used = result.total.provenance.get("pseudopotentials")  # of an old record it is not known
             if not same or (used is not None and used != fingerprints(pseudos)):
                 told = "another structure, other settings or pseudopotentials, or an earlier version's recipe"
                 raise ValueError(f"{file} holds the result of {told}: choose another folder, or remove it")
-            return ElectronicStructure.from_dict(done["result"])
+            return result
     record = {"format": "dosmatgen_ase.compute_many", "structure": crystal, "settings": given}
+    if (out / name).exists() and not is_calculation(out / name):
+        raise ValueError(f"{out / name} is there and holds something else: choose another folder for the results")
     try:
         result = compute_in(atoms, settings, out.resolve() / name, stop)
     except InterruptedCalculation as error:
@@ -148,6 +151,14 @@ def _compute_or_read(
     write_atomic(file, json.dumps({**record, "result": result.to_dict()}).encode())
     shutil.rmtree(out / name, ignore_errors=True)
     return result
+
+
+_FILES = re.compile(r"(scf|nscf|projwfc)\.(in|out|err)|o|CRASH|x\.\S+|input_tmp\.in|(core|fort)(\.\d+)?")
+
+
+def is_calculation(folder: Path) -> bool:
+    """Whether everything in a folder has a name that a calculation gives: whoever removes a folder asks here first."""
+    return folder.is_dir() and all(_FILES.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _failed(file: Path, record: dict[str, Any], error: ElectronicStructureError) -> ElectronicStructureError:
@@ -167,8 +178,26 @@ def read_record(file: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(file.read_text())
-        if {"structure", "settings"} <= set(record) and ("failed" in record or "result" in record):
-            return record
-    except (ValueError, TypeError):
+        parts = record["structure"], record["settings"], record["structure"]["numbers"], record["structure"]["cell"]
+        if all(map(isinstance, parts, (dict, dict, list, list))) and ("failed" in record or "result" in record):
+            return dict(record)
+    except (LookupError, RecursionError, TypeError, ValueError):
         pass
     raise ValueError(f"{file} was not written by this command: choose another folder, or remove it")
+
+
+def recorded_result(file: Path) -> ElectronicStructure | None:
+    """Read the result in a file of `compute_many`, None if there is none.
+
+    Raises
+    ------
+    ValueError
+        If the file is something else, or damaged.
+    """
+    record = read_record(file)
+    if record is None or "result" not in record:
+        return None
+    try:
+        return ElectronicStructure.from_dict(record["result"])
+    except READ_ERRORS as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}): remove it") from None

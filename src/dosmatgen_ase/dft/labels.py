@@ -29,14 +29,14 @@ from ase.utils import atoms_to_spglib_cell
 from numpy.typing import ArrayLike
 
 from dosmatgen_ase.crystals.checks import fault
-from dosmatgen_ase.data import SHARD_UNIT, Structures
+from dosmatgen_ase.data import SHARD_UNIT, Structures, read_shard
 from dosmatgen_ase.data.coverage import ENOUGH, MAX_LABELLED_VOLUME_PER_ATOM, UNLABELLED
-from dosmatgen_ase.dft.batch import compute_each, read_record
+from dosmatgen_ase.dft.batch import compute_each, is_calculation, read_record
 from dosmatgen_ase.dft.errors import ElectronicStructureError, InterruptedCalculation
 from dosmatgen_ase.dft.pseudopotentials import has_recipe_pseudopotentials, without_pseudopotential
 from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import MAGNETIC, RECIPE, EspressoSettings
-from dosmatgen_ase.files import write_npz
+from dosmatgen_ase.files import output_folder, write_npz
 from dosmatgen_ase.limits import MAX_ATOMS
 
 SHARD_SIZE = 100  # labels that are packed at a time
@@ -117,7 +117,7 @@ def label(
         raise ValueError(f"limit={limit} must be at least 1")
     settings = settings or EspressoSettings(time_limit=600.0, nice=19)
     folder, work = Path(shards), Path(shards) / "unpacked" if unpacked is None else Path(unpacked)
-    work.mkdir(parents=True, exist_ok=True)
+    output_folder(work)
     with _alone_in(work):
         own = settings.is_default and has_recipe_pseudopotentials(_elements(structures), settings)
         recipe = RECIPE if own else 0
@@ -179,7 +179,9 @@ def _candidates(
 
 
 def _spacegroup(atoms: Atoms) -> int:
-    """Number of the space group, 1 where spglib finds none."""
+    """Number of the space group, 1 where spglib finds none; and of a cell that is not labelled anyway."""
+    if len(atoms) > MAX_ATOMS:
+        return 1
     with contextlib.suppress(spglib.SpglibError):  # or it returns None: a setting of the process
         if (found := spglib.get_symmetry_dataset(atoms_to_spglib_cell(atoms), symprec=1e-3)) is not None:
             return int(found.number)
@@ -333,15 +335,15 @@ class _LabelSet:
     def read(cls, folder: Path, recipe: int) -> _LabelSet:
         known = cls(set(), Counter(), {}, {})
         for path in sorted(folder.glob("*.npz")):
-            with np.load(path, allow_pickle=False) as shard:
-                ids, failed = shard["material_id"].tolist(), shard["failed_id"].tolist() if "failed_id" in shard else []
-                sites = np.split(shard["atomic_numbers"], shard["atom_offset"][1:-1])
-                for name, split, numbers, cell in zip(ids, shard["split"].tolist(), sites, shard["cell"], strict=True):
-                    if name not in known.crystal:
-                        known.elements.update(set(Atoms(numbers).symbols))
-                        known.crystal[name] = _Crystal.of(numbers, cell)
-                        known.split[known.crystal[name].formula] = split
-                known.done.update(ids if int(shard.get("recipe", 1)) >= recipe else [], failed)
+            shard = read_shard(path)
+            ids, failed = shard["material_id"].tolist(), shard["failed_id"].tolist()
+            sites = np.split(shard["atomic_numbers"], shard["atom_offset"][1:-1])
+            for name, split, numbers, cell in zip(ids, shard["split"].tolist(), sites, shard["cell"], strict=True):
+                if name not in known.crystal:
+                    known.elements.update(set(Atoms(numbers).symbols))
+                    known.crystal[name] = _Crystal.of(numbers, cell)
+                    known.split[known.crystal[name].formula] = split
+            known.done.update(ids if int(shard["recipe"]) >= recipe else [], failed)
         return known
 
 
@@ -394,7 +396,7 @@ def _alone_in(work: Path) -> Iterator[None]:
 def _tidy(work: Path, done: Collection[str]) -> None:
     """Remove what a killed run left: half results, and whole ones that it had packed but not removed."""
     for path in work.iterdir():
-        if path.is_dir():
+        if path.is_dir() and is_calculation(path):
             # Renamed first: a program of that run may still write there, and must not meet the next try.
             shutil.rmtree(path.rename(path.with_name(f".{path.name}")) if path.name[0] != "." else path, True)
         elif path.suffix == ".part" or (path.suffix == ".json" and path.stem in done):

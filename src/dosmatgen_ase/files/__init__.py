@@ -6,10 +6,15 @@ import contextlib
 import fcntl
 import io
 import json
+import math
 import os
 import re
+import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,10 +231,30 @@ def _write_database(path: Path, structures: Sequence[Atoms]) -> None:
 
 
 def read_structures(path: Path, index: Any = ":", format: str | None = None) -> Any:
-    """Read structures as ``ase.io.read`` does, but take ``@`` in a name for what it is."""
+    """Read structures as ``ase.io.read`` does, but take ``@`` in a name for what it is.
+
+    Raises whatever ASE raises, and ``ValueError`` for an extended XYZ file that asks for millions of columns.
+    """
     import ase.io
 
+    with path.open("rb") as file:
+        check_extxyz(file)
     return ase.io.read(path, index, format=format, do_not_split_by_at_sign=True)
+
+
+_COLUMNS = re.compile(rb"Properties\s*=\s*[^\n]*?:[A-Za-z]:\d{5,}")
+
+
+def check_extxyz(lines: Iterable[bytes]) -> None:
+    """Refuse the head of a frame whose columns ASE would count one by one.
+
+    Raises
+    ------
+    ValueError
+        If it tells more than 9,999 of one property.
+    """
+    if any(b"Properties" in line and _COLUMNS.search(line) for line in lines):
+        raise ValueError("its Properties tell more than 9,999 columns")
 
 
 def check_output(
@@ -272,6 +297,24 @@ def check_output(
         raise FileExistsError(f"{path} exists and holds something else: choose another name, or give --overwrite")
 
 
+def output_folder(path: Path) -> None:
+    """Make a folder for outputs, with those above it; one that is there stays as it is.
+
+    Raises
+    ------
+    OSError
+        If something else has its name, or it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise FileExistsError(f"cannot write into {path}: it is no folder; choose another name") from None
+    except OSError as error:
+        raise OSError(f"cannot make the folder {path}: {error.strerror}; choose another place") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write into {path}: permission denied; choose another place")
+
+
 def _holds(path: Path, marks: Sequence[bytes]) -> bool:
     """Whether a file is empty or holds one of the marks in its first or last megabytes."""
     size, part = path.stat().st_size, 4 << 20
@@ -289,6 +332,71 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
     write_atomic(path, content.getvalue())
+
+
+MAX_UNPACKED, FREE_UNPACKED, MAX_RATIO = 2**32, 2**26, 200
+"""Most bytes of the arrays of an npz; below the second, the third (unpacked over packed) is not looked at."""
+
+DAMAGE = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError, OSError,
+    RecursionError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, tokenize.TokenError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What libraries raise on a file that they cannot read."""
+
+
+def read_npz(
+    path: Path, wanted: Mapping[str, tuple[str, int]], optional: Mapping[str, tuple[str, int]] | None = None
+) -> dict[str, np.ndarray]:
+    """Read arrays of an npz that may be damaged, or made to hurt: no pickle, and no more memory than they take.
+
+    Parameters
+    ----------
+    path : path
+    wanted : mapping of name to (kinds of dtype, number of axes)
+        As ``{"values": ("f", 2)}``.
+    optional : mapping, likewise
+        Left out of the result where the file has them not.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        With the reason alone, for a caller who knows what file this should be.
+    """
+    optional = optional or {}
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if lacking := [name for name in wanted if name not in members]:
+                raise ValueError(f"it lacks {', '.join(lacking)}")
+            chosen = {name: told for name, told in {**wanted, **optional}.items() if name in members}
+            size, packed = sum(members[name].file_size for name in chosen), path.stat().st_size
+            if size > min(MAX_UNPACKED, max(FREE_UNPACKED, MAX_RATIO * packed)):
+                raise ValueError(f"it unpacks to {size / 2**20:.0f} MiB from {packed / 2**20:.2g} MiB")
+            return {name: _array(archive, members[name], name, *told) for name, told in chosen.items()}
+    except FileNotFoundError:
+        raise
+    except DAMAGE as error:
+        told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+        raise ValueError(" ".join(told.split())[:300]) from None
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, kinds: str, axes: int) -> np.ndarray:
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version > (2, 0):
+            raise ValueError(f"{name} has named columns")
+        head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = head(stream)
+    # A header may promise more than the file holds, and memory would be taken for it.
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize > member.file_size or min(shape, default=0) < 0:
+        raise ValueError(f"{name} is damaged or holds Python objects: its header says {shape} of {dtype}")
+    if dtype.kind not in kinds or len(shape) != axes:
+        raise ValueError(f"{name} has the shape {shape} and the type {dtype}")
+    with archive.open(member) as stream:
+        return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
 
 
 def read_records(path: Path) -> dict[str, dict[str, Any]]:

@@ -201,7 +201,8 @@ def _keep_best(screening: ScreeningDoc, keep: int) -> None:
 class RelaxMaker(Maker):
     """Relax cell and positions; the fields are those of `relaxation.relax`.
 
-    `calculator` is "chgnet", which works offline, or the name or file of a MACE model.
+    `calculator` is "chgnet", which works offline, or the name or file of a MACE model. A file is a pickle, which may
+    run any code on the machine that does the job: it is loaded with `trust_model` alone.
     """
 
     name: str = "relax"
@@ -211,6 +212,7 @@ class RelaxMaker(Maker):
     time_limit: float = 120.0
     fixed_cell: bool = False
     fixed_sites: list[int] = field(default_factory=list)
+    trust_model: bool = False
 
     @job(output_schema=RelaxDoc)
     def make(self, structure: Structure) -> RelaxDoc:
@@ -221,6 +223,7 @@ class RelaxMaker(Maker):
         relaxed: Any = relax(
             to_atoms(structure), self.calculator, fixed_cell=self.fixed_cell, fixed_sites=self.fixed_sites,
             fmax=self.fmax, max_steps=self.max_steps, time_limit=self.time_limit,
+            trust_model=self.trust_model,
         )  # fmt: skip
         report = relaxed.info["relaxation"]
         above = load_hull().above(relaxed.numbers, report["energy"]) if self.calculator == "chgnet" else None

@@ -15,10 +15,32 @@ from pymatgen.core import Structure
 
 from dosmatgen_ase import __version__
 from dosmatgen_ase.dos import TargetDOS
+from dosmatgen_ase.dos.readers.common import READ_ERRORS
 
 
 def _target(value: Any) -> Any:
-    return TargetDOS.from_dict(value) if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return TargetDOS.from_dict(value)
+    except READ_ERRORS as error:
+        raise ValueError(f"not the dict of a TargetDOS: {error}") from None
+
+
+def _crystal(value: Any) -> Any:
+    """Read a crystal by hand: pydantic would leave its dict to monty, which imports whatever ``@module`` names."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return Structure.from_dict(_without_classes(value))
+    except READ_ERRORS as error:
+        raise ValueError(f"not the dict of a pymatgen Structure: {type(error).__name__} {error}") from None
+
+
+def _without_classes(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_classes(v) for k, v in value.items() if k not in ("@module", "@class", "@callable")}
+    return [_without_classes(item) for item in value] if isinstance(value, list) else value
 
 
 def _finite(value: Any) -> Any:
@@ -31,7 +53,7 @@ DOS = Annotated[
     PlainSerializer(TargetDOS.as_dict),
     WithJsonSchema({"type": "object", "description": "TargetDOS.to_dict"}),
 ]
-Crystal = Annotated[Structure, PlainSerializer(Structure.as_dict)]
+Crystal = Annotated[Structure, BeforeValidator(_crystal), PlainSerializer(Structure.as_dict)]
 Figure = Annotated[float | None, BeforeValidator(_finite)]
 Targets = dict[str, DOS]
 """Targets by site, counted from "0" (JSON has text for keys), or one under "total"."""

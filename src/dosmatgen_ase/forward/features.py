@@ -17,17 +17,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from dosmatgen_ase.crystals.checks import MIN_VOLUME_PER_ATOM, fault
+from dosmatgen_ase.crystals.checks import MIN_VOLUME_PER_ATOM, beyond_bounds, fault
 from dosmatgen_ase.crystals.convert import to_structure
 from dosmatgen_ase.data import Structures
-from dosmatgen_ase.files import write_npz
-from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, crystal_graph
+from dosmatgen_ase.files import read_npz, write_npz
+from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, crystal_graph, num_orbitals
 from dosmatgen_ase.forward.tight_binding.predict import MAX_ORBITALS
+from dosmatgen_ase.threads import cpu_threads
 
 if TYPE_CHECKING:
     from ase import Atoms
 
 NUM_FEATURES = 385  # 4 convolutions x 64, final site vector 64, crystal vector 64, magnetic moment 1
+MAX_BONDS = 200_000  # and angles of a crystal: CHGNet takes 3 kB for each, 0.6 GB in all
 
 _LOADING = threading.Lock()
 
@@ -54,16 +56,18 @@ def check_crystal(atoms: Atoms) -> None:
     Raises
     ------
     ValueError
-        With the reason: no crystal (`fault`), or collapsed.
+        With the reason: no crystal (`fault`), collapsed, or beyond the bounds.
     """
     if told := fault(atoms):
         raise ValueError(f"it {told}")
     if (per_atom := atoms.get_volume() / len(atoms)) < MIN_VOLUME_PER_ATOM:
         raise ValueError(f"it has collapsed: {per_atom:.3g} A^3 per atom, less than {MIN_VOLUME_PER_ATOM:g}")
+    if (beyond := beyond_bounds(atoms)) is not None:
+        raise ValueError(beyond)
 
 
-def chgnet_graph(atoms: Atoms) -> object:
-    """Return the graph on which CHGNet works.
+def chgnet_graph(atoms: Atoms, most: int = MAX_BONDS) -> Any:
+    """Return the graph on which CHGNet works, of at most so many bonds and angles together.
 
     Raises
     ------
@@ -71,13 +75,27 @@ def chgnet_graph(atoms: Atoms) -> object:
         With the reason why the structure has none: as `check_crystal`, or atoms alone.
     """
     check_crystal(atoms)
+    _check_bonds(atoms, most)
     structure = to_structure(atoms, wrap=True)
+    structure.to = lambda **_: ""  # CHGNet would write one that it fails on into the folder where we are
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return load_chgnet().graph_converter(structure)
     except Exception as error:  # foreign code: whatever it raises is the failure of this structure only
         raise ValueError(f"CHGNet cannot build its graph: {type(error).__name__}: {error}") from error
+
+
+def _check_bonds(atoms: Atoms, most: int) -> None:
+    """Count the bonds (within 6 A) and angles (of bonds within 3 A) that CHGNet would see, before it builds them."""
+    from ase.neighborlist import neighbor_list
+
+    near = np.bincount(neighbor_list("i", atoms, 3.0), minlength=1)
+    count = int((near * (near - 1)).sum())
+    if count <= most:
+        count += len(neighbor_list("i", atoms, 6.0))
+    if count > most:
+        raise ValueError(f"{count} bonds and angles are too many for CHGNet, at most {most}: take a smaller cell")
 
 
 def tight_binding_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
@@ -89,11 +107,11 @@ def tight_binding_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
         With the reason why the structure has none: as `check_crystal`, atoms alone or in one place, too large a cell.
     """
     check_crystal(atoms)
+    if (size := num_orbitals(atoms)) > MAX_ORBITALS:
+        raise ValueError(f"it has {size} orbitals, more than {MAX_ORBITALS}: use a smaller cell")
     graph = crystal_graph(atoms, cutoff)
     if len(np.unique(graph.first)) < len(atoms):
         raise ValueError(f"isolated atoms: not all have a neighbour within {cutoff:g} A")
-    if graph.size > MAX_ORBITALS:
-        raise ValueError(f"it has {graph.size} orbitals, more than {MAX_ORBITALS}: use a smaller cell")
     return graph
 
 
@@ -120,7 +138,7 @@ def _forward(graphs: list[Any], counts: list[int]) -> np.ndarray:
     outputs: list[Tensor] = []
     caught.outputs = outputs
     try:
-        with torch.no_grad():
+        with torch.no_grad(), cpu_threads(1):  # cells are small
             moments = torch.cat(model(graphs, task="em")["m"])
     finally:
         del caught.outputs
@@ -176,10 +194,12 @@ def cached_site_features(
     directory = Path(directory)
     known: dict[str, np.ndarray | str] = {}
     for path in sorted(directory.glob("*.npz")):
-        with np.load(path, allow_pickle=False) as file:
+        kinds = {"features": ("f", 2), "counts": ("iu", 1), "material_id": ("U", 1), "reason": ("U", 1)}
+        with contextlib.suppress(ValueError):  # what is damaged is made again
+            file = read_npz(path, kinds)
             parts = np.split(file["features"], np.cumsum(file["counts"])[:-1])
             ids, reasons = file["material_id"].tolist(), file["reason"].tolist()
-            known.update((i, reason or part) for i, part, reason in zip(ids, parts, reasons, strict=True))
+            known |= {i: reason or part for i, part, reason in zip(ids, parts, reasons, strict=True)}
     missing = [i for i, material_id in enumerate(structures.material_id.tolist()) if material_id not in known]
     for start in trange(0, len(missing), piece, disable=not progress, unit="piece", desc="CHGNet features"):
         rows = missing[start : start + piece]

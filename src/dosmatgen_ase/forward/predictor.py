@@ -10,6 +10,7 @@ the generator's pseudo-labels, the judge only ever measures.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,12 +27,12 @@ from torch.nn.functional import softplus
 
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files.tensors import fill, load_tensors, save_tensors, without_values
-from dosmatgen_ase.forward.features import site_features, tight_binding_graph
+from dosmatgen_ase.forward.features import NUM_FEATURES, site_features, tight_binding_graph
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
-from dosmatgen_ase.parsing import site_numbers
+from dosmatgen_ase.parsing import is_real, site_numbers
 from dosmatgen_ase.threads import cpu_threads
 
 if TYPE_CHECKING:
@@ -289,14 +290,30 @@ class DOSPredictor:
             named = {"baseline", "support", *(("input_mean", "input_std") if config.members else ())}
             if tables.keys() != named:
                 raise ValueError(f"it has the tables {sorted(tables)}")
+            _check_tables(tables, header["info"])
             models = [_filled(k, told, tensors) for k, told in enumerate(header.get("tight_binding", []))]
             with without_values():
                 predictor = cls(config, tables, header["info"], models)
             fill(predictor.members, _part("members.nets.", tensors))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             told = f"the header of {path} does not describe its own tensors ({error}): fetch or train it again"
             raise ValueError(told) from error
         return predictor
+
+
+def _check_tables(tables: Mapping[str, Tensor], info: Any) -> None:
+    """Raise ``ValueError`` unless the tables have their shapes, and the calibrations are numbers."""
+    inputs, grid = NUM_FEATURES + MODEL_GRID.size, (MAX_ATOMIC_NUMBER + 1, MODEL_GRID.size)
+    shapes = {"baseline": grid, "support": grid, "input_mean": (inputs,), "input_std": (inputs,)}
+    if wrong := [name for name, table in tables.items() if tuple(table.shape) != shapes[name]]:
+        raise ValueError(f"the table {wrong[0]} has the shape {tuple(tables[wrong[0]].shape)}")
+    if not isinstance(info, dict):
+        raise ValueError("info is no mapping")
+    several = info.get("calibrations", {})
+    for told in (*([info["calibration"]] if "calibration" in info else []), *several.values()):
+        slope, offset = told["error"]
+        if not all(is_real(number) and math.isfinite(number) for number in (slope, offset, told["spread"])):
+            raise ValueError("a calibration holds no finite numbers")
 
 
 def _part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

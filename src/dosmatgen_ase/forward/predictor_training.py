@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import trange
 
 from dosmatgen_ase.data import SiteDOSLabels, formula_fold, load_shell_dos, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, normalised_l1_arrays
+from dosmatgen_ase.files import exclusive, output_folder
 from dosmatgen_ase.forward.features import site_features
 from dosmatgen_ase.forward.predictor import (
     DOSPredictor,
@@ -373,7 +375,28 @@ def train_predictors(
     -------
     dict
         Per role `evaluate` on "val" (which picked the epochs and calibrated) and, where there are labels, "test".
+
+    Raises
+    ------
+    BlockingIOError
+        If another run writes one of the paths, or goes on in the same folder.
     """
+    with contextlib.ExitStack() as alone:
+        for path in [*paths.values(), *([] if runs is None else [runs])]:
+            output_folder(Path(path).parent)
+            alone.enter_context(exclusive(Path(path)))
+        return _train_predictors(label_directory, paths, settings, runs, device, seed, progress)
+
+
+def _train_predictors(
+    label_directory: str | Path,
+    paths: Mapping[str, str | Path],
+    settings: TightBindingTraining | None,
+    runs: str | Path | None,
+    device: str,
+    seed: int,
+    progress: bool,
+) -> dict[str, dict[str, dict[str, Any]]]:
     labels = load_site_dos(label_directory)
     features = site_features([labels.atoms(i) for i in range(len(labels))], progress=progress)
     figures = {}

@@ -98,6 +98,7 @@ class DOSGenerator:
         settings: GenerationSettings | None = None,
         oversample: int = 1,
         relax: Any = None,
+        trust_model: bool = False,
         ranking: Ranking | None = None,
         progress: bool = False,
         out: str | Path | None = None,
@@ -113,6 +114,7 @@ class DOSGenerator:
         settings: GenerationSettings | None = None,
         oversample: int = 1,
         relax: Any = None,
+        trust_model: bool = False,
         ranking: Ranking | None = None,
         progress: bool = False,
         out: str | Path | None = None,
@@ -128,6 +130,7 @@ class DOSGenerator:
         settings: GenerationSettings | None = None,
         oversample: int = 1,
         relax: Any = None,
+        trust_model: bool = False,
         ranking: Ranking | None = None,
         progress: bool = False,
         out: str | Path | None = None,
@@ -149,6 +152,8 @@ class DOSGenerator:
             Draw so many times ``n`` and return the best, by the DOS predicted for them (`ranking`).
         relax : ASE calculator, "chgnet", or the path or name of a MACE model, optional
             Relax what was drawn (`relaxation.relax`), then rank. What is fixed stays; fixed sites hold the cell, too.
+        trust_model : bool
+            Load the file of a MACE model for `relax`. It is a pickle, which may run any code: trust its maker.
         ranking : Ranking, optional
             What makes a structure good; the predicted distance to the DOS by default. Given, relaxed or oversampled
             structures come best first, a duplicate only where too few others are left, with ``info["scores"]``.
@@ -187,7 +192,8 @@ class DOSGenerator:
             from dosmatgen_ase.judge.ranking import best, score  # brings CHGNet, which plain generation does without
 
             targets, total = request.site_targets, request.total_target
-            score([], targets, total, ranking=ranking, relax=relax)  # errors come before the work
+            # Errors come before the work.
+            score([], targets, total, ranking=ranking, relax=relax, trust_model=trust_model)
         stream = None if out is None else Stream(Path(out), overwrite)
         made = self._start(request, chosen, wanted * oversample if ranked else wanted, progress, stream)
         ordered: list[Atoms] = []
@@ -200,6 +206,7 @@ class DOSGenerator:
             warnings.warn(f"{error}. The {len(ordered)} others are ranked.", stacklevel=2)
         if ranked:
             held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
+            held["trust_model"] = trust_model
             with cpu_threads(self.threads):
                 scored = score(ordered, targets, total, ranking=ranking, relax=relax, progress=progress, **held)
             new = [atoms for atoms in scored if not_new(request, atoms) is None]  # some relax into known ones

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ase.io
 
-from dosmatgen_ase.files import check_output, extxyz, stream_of, write_atomic, write_structures
+from dosmatgen_ase.files import DAMAGE, check_extxyz, check_output, extxyz, stream_of, write_atomic, write_structures
 from dosmatgen_ase.generate.request import completed
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ class Stream:
                 break
             end = after
         try:
+            check_extxyz(line.encode() for line in lines[:end])
             frames = ase.io.read(io.StringIO("".join(lines[:end])), index=":", format="extxyz") if end else []
-        except (OSError, ValueError):
+        except DAMAGE:
             raise self._another() from None
         if any("dosmatgen" not in atoms.info for atoms in frames):
             raise self._another()

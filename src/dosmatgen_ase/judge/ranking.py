@@ -85,6 +85,7 @@ def score(
     fixed_sites: Sequence[int] = (),
     predictor: DOSPredictor | None = None,
     progress: bool = False,
+    trust_model: bool = False,
 ) -> list[Atoms]:
     """Measure candidates and return them, best first.
 
@@ -105,6 +106,8 @@ def score(
         By default the one that ships.
     progress : bool
         Show progress bars.
+    trust_model : bool
+        Of `relaxation.relax`: load the file of a MACE model.
 
     Returns
     -------
@@ -125,7 +128,8 @@ def score(
     sites, total = on_common_zero(sites), None if total is None else on_common_zero({0: total})[0]
     found = [atoms.copy() for atoms in candidates]
     if relax is not None:
-        found = relax_atoms(found, relax, fixed_cell=fixed_cell, fixed_sites=fixed_sites, progress=progress)
+        held: dict[str, Any] = {"fixed_cell": fixed_cell, "fixed_sites": fixed_sites}
+        found = relax_atoms(found, relax, progress=progress, trust_model=trust_model, **held)
     predictions = (predictor or default_predictor()).predict_arrays(found, progress=progress)
     above: list[float | None] = [None] * len(found)
     if ranking.energy:

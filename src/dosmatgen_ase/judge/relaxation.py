@@ -15,13 +15,14 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import all_properties
@@ -34,8 +35,9 @@ from ase.spacegroup.symmetrize import refine_symmetry
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from dosmatgen_ase.crystals.checks import beyond_bounds
 from dosmatgen_ase.crystals.screening import digest, right_handed, screen_given
-from dosmatgen_ase.files import exclusive, set_aside, write_extxyz
+from dosmatgen_ase.files import DAMAGE, exclusive, read_structures, set_aside, write_extxyz
 from dosmatgen_ase.parsing import site_numbers
 from dosmatgen_ase.threads import cpu_threads, legacy_stream
 
@@ -54,6 +56,7 @@ def relax(
     time_limit: float = 120.0,
     processes: int = 1,
     progress: bool = False,
+    trust_model: bool = False,
 ) -> Atoms | list[Atoms]:
     """Relax cell and positions, or the positions alone in a cell that stays.
 
@@ -84,6 +87,8 @@ def relax(
         given by name, and a script that calls this under ``if __name__ == "__main__":``.
     progress : bool
         Show a progress bar.
+    trust_model : bool
+        Load the file of a MACE model. It is a pickle, which may run any code: say so only if you trust its maker.
 
     Returns
     -------
@@ -101,7 +106,8 @@ def relax(
     TypeError
         If something is not an Atoms, or `fixed_sites` are not whole numbers.
     ValueError, OSError
-        If a setting is senseless, a structure lacks a site that is to be fixed, or the calculator cannot be loaded.
+        If a setting is senseless, a structure lacks a site that is to be fixed, or the calculator cannot be loaded or
+        is not trusted.
     """
     single = isinstance(atoms, Atoms)
     structures = [atoms] if single else list(atoms)
@@ -109,7 +115,8 @@ def relax(
         if not isinstance(item, Atoms):
             raise TypeError(f"relax takes ase.Atoms or a list of them, not {type(item).__name__}")
     structures = hold(structures, fixed_sites)
-    finished = relax_each(structures, calculator, fmax, max_steps, time_limit, processes, fixed_cell)
+    limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "fixed_cell": fixed_cell}
+    finished = relax_each(structures, calculator, processes=processes, trust_model=trust_model, **limits)
     relaxed = list(tqdm(finished, total=len(structures), disable=not progress, unit="structure", desc="relax"))
     return relaxed[0] if single else relaxed
 
@@ -126,6 +133,7 @@ def relax_into(
     time_limit: float = 120.0,
     processes: int = 1,
     progress: bool = False,
+    trust_model: bool = False,
 ) -> list[Atoms]:
     """Do what :func:`relax` does and keep it in an extxyz file as it comes: the same call goes on from there.
 
@@ -139,15 +147,15 @@ def relax_into(
     origins = [_origin(atoms, settings) for atoms in structures]
     with exclusive(path):
         done: list[Atoms] = []
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not there, or not ours
-            for atoms, origin in zip(ase.io.read(path, ":", format="extxyz"), origins, strict=False):
+        with contextlib.suppress(*DAMAGE):  # not there, or not ours
+            for atoms, origin in zip(read_structures(path, format="extxyz"), origins, strict=False):
                 if atoms.info["relaxation"]["of"] != origin:
                     break
                 done.append(atoms)
         start, saved = len(done), time.monotonic()
         bar = tqdm(total=len(structures), initial=start, disable=not progress, unit="structure", desc="relax")
         try:
-            finished = relax_each(structures[start:], calculator, *limits, processes, fixed_cell)
+            finished = relax_each(structures[start:], calculator, *limits, processes, fixed_cell, trust_model)
             for atoms, origin in zip(finished, origins[start:], strict=True):
                 atoms.info["relaxation"]["of"] = origin
                 done.append(atoms)
@@ -205,8 +213,10 @@ def symmetrized(atoms: Atoms, tolerance: float = 0.1) -> Atoms:
     Raises
     ------
     ValueError
-        If atoms are closer to each other than that.
+        If atoms are closer to each other than that, or the cell is too large.
     """
+    if (beyond := beyond_bounds(atoms)) is not None:
+        raise ValueError(f"no symmetry to be found: {beyond}")
     if len(neighbor_list("i", atoms, tolerance)):
         raise ValueError(f"cannot search for symmetry within {tolerance:g} A: two atoms are closer to each other")
     copy = atoms.copy()
@@ -222,20 +232,76 @@ def relax_each(
     time_limit: float = 120.0,
     processes: int = 1,
     fixed_cell: bool = False,
+    trust_model: bool = False,
 ) -> Iterator[Atoms]:
     """Yield what :func:`relax` returns, in order and as it comes, so that a long run can keep what it has."""
     if not (fmax > 0 and max_steps >= 0 and time_limit > 0 and processes > 0):
         given = f"fmax={fmax}, time_limit={time_limit}, processes={processes}"
         raise ValueError(f"{given} must be above 0, and max_steps={max_steps} must not be negative")
+    check_trust(calculator, trust_model)
     work = partial(_relax_one, fmax=fmax, max_steps=max_steps, time_limit=time_limit, fixed_cell=fixed_cell)
     if min(processes, len(structures)) <= 1:
-        engine = load_calculator(calculator)
+        engine = load_calculator(calculator, trust_model)
         yield from (work(item, engine) for item in structures)
         return
     if not isinstance(calculator, str | Path):
         raise TypeError("several processes need a calculator given by name: each loads its own")
-    with worker_pool(processes) as pool:
-        yield from pool.map(partial(_relax_by_name, calculator, work), structures)
+    yield from in_processes(partial(_relax_by_name, calculator, trust_model, work), structures, processes)
+
+
+def in_processes(
+    work: Callable[[Atoms], Atoms], structures: Sequence[Atoms], processes: int
+) -> Generator[Atoms, None, None]:
+    """Yield what ``work`` makes of each structure, in order; a structure that ends its process is its own failure.
+
+    Raises
+    ------
+    RuntimeError
+        If processes cannot be started at all.
+    """
+    waiting, running, done = deque(range(len(structures))), dict[Future[Atoms], int](), dict[int, Atoms]()
+    pool, turn = worker_pool(processes), 0
+    try:
+        while turn < len(structures):
+            died: set[int] = set()
+            while waiting and len(running) < processes and not died:  # what is in hand when a process dies is known
+                i = waiting.popleft()
+                try:
+                    running[pool.submit(work, structures[i])] = i
+                except BrokenProcessPool:
+                    died |= {i}
+            finished = wait(running, return_when=ALL_COMPLETED if died else FIRST_COMPLETED).done
+            for job in finished:
+                try:
+                    done[running[job]] = job.result()
+                except BrokenProcessPool:
+                    died |= {running[job]}
+                del running[job]
+            if died:
+                pool.shutdown()
+                waiting.extendleft(sorted(running.values(), reverse=True))  # they broke, too, while we looked
+                running.clear()
+                done |= {i: _in_its_own_process(work, structures[i]) for i in sorted(died)}
+                pool = worker_pool(processes)
+            while turn in done:
+                yield done.pop(turn)
+                turn += 1
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_its_own_process(work: Callable[[Atoms], Atoms], given: Atoms) -> Atoms:
+    with worker_pool(1) as pool:
+        try:
+            pool.submit(os.getpid).result()
+        except BrokenProcessPool:
+            fix = 'call this under if __name__ == "__main__":, or with processes=1'
+            raise RuntimeError(f"the processes that were to relax do not start: {fix}") from None
+        try:
+            return pool.submit(work, given).result()
+        except BrokenProcessPool:
+            told = "its process was killed, as by a system that is short of memory"
+            return _unrelaxed(given, f"{told}: take a smaller cell, or fewer processes")
 
 
 def worker_pool(processes: int) -> ProcessPoolExecutor:
@@ -259,13 +325,15 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _relax_by_name(calculator: str | Path, work: Callable[[Atoms, Any], Atoms], start: Atoms) -> Atoms:
-    return work(start, _kept_calculator(calculator))
+def _relax_by_name(
+    calculator: str | Path, trust_model: bool, work: Callable[[Atoms, Any], Atoms], start: Atoms
+) -> Atoms:
+    return work(start, _kept_calculator(calculator, trust_model))
 
 
 @lru_cache(maxsize=1)
-def _kept_calculator(calculator: str | Path) -> Any:
-    return load_calculator(calculator)
+def _kept_calculator(calculator: str | Path, trust_model: bool) -> Any:
+    return load_calculator(calculator, trust_model)
 
 
 @contextlib.contextmanager
@@ -287,15 +355,21 @@ def quick_blas() -> Iterator[None]:
         torch.set_flush_denormal(was)
 
 
+def _unrelaxed(given: Atoms, reason: str | None) -> Atoms:
+    """A copy with the report of a relaxation that has not begun, or never will."""
+    start = given.copy()
+    set_aside(start, all_properties)
+    start.info["relaxation"] = {
+        "converged": False, "steps": 0, "energy": None, "energy_start": None, "rmsd": 0.0, "reason": reason,
+    }  # fmt: skip
+    return start
+
+
 def _relax_one(
     given: Atoms, calculator: Any, fmax: float, max_steps: int, time_limit: float, fixed_cell: bool
 ) -> Atoms:
-    start = given.copy()
-    set_aside(start, all_properties)
-    report: dict[str, Any] = {
-        "converged": False, "steps": 0, "energy": None, "energy_start": None, "rmsd": 0.0, "reason": None,
-    }  # fmt: skip
-    start.info["relaxation"] = report
+    start = _unrelaxed(given, None)
+    report = start.info["relaxation"]
     try:
         return _relaxed(start, report, calculator, fmax, max_steps, time_limit, fixed_cell)
     except _BrokenDown as error:
@@ -369,13 +443,26 @@ def _optimise(
 # -- calculators -------------------------------------------------------------------------------------------------------
 
 
-def load_calculator(calculator: Any) -> Any:
+def check_trust(calculator: Any, trusted: bool) -> None:
+    """Refuse the file of a model that the user does not vouch for: a pickle runs what code is in it.
+
+    Raises
+    ------
+    ValueError
+        If this is a file, and not trusted.
+    """
+    if isinstance(calculator, str | Path) and calculator != "chgnet" and Path(calculator).is_file() and not trusted:
+        told = "a MACE model file is a pickle, which may run any code when it is loaded"
+        raise ValueError(f"{calculator}: {told}; if you trust its maker, add trust_model=True (--trust-model)")
+
+
+def load_calculator(calculator: Any, trust_model: bool = False) -> Any:
     """An ASE calculator as it is; "chgnet", or the path or name of a MACE model, loaded on the CPU or CUDA.
 
     Raises
     ------
     TypeError, ValueError
-        If it is neither, or the file is not a MACE model.
+        If it is neither, or the file is not a MACE model, or not trusted.
     OSError
         If the named model is not on this machine and cannot be downloaded.
     """
@@ -384,13 +471,10 @@ def load_calculator(calculator: Any) -> Any:
             raise TypeError(f'calculator must be an ASE calculator, "chgnet" or a MACE model, not {calculator!r}')
         return calculator
     if calculator == "chgnet":
-        from dosmatgen_ase.forward.features import load_chgnet
+        from dosmatgen_ase.judge.chgnet import CHGNetForces
 
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            from chgnet.model.dynamics import CHGNetCalculator
-
-            return CHGNetCalculator(load_chgnet(), use_device="cpu", on_isolated_atoms="error")
+        return CHGNetForces()
+    check_trust(calculator, trust_model)
     return _mace(calculator)
 
 

@@ -20,8 +20,6 @@ mixture that adds up to it.
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
@@ -38,7 +36,7 @@ from scipy.optimize import linprog
 from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import reduced_formula, screen_given
-from dosmatgen_ase.files import write_npz
+from dosmatgen_ase.files import read_npz, write_npz
 from dosmatgen_ase.forward.features import chgnet_graph, load_chgnet
 from dosmatgen_ase.judge.relaxation import quick_blas
 from dosmatgen_ase.judge.relaxation import relax as relax_atoms
@@ -108,13 +106,26 @@ class Hull:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no hull at {path}: build one with scripts/build_hull.py")
+        kinds = {"name": ("U", 1), "split": ("U", 1), "energy": ("f", 1), "relaxed": ("b", 1)}
+        kinds |= {"row": ("iu", 1), "atomic_number": ("iu", 1), "count": ("iu", 1)}
         try:
-            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                counts = np.zeros((len(file["name"]), MAX_ATOMIC_NUMBER + 1), dtype=np.uint8)
-                counts[file["row"], file["atomic_number"]] = file["count"]
-                return cls(file["name"], file["split"], counts, file["energy"].astype(float), file["relaxed"])
-        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            data = read_npz(Path(path), kinds)
+            row, number, n = data["row"].astype(np.int64), data["atomic_number"], len(data["name"])
+            if len({len(row), len(number), len(data["count"])} | {-1}) > 2 or not np.isin(row, np.arange(n)).all():
+                raise ValueError("row, atomic_number and count do not fit")
+            if {len(data[key]) for key in ("split", "energy", "relaxed")} != {n}:
+                raise ValueError("name, split, energy and relaxed do not fit")
+            if not np.isfinite(data["energy"]).all():
+                raise ValueError("an energy is not finite")
+            if not ((number >= 1) & (number <= MAX_ATOMIC_NUMBER)).all():
+                raise ValueError(f"atomic_number must lie in 1 to {MAX_ATOMIC_NUMBER}")
+            counts = np.zeros((n, MAX_ATOMIC_NUMBER + 1), dtype=np.uint8)
+            counts[row, number] = data["count"]
+            if not counts.any(1).all():
+                raise ValueError("an entry has no atoms")
+        except ValueError as error:
             raise ValueError(f"{path} is not a hull: build one with scripts/build_hull.py ({error})") from error
+        return cls(data["name"], data["split"], counts, data["energy"].astype(float), data["relaxed"])
 
     def save(self, path: str | Path) -> None:
         """Write an npz: name, split, energy, relaxed, and the counts as (row, atomic_number, count)."""

@@ -6,6 +6,7 @@ the network as unknown, never as zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -132,6 +133,13 @@ class ConditionDropout:
     total: float = 0.15
     shift: float = 0.05
     scale: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            most = math.inf if name in ("shift", "scale") else 1
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+                raise ValueError(f"{name}={value!r} must be a number of at least 0{'' if most > 1 else ', at most 1'}")
 
     def __call__(self, condition: DOSCondition, mask: Tensor, generator: torch.Generator) -> DOSCondition:
         """Drop parts of ``condition``; ``mask``, shape (B, N), marks real sites."""

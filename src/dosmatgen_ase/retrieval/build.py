@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,9 @@ from dosmatgen_ase import __version__
 from dosmatgen_ase.crystals.screening import digest, right_handed, screen_given
 from dosmatgen_ase.data import SiteDOSLabels, read_crystals
 from dosmatgen_ase.dos import MODEL_GRID
-from dosmatgen_ase.files import write_npz
+from dosmatgen_ase.files import exclusive, output_folder, read_npz, write_npz
 from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor, _looks_gapped
-from dosmatgen_ase.retrieval.index import UNREADABLE, DOSIndex
+from dosmatgen_ase.retrieval.index import DOSIndex
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -78,6 +80,8 @@ def build_index(
     ValueError
         If there is no crystal, one has no name or that of another, is no crystal at all, or lists other sites than its
         label.
+    BlockingIOError
+        If another run goes on with the same `parts`.
     """
     everything = [_checked(atoms) for atoms in crystals]
     label_of = {} if labels is None else {str(name): i for i, name in enumerate(labels.material_id.tolist())}
@@ -91,7 +95,11 @@ def build_index(
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"two crystals are named {twice}: rename one of them")
     makers = _Rows()
-    for atoms, prediction in zip(everything, _predict(everything, Path(predictor), parts, progress), strict=True):
+    if parts is not None:
+        output_folder(Path(parts))
+    with contextlib.nullcontext() if parts is None else exclusive(Path(parts)):
+        predictions = _predict(everything, Path(predictor), parts, progress)
+    for atoms, prediction in zip(everything, predictions, strict=True):
         row = label_of.get(atoms.info["material_id"])
         makers.add(atoms, prediction, None if row is None or labels is None else _label(labels, row, atoms))
     info = {
@@ -171,6 +179,15 @@ def _predict(crystals: Sequence[Atoms], predictor: Path, parts: str | Path | Non
     return [done[key] for key in keys]
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove the pieces of a finished run, and their folder if it holds nothing else."""
+    for path in folder.glob("*.npz"):
+        if re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{16}\.npz", path.name):
+            path.unlink()
+    with contextlib.suppress(OSError):  # somebody has put something there
+        folder.rmdir()
+
+
 def _write_piece(path: Path, made: Mapping[str, _Predicted]) -> None:
     found = list(made.values())
     write_npz(
@@ -187,13 +204,16 @@ def _write_piece(path: Path, made: Mapping[str, _Predicted]) -> None:
 def _read_piece(path: Path) -> dict[str, _Predicted]:
     """What a piece holds; nothing if it is damaged, so that it is made again."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            ends = np.cumsum(file["counts"])[:-1]
-            known = np.unpackbits(file["known"], axis=1, count=MODEL_GRID.size).astype(bool)
-            parts = (np.split(array, ends) for array in (file["mean"], known, file["error"]))
-            rows = zip(*parts, file["reason"].tolist(), strict=True)
-            return {key: _Predicted(*row) for key, row in zip(file["key"].tolist(), rows, strict=True)}
-    except UNREADABLE:
+        kinds = {"key": ("U", 1), "counts": ("iu", 1), "mean": ("f", 2), "known": ("u", 2), "error": ("f", 1)}
+        file = read_npz(path, {**kinds, "reason": ("U", 1)})
+        known = np.unpackbits(file["known"], axis=1, count=MODEL_GRID.size).astype(bool)
+        if not (file["mean"].shape == known.shape == (file["counts"].sum(), MODEL_GRID.size)):
+            return {}
+        ends = np.cumsum(file["counts"])[:-1]
+        parts = (np.split(array, ends) for array in (file["mean"], known, file["error"]))
+        rows = zip(*parts, file["reason"].tolist(), strict=True)
+        return {key: _Predicted(*row) for key, row in zip(file["key"].tolist(), rows, strict=True)}
+    except ValueError:
         return {}
 
 

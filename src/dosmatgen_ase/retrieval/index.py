@@ -8,8 +8,6 @@ makes small: the DOS comes back with an error of 0.1 to 0.3 % (normalised L1).
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,14 +15,21 @@ from typing import Any, Self
 
 import numpy as np
 from ase import Atoms
+from ase.data import chemical_symbols
 
 from dosmatgen_ase.crystals.screening import KnownCrystals, reduced_formula
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
-from dosmatgen_ase.files import write_npz
+from dosmatgen_ase.files import DAMAGE, read_npz, write_npz
 
 DEFAULT_INDEX = Path(__file__).parents[1] / "references" / "dos_index.npz"
 FORMAT_VERSION = 1
-UNREADABLE = (KeyError, TypeError, IndexError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
+_KINDS = {  # kinds of number and axes of the arrays of a file
+    **dict.fromkeys(("format", "info"), ("U", 0)),
+    **dict.fromkeys(("sites", "rows", "row_of_crystal", "row_mask", "computed_mask", "atomic_numbers"), ("u", 1)),
+    **dict.fromkeys(("band_gap", "energy_above_hull", "scale", "error"), ("f", 1)),
+    **dict.fromkeys(("code_low", "code_high", "masks"), ("u", 2)),
+    "material_id": ("U", 1), "cell": ("f", 3), "gapped": ("b", 1), "frac_coords": ("f", 2),
+}  # fmt: skip
 LEVELS = 600  # steps between zero and the maximum of a row, in the square root
 BLOCK = 4096  # crystals or rows at a time: bounds memory
 GROUP = 4  # bins whose sums are looked at first
@@ -132,14 +137,13 @@ class DOSIndex:
         if not path.is_file():
             raise FileNotFoundError(f"no index at {path}: build one with dosmatgen index STRUCTURES -o {path}")
         try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                data = {name: file[name] for name in file.files}
+            data = read_npz(path, _KINDS)
             head = json.loads(str(data["format"]))
             if head["version"] > FORMAT_VERSION:
                 raise ValueError(f"it has version {head['version']}, this package reads {FORMAT_VERSION}: upgrade it")
             index = cls(**_arrays(data))
             index._check()
-        except UNREADABLE as error:
+        except DAMAGE as error:
             raise ValueError(f"{path} is not a readable index: make it by dosmatgen index ({error})") from error
         return index
 
@@ -157,7 +161,14 @@ class DOSIndex:
             inside = (self.site_row >= self.row_start[owner]) & (self.site_row < self.row_start[owner + 1])
             ends = (self.site_start[-1] == sites, self.row_start[-1] == rows, patterns < len(self.masks), inside.all())
             starts = (np.diff(self.site_start) > 0).all(), (np.diff(self.row_start) > 0).all()
-            wrong = [] if all((n > 0, *ends, *starts)) else ["sites and rows"]
+            shapes = self.cell.shape[1:] == (3, 3), self.frac_coords.shape[1:] == (3,)
+            grids = (self.values.shape[1:] == (MODEL_GRID.size,), self.masks.shape[1:] == (MODEL_GRID.size,))
+            wrong = [] if all((n > 0, *ends, *starts, *shapes, *grids)) else ["sites and rows"]
+        if not wrong:
+            numbers = {"cell": self.cell, "frac_coords": self.frac_coords, "values": self.values}
+            wrong = [name for name, values in numbers.items() if not np.isfinite(values).all()]
+            known = (self.atomic_numbers >= 1) & (self.atomic_numbers < len(chemical_symbols))
+            wrong += [] if known.all() else ["atomic_numbers"]
         if wrong:
             raise ValueError(f"{', '.join(wrong)} do not fit the rest")
 

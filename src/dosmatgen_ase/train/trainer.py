@@ -26,12 +26,14 @@ from tqdm import tqdm
 
 from dosmatgen_ase.crystals.batch import CrystalBatch
 from dosmatgen_ase.data import CrystalDataset, size_bucket_batches
+from dosmatgen_ase.files import exclusive, output_folder
 from dosmatgen_ase.files.tensors import load_tensors, save_tensors
 from dosmatgen_ase.model.checkpoint import filled_model, load_model, save_model
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser, ConditionDropout, DOSCondition
 from dosmatgen_ase.model.denoiser import Denoiser, DenoiserConfig
 from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
 from dosmatgen_ase.model.diffusion.process import JointProcess, NoisyCrystals, Prediction
+from dosmatgen_ase.parsing import is_real, is_whole
 from dosmatgen_ase.threads import cpu_threads
 
 MAY_CHANGE = ("steps", "threads", "save_every")  # on resume: a run may be made longer or shorter, or moved
@@ -114,14 +116,41 @@ class TrainingConfig:
     dropout: ConditionDropout = field(default_factory=ConditionDropout)
     network: DenoiserConfig = field(default_factory=DenoiserConfig)
 
+    def __post_init__(self) -> None:
+        for name, told in self.__dataclass_fields__.items():
+            value, default = getattr(self, name), told.default
+            if isinstance(default, bool):
+                fits, kind = isinstance(value, bool), "True or False"
+            elif isinstance(default, int):
+                least = int(name not in ("warmup_steps", "seed"))
+                fits, kind = is_whole(value) and value >= least, f"a whole number of at least {least}"
+            elif isinstance(default, float):
+                fits, kind = is_real(value) and math.isfinite(value) and value >= 0, "a finite number, 0 or larger"
+            else:
+                continue
+            if not fits:
+                raise ValueError(f"{name}={value!r} must be {kind}")
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:
-        """From JSON; an unknown name is an error."""
+        """From JSON.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown, or a value is none that it may have.
+        """
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(f"unknown training settings {unknown}: choose from {sorted(cls.__dataclass_fields__)}")
         nested: dict[str, Any] = {"dropout": ConditionDropout, "network": DenoiserConfig}
-        return cls(**{k: nested[k](**v) if k in nested else v for k, v in values.items()})
+        given = dict(values)
+        for name in nested.keys() & values.keys():
+            try:
+                given[name] = nested[name](**values[name])
+            except (TypeError, ValueError) as error:  # of a name that is none, or no mapping
+                raise ValueError(f"{name}={str(values[name])[:100]}: {error}") from None
+        return cls(**given)
 
 
 class DenseData:
@@ -396,12 +425,26 @@ class Trainer:
             if name != "generator":
                 group, rest = name.split(".", 1)
                 groups[group][rest] = tensor
+        shapes = {k: (v.shape, v.dtype) for k, v in self.ema.items()}
+        for name in ("model", "ema"):
+            if {k: (v.shape, v.dtype) for k, v in groups[name].items()} != shapes:
+                raise ValueError(f"{name} has tensors of other names, shapes or types than the network")
+        place = [header[k] for k in ("step", "epoch", "position")]
+        if not all(is_whole(k) and k >= 0 for k in place):
+            raise ValueError(f"step, epoch and position are {place}")
         self.model.load_state_dict(groups["model"])
         self.ema = {k: v.to(self.device) for k, v in groups["ema"].items()}
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in groups["optimizer"].items():
             i, key = name.split(".", 1)
             state.setdefault(int(i), {})[key] = tensor
+        parameters = dict(enumerate(self.model.parameters()))
+        for number, held in state.items():
+            like = {"step": torch.zeros(()), "exp_avg": parameters[number], "exp_avg_sq": parameters[number]}
+            if {k: (v.shape, v.dtype) for k, v in held.items()} != {k: (v.shape, v.dtype) for k, v in like.items()}:
+                raise ValueError(f"the optimizer's state {number} does not fit the network")
+        if state and state.keys() != parameters.keys():
+            raise ValueError("the optimizer's state does not fit the network")
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.generator.set_state(tensors["generator"])
         self.step, self.epoch, self.position = header["step"], header["epoch"], header["position"]
@@ -448,8 +491,13 @@ def train(
     ------
     ValueError
         If the run in ``out`` was started otherwise, see :meth:`Trainer.restore`, or from another ``init``.
+    BlockingIOError
+        If another run trains in ``out``.
+    OSError
+        If nothing can be written there.
     """
-    with cpu_threads(config.threads):
+    output_folder(Path(out))
+    with exclusive(Path(out) / "state.safetensors"), cpu_threads(config.threads):
         return _train(config, dataset, Path(out), init, device, metadata, progress)
 
 
@@ -462,7 +510,6 @@ def _train(
     metadata: dict[str, Any] | None,
     progress: bool,
 ) -> Path:
-    out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, dataset, device)
     state, weights = out / "state.safetensors", out / "weights.safetensors"
     metadata = dict(metadata or {})

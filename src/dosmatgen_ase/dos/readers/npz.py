@@ -14,7 +14,6 @@ from dosmatgen_ase.dos.readers.common import (
     FREE_BYTES,
     MAX_BYTES,
     MAX_RATIO,
-    READ_ERRORS,
     Content,
     Request,
     check_site,
@@ -23,6 +22,7 @@ from dosmatgen_ase.dos.readers.common import (
 )
 from dosmatgen_ase.dos.readers.densities import HIGHEST, real_rows
 from dosmatgen_ase.dos.target import TargetDOS
+from dosmatgen_ase.files import DAMAGE
 
 _WANTED = ("energies", "total", "pdos", "emax", "gap")
 _SIGMA = 0.1  # eV, the broadening of the label set, whose layout this is
@@ -38,7 +38,7 @@ def read_npz(content: Content, request: Request) -> TargetDOS:
     name = content.name
     try:
         arrays = _arrays(content.data)
-    except (*READ_ERRORS, zipfile.BadZipFile, OSError, EOFError) as error:
+    except DAMAGE as error:
         raise unreadable(name, error, f" is not an .npz with {', '.join(_WANTED)}") from None
     try:
         return _target(arrays, content.basename, request)

@@ -112,6 +112,11 @@ def crystal_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
     )
 
 
+def num_orbitals(atoms: Atoms) -> int:
+    """Orbitals of a cell, which is the size of its Hamiltonian."""
+    return int(ORBITALS[atoms.numbers].sum())
+
+
 def _places(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """Place of each atom's orbitals in the Hamiltonian (n, 9), whether they exist (n, 9), and how many there are."""
     exists = ORBITALS[numbers]

@@ -71,8 +71,8 @@ class TightBindingConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
                 raise ValueError(f"{name}={value!r} must be a whole number from 1 to {highest}")
-        if not 1 <= self.cutoff <= 20 or not 0 <= self.dropout < 1:
-            raise ValueError(f"cutoff={self.cutoff} A must lie in 1 to 20, dropout={self.dropout} in 0 to 1")
+        if not 1 <= self.cutoff <= 8 or not 0 <= self.dropout < 1:
+            raise ValueError(f"cutoff={self.cutoff} A must lie in 1 to 8, dropout={self.dropout} in 0 to 1")
 
 
 class MatrixElements(NamedTuple):
