@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from dosmatgen_ase import energy_above_hull, predict_bands, predict_dos, relax, screen_many
 from dosmatgen_ase.cli import app
 from dosmatgen_ase.crystals.checks import beyond_bounds, check_atoms
-from dosmatgen_ase.dft.espresso import ElectronicStructureError, compute_dos
+from dosmatgen_ase.dft.errors import ElectronicStructureError
+from dosmatgen_ase.dft.espresso import compute_dos
 from dosmatgen_ase.files import check_extxyz
 from dosmatgen_ase.judge.relaxation import symmetrized
 

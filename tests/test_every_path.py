@@ -111,6 +111,6 @@ def stop_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in (
         "generate.generator.DOSGenerator.__init__", "judge.relaxation.relax_into", "forward.predictor.predict_dos",
         "retrieval.index.default_index", "retrieval.build.build_index", "train.trainer.train",
-        "forward.predictor_training.train_predictors", "dft.espresso.compute_many", "dft.labels.label",
+        "forward.predictor_training.train_predictors", "dft.batch.compute_many", "dft.labels.label",
     ):  # fmt: skip
         monkeypatch.setattr(f"dosmatgen_ase.{place}", stop)

@@ -156,15 +156,14 @@ def _index(atoms: Atoms) -> None:
 
 
 def _dft(atoms: Atoms) -> None:
-    import threading
-
     from dosmatgen_ase.dft import espresso
     from dosmatgen_ase.dft.interpolation import IrreducibleMesh
+    from dosmatgen_ase.dft.settings import EspressoSettings
 
     crystal = espresso._crystal(atoms)
-    settings = espresso.EspressoSettings().resolved(crystal)
+    settings = EspressoSettings().resolved(crystal)
     pseudos = {symbol: Path(f"{symbol}.upf") for symbol in set(crystal.get_chemical_symbols())}
-    run = espresso._Run(Path.cwd(), {}, settings, pseudos, threading.Event())
+    run = espresso._Run(Path.cwd(), None, settings, pseudos)  # type: ignore[arg-type]  # nothing is run
     mesh = IrreducibleMesh.of(crystal, settings.dos_kpoint_density or 1.0)
     run._write_pw(crystal, False, "nscf", np.column_stack([mesh.points, mesh.weights]))
 

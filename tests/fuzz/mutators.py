@@ -291,7 +291,7 @@ def of_safetensors(data: bytes, rng: random.Random) -> bytes:
     import torch
     from safetensors.torch import load, save
 
-    from dosmatgen_ase.model.checkpoint import content_hash
+    from dosmatgen_ase.files.tensors import content_hash
 
     try:
         tensors = load(data)

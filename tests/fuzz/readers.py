@@ -381,7 +381,7 @@ def dft_files() -> Files:
     import test_electronic as made
     from test_labels import computed
 
-    from dosmatgen_ase.dft.espresso import RECIPE, EspressoSettings
+    from dosmatgen_ase.dft.settings import RECIPE, EspressoSettings
 
     levels = np.array([[[-5.0, -1.0, 3.0, 9.0, 9.5, 10.0], [-5.5, -1.0, 3.0, 9.0, 9.5, 10.0]]])
     amplitudes = np.full((1, 2, 4, 6), 0.3)
@@ -405,7 +405,7 @@ def read_espresso(path: Path) -> None:
     """One of the two files is damaged."""
     import test_electronic as made
 
-    from dosmatgen_ase.dft.espresso import read_espresso as read
+    from dosmatgen_ase.dft.readers import read_espresso as read
 
     other = {"atomic_proj.xml": "projwfc.out", "projwfc.out": "atomic_proj.xml"}[path.name]
     path.with_name(other).write_bytes(dft_files()[other])
@@ -414,7 +414,7 @@ def read_espresso(path: Path) -> None:
 
 def read_abinit(path: Path) -> None:
     """The total is damaged, or the sphere of an atom."""
-    from dosmatgen_ase.dft.espresso import read_abinit as read
+    from dosmatgen_ase.dft.readers import read_abinit as read
 
     path.with_name("out_DOS_AT0001").write_bytes(path.read_bytes())
     read(path.with_name("out"), bulk("Cu"))
@@ -422,7 +422,7 @@ def read_abinit(path: Path) -> None:
 
 def read_dft(path: Path) -> None:
     """As ``dosmatgen dft`` does with a result that is there."""
-    from dosmatgen_ase.dft.espresso import recorded_result
+    from dosmatgen_ase.dft.batch import recorded_result
 
     recorded_result(path)
 
@@ -483,7 +483,7 @@ def read_table(path: Path) -> None:
 
 
 def _dft_error() -> type[Exception]:
-    from dosmatgen_ase.dft.espresso import ElectronicStructureError
+    from dosmatgen_ase.dft.errors import ElectronicStructureError
 
     return ElectronicStructureError
 

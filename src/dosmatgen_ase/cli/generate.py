@@ -109,10 +109,7 @@ def generate(
     A run that was killed goes on where it stopped: give the same command again.
     """
     start = time.perf_counter()
-    if best.relax is not None:
-        from dosmatgen_ase.judge.relaxation import check_trust
-
-        check_trust(best.relax, best.trust_model)
+    _check_calculator(best)
     dos = target.read(dos_file)
     files = _Files.of(out, best)
     _check_before(ctx, files, n, best)
@@ -143,6 +140,14 @@ def generate(
     tell(f"{time.perf_counter() - start:.1f} s")
     if failed is not None:
         raise failed
+
+
+def _check_calculator(options: RankingOptions) -> None:
+    """Refuse a model file that is not trusted, before anything is read."""
+    if options.relax is not None:
+        from dosmatgen_ase.judge.relaxation import check_trust
+
+        check_trust(options.relax, options.trust_model)
 
 
 @dataclass(frozen=True)

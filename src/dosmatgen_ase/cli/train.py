@@ -43,7 +43,6 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a generator on the training split. A run that was killed goes on where its last state was saved."""
-    from dosmatgen_ase.files import output_folder
     from dosmatgen_ase.train.trainer import TrainingConfig
     from dosmatgen_ase.train.trainer import train as run
 
@@ -56,10 +55,7 @@ def train(
     chosen = str(select_device(device))
     structures = load_structures(data / "structures.parquet", split="train")
     labels = load_site_dos(data / "site_dos")
-    output_folder(out)
-    for name in ("state.safetensors", "weights.safetensors", "log.jsonl", "pseudo_labels.npz"):
-        if not (name == "pseudo_labels.npz" and (out / name).is_file()):  # one that is there is used as it is
-            output(ctx, "out", (Path(name).suffix,), path=out / name, marks=(b'"gradient_norm": ',))
+    _check_folder(ctx, out)
     dataset = CrystalDataset.join(structures, labels)
     if pseudo_labels is not None:
         path = Path(pseudo_labels)
@@ -80,6 +76,16 @@ def train(
         what = f"the last state is kept in {out}; the same command goes on" if kept else "no state was saved yet"
         raise KeyboardInterrupt(f": {what}") from None
     tell(f"weights: {weights}")
+
+
+def _check_folder(ctx: typer.Context, out: Path) -> None:
+    """Make the folder of a run, and refuse what a run would replace and has not made."""
+    from dosmatgen_ase.files import output_folder
+
+    output_folder(out)
+    for name in ("state.safetensors", "weights.safetensors", "log.jsonl", "pseudo_labels.npz"):
+        if not (name == "pseudo_labels.npz" and (out / name).is_file()):  # one that is there is used as it is
+            output(ctx, "out", (Path(name).suffix,), path=out / name, marks=(b'"gradient_norm": ',))
 
 
 def _predict_once(path: Path, structures: Structures, predictor: Path | None) -> None:
