@@ -151,13 +151,10 @@ def work(names: list[str], seed: int, indices: range, debug: bool) -> None:
     torch.set_num_threads(1)
     for name in names:
         READERS[name].seeds()
-        if READERS[name].make is not None:
-            continue
-        file, content = next(iter(READERS[name].seeds().items()))
-        (Path("seeds") / file).parent.mkdir(exist_ok=True)
-        (honest := Path(tempfile.mkdtemp(prefix="honest-", dir=".")) / file).write_bytes(content)
-        READERS[name].read(honest.resolve())  # it reads what is honest, and loads its libraries
-        shutil.rmtree(honest.parent)
+        for file, content in READERS[name].seeds().items():
+            (honest := Path(tempfile.mkdtemp(prefix="honest-", dir=".")) / file).write_bytes(content)
+            READERS[name].read(honest.resolve())  # it reads what is honest, and loads its libraries
+            shutil.rmtree(honest.parent)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 4 * 10**9, -1))  # a bomb ends its case, not the machine
     watch = Watch()

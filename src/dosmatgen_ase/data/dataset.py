@@ -217,12 +217,13 @@ def load_structures(path: str | Path, split: str | None = None, max_atoms: int =
     if not 1 <= max_atoms <= MAX_ATOMS:
         raise ValueError(f"max_atoms={max_atoms} must lie between 1 and {MAX_ATOMS}")
     table = _read_table(Path(path), [f.name for f in fields(Structures)], split)
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     try:
         table = table.filter(pc.less_equal(table["num_atoms"], max_atoms))
         found = _structures(table.combine_chunks()) if table.num_rows else None
-    except DAMAGE as error:
+    except (*DAMAGE, pa.ArrowException) as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{path} is not laid out as data/structures.parquet, or damaged ({told})") from None
     if found is None:
@@ -451,6 +452,8 @@ def _misfit(data: dict[str, np.ndarray]) -> str | None:
     numbers = ("frac_coords", "cell", "energies", "e_max", "band_gap")
     if wrong := [name for name in numbers if not np.isfinite(data[name]).all()]:
         return f"{', '.join(wrong)} hold numbers that are not finite"
+    if n and np.abs(np.linalg.det(data["cell"].reshape(n, 3, 3).astype(float))).min() < 1e-3:
+        return "a cell has no volume"
     if energies.size < 2 or not (np.diff(energies) > 0).all() or abs(energies).max() > 1000:
         return "energies must rise, within 1000 eV of zero"
     return None

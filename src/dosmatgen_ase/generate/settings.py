@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 
 from dosmatgen_ase import parsing
 from dosmatgen_ase.crystals.checks import check_atoms
+from dosmatgen_ase.files import DAMAGE
 from dosmatgen_ase.parsing import ElementLike
 
 if TYPE_CHECKING:
@@ -192,11 +193,17 @@ class GenerationSettings:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`; fields that are not there have their defaults. Raises as the class and `replace`."""
         values: Any = {name: value for name, value in data.items() if not name.startswith("@")}
-        values["fixed_species"] = {int(i): symbol for i, symbol in (values.get("fixed_species") or {}).items()}
+        pins = values.get("fixed_species") or {}
+        if not isinstance(pins, Mapping):
+            raise TypeError(f"fixed_species must name the element of each site, such as {{'0': 'Co'}}, not {pins!r}")
+        values["fixed_species"] = {int(i): symbol for i, symbol in pins.items()}
         if isinstance(values.get("template"), Mapping):
             from ase.io.jsonio import decode
 
-            values["template"] = decode(json.dumps(values["template"]))
+            try:
+                values["template"] = decode(json.dumps(values["template"]))
+            except DAMAGE as error:
+                raise ValueError(f"template is not ASE's JSON of a structure: {type(error).__name__} {error}") from None
         return cls().replace(**values)
 
 

@@ -12,6 +12,7 @@ import ase.io
 
 from dosmatgen_ase.files import DAMAGE, check_extxyz, check_output, extxyz, stream_of, write_atomic, write_structures
 from dosmatgen_ase.generate.request import completed
+from dosmatgen_ase.parsing import is_whole
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -84,7 +85,8 @@ class Stream:
             frames = ase.io.read(io.StringIO("".join(lines[:end])), index=":", format="extxyz") if end else []
         except DAMAGE:
             raise self._another() from None
-        if any("dosmatgen" not in atoms.info for atoms in frames):
+        told = [atoms.info.get("dosmatgen") for atoms in frames]
+        if not all(isinstance(record, dict) and is_whole(record.get(k)) for record in told for k in ("seed", "index")):
             raise self._another()
         rest = lines[end:]
         if rest and not _torn(rest):

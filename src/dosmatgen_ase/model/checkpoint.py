@@ -49,7 +49,7 @@ def load_model(path: str | Path) -> tuple[ConditionalDenoiser, dict[str, Any]]:
     try:
         lattice = LatticeProcess(tuple(header["lattice"]["mean"]), tuple(header["lattice"]["std"]))
         model = filled_model(DenoiserConfig(**header["config"]), lattice, tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         told = f"the header of {path} does not describe its own tensors ({error}): fetch or train it again"
         raise ValueError(told) from error
     return model.eval().requires_grad_(False), header
