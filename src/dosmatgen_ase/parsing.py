@@ -43,9 +43,9 @@ def is_whole(value: Any) -> bool:
 
 def is_real(value: Any) -> bool:
     """Whether this is a number of Python or numpy; True and False are not, nor is what no float can hold."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return False
-    return not is_whole(value) or -(2**1000) < value < 2**1000
+    if is_whole(value):
+        return bool(abs(value) < 2**1000)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def whole_number(value: Any, name: str, low: int, high: int | None = None) -> int:
