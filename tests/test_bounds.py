@@ -32,7 +32,7 @@ HOSTILE: dict[str, tuple[Atoms, str]] = {
     "far": (far(), r"an atom lies 1.79e\+11 cells away from its own, more than 1000: wrap the positions first"),
     "skewed": (
         Atoms("Cu", cell=[[3, 0, 0], [3e4, 3, 0], [0, 0, 3]], pbc=True),
-        "cell too skewed to search its images: reduce it first",
+        "the cell is too skewed to search its images: reduce it first",
     ),
 }
 
