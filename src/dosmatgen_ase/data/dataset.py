@@ -26,18 +26,10 @@ LABEL_SIGMA = 0.1  # eV, broadening of the stored labels
 SHARD_UNIT = 1e-3  # states/eV: shards store integers
 ROUNDING_FLOOR = 10 * SHARD_UNIT  # states/eV per cell: below, the rounding of the shards decides the ratio of two DOS
 SHARD_KEYS = {  # kinds of number and axes
-    "material_id": ("U", 1),
-    "split": ("U", 1),
-    "atom_offset": ("iu", 1),
-    "atomic_numbers": ("iu", 1),
-    "frac_coords": ("f", 2),
-    "cell": ("f", 2),
-    "energies": ("f", 1),
-    "site_dos": ("iu", 3),
-    "total_dos": ("iu", 2),
-    "e_max": ("f", 1),
-    "band_gap": ("f", 1),
-}
+    "material_id": ("U", 1), "split": ("U", 1), "atom_offset": ("iu", 1), "atomic_numbers": ("iu", 1),
+    "frac_coords": ("f", 2), "cell": ("f", 2), "energies": ("f", 1), "site_dos": ("iu", 3), "total_dos": ("iu", 2),
+    "e_max": ("f", 1), "band_gap": ("f", 1),
+}  # fmt: skip
 _SHARD_EXTRAS = {"recipe": ("iu", 0), "failed_id": ("U", 1)}
 
 
