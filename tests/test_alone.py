@@ -127,13 +127,18 @@ def test_a_setting_of_a_training_that_is_none_is_named(values: dict[str, object]
         TrainingConfig.from_dict(values)
 
 
+def hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_while_modules_load_is_one_line(tmp_path: Path) -> None:
     """A module that the command line loads tells that it is being loaded, and takes its time."""
     (tmp_path / "typer.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     command = [sys.executable, "-c", "from dosmatgen_ase.cli import main; main()", "dos", "x"]
+    # A job in the background of a shell ignores Ctrl-C, and so would its children.
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=hear_ctrl_c
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"

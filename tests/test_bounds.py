@@ -30,6 +30,7 @@ def far() -> Atoms:
 HOSTILE: dict[str, tuple[Atoms, str]] = {
     "many": (bulk("Cu", cubic=True) * (25, 25, 25), "62500 atoms, more than 2000: take a smaller cell"),
     "far": (far(), r"an atom lies 1.79e\+11 cells away from its own, more than 1000: wrap the positions first"),
+    "wide": (Atoms("H", cell=[1e12] * 3, pbc=True), r"1e\+36 A\^3 per atom, more than 100|the cell is 1e\+12 A wide"),
     "skewed": (
         Atoms("Cu", cell=[[3, 0, 0], [3e4, 3, 0], [0, 0, 3]], pbc=True),
         "the cell is too skewed to search its images: reduce it first",
@@ -40,7 +41,7 @@ HOSTILE: dict[str, tuple[Atoms, str]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_every_function_names_the_bound(name: str) -> None:
     atoms, told = HOSTILE[name]
-    assert re.fullmatch(told, beyond_bounds(atoms) or "")
+    assert re.search(told, beyond_bounds(atoms) or "")
     assert re.search(told, screen_many([atoms])[0].reason or "")
     assert re.search(told, relax([atoms, bulk("Cu")], max_steps=0)[0].info["relaxation"]["reason"])
     for refuse in (predict_dos, predict_bands, symmetrized):

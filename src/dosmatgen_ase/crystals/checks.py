@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 MIN_VOLUME = 1e-3  # A^3; below, three vectors span no cell
 MIN_VOLUME_PER_ATOM = 2.0  # A^3; below, atoms have collapsed, and potentials and neighbour lists mean nothing
 MAX_CELLS_AWAY = 1000  # an atom may lie so many cells away from its own; beyond, single precision has lost its place
+MAX_WIDTH = 1e5  # Angstrom, between the outer planes of a cell: neighbours are sought in boxes of the cutoff
 _LONGEST = 8.0  # Angstrom: no list of neighbours reaches farther
 _MAX_IMAGES = 10_000  # cells around one that such a list looks at, in a second; 729 where lattice planes are 2 A apart
 
@@ -46,7 +47,10 @@ def too_skewed(atoms: Atoms) -> str | None:
     import numpy as np
 
     with np.errstate(all="ignore"):
-        images = np.prod(2 * np.ceil(_LONGEST * np.linalg.norm(_reciprocal(atoms), axis=1)) + 1)
+        inverse = np.linalg.norm(_reciprocal(atoms), axis=1)
+        images, width = np.prod(2 * np.ceil(_LONGEST * inverse) + 1), 1 / inverse.min()
+    if not width <= MAX_WIDTH:
+        return f"the cell is {width:.3g} A wide, more than {MAX_WIDTH:g}: take a smaller one"
     return None if images <= _MAX_IMAGES else "the cell is too skewed to search its images: reduce it first"
 
 

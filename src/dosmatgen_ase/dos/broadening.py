@@ -45,7 +45,7 @@ def resample(
     values, known : arrays, shape (..., grid.size)
         Values are 0 where unknown.
     """
-    extra = math.sqrt(max(grid_sigma**2 - sigma**2, 0.0))
+    extra = math.sqrt(max((grid_sigma - sigma) * (grid_sigma + sigma), 0.0))
     # Below a tenth of a step the extra broadening is not seen on the grid, and its kernel would need a very fine mesh.
     shape = (*np.broadcast_shapes(np.shape(values), known.shape)[:-1], grid.size)
     weight: Array = np.zeros(shape)

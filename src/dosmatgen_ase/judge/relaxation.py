@@ -32,6 +32,7 @@ from ase.filters import FrechetCellFilter
 from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 from ase.spacegroup.symmetrize import refine_symmetry
+from spglib import SpglibError
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -220,7 +221,10 @@ def symmetrized(atoms: Atoms, tolerance: float = 0.1) -> Atoms:
     if len(neighbor_list("i", atoms, tolerance)):
         raise ValueError(f"cannot search for symmetry within {tolerance:g} A: two atoms are closer to each other")
     copy = atoms.copy()
-    refine_symmetry(copy, tolerance)
+    try:
+        refine_symmetry(copy, tolerance)
+    except (SpglibError, TypeError) as error:  # spglib's own, or ASE's of what spglib did not return
+        raise ValueError(f"no symmetry to be found within {tolerance:g} A: spglib fails ({error})") from None
     return copy
 
 
