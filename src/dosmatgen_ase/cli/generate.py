@@ -207,7 +207,7 @@ def _ranked(
         atoms.info["frame"] = frame
     drawn = [atoms for atoms in drawn if atoms.info["dosmatgen"]["index"] < draws]
     rejected = sum(atoms.info["dosmatgen"].get("attempt", 0) for atoms in drawn)
-    tell(f"{len(drawn)} crystals drawn; {rejected} more were rejected by the screen and drawn again", err=True)
+    tell(f"{len(drawn)} crystals drawn; rejected by the screen and drawn again: {rejected}", err=True)
     if files.relaxed is not None and options.relax is not None:
         held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
         drawn = relax_into(
