@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 
 from dosmatgen_ase import parsing
 from dosmatgen_ase.crystals.checks import check_atoms
-from dosmatgen_ase.files import DAMAGE
 from dosmatgen_ase.parsing import ElementLike
 
 if TYPE_CHECKING:
@@ -199,6 +198,8 @@ class GenerationSettings:
         values["fixed_species"] = {int(i): symbol for i, symbol in pins.items()}
         if isinstance(values.get("template"), Mapping):
             from ase.io.jsonio import decode
+
+            from dosmatgen_ase.files import DAMAGE
 
             try:
                 values["template"] = decode(json.dumps(values["template"]))
