@@ -845,7 +845,11 @@ def test_the_local_script_leaves_a_result_and_a_report(tiny_weights: Path, tmp_p
 
 
 def test_the_local_script_relaxes_with_a_mace_file(mace_model: Path, tiny_weights: Path, tmp_path: Path) -> None:
-    model = ["--calculator", os.path.relpath(mace_model)]  # as seen from here, not from the folder of a job
+    model = [
+        "--trust-model",
+        "--calculator",
+        os.path.relpath(mace_model),
+    ]  # as seen from here, not from the folder of a job
     options = ["--demo", "--predict", "--weights", str(tiny_weights), *SMALL, *model, "--out", str(tmp_path)]
     script("inverse_design_local.py", *options)
     result = InverseDesignDoc.model_validate_json((tmp_path / "result.json").read_bytes())

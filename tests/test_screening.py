@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ase.neighborlist import neighbor_list
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dosmatgen_ase.crystals.checks import check_atoms, fault, is_disordered
+from dosmatgen_ase.crystals.checks import beyond_bounds, check_atoms, fault, is_disordered
 from dosmatgen_ase.crystals.screening import KnownCrystals, charge_balanced, screen, screen_many
 from dosmatgen_ase.data import load_structures
 
@@ -128,7 +129,13 @@ def test_one_function_says_what_a_crystal_is(atoms: Atoms) -> None:
 
     told = fault(atoms)
     if told is None:  # a crystal, though not a sensible one
-        check_atoms(atoms, "this")
+        beyond = beyond_bounds(atoms)
+        with (
+            nullcontext()
+            if beyond is None
+            else pytest.raises(ValueError, match=re.escape(f"this cannot be used: {beyond}"))
+        ):
+            check_atoms(atoms, "this")
         return
     assert screen(atoms).reason == f"it {told}"
     with pytest.raises(ValueError, match=re.escape(f"this {told}")):

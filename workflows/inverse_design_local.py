@@ -39,6 +39,7 @@ parser.add_argument("--keep", type=int, default=4, help="how many of them to rel
 parser.add_argument("--num-atoms", type=int, nargs="+", default=[4], help="atoms per cell")
 parser.add_argument("--elements", nargs="+", help="allow these elements only")
 parser.add_argument("--calculator", default="chgnet", help='"chgnet" or the file of a MACE model')
+parser.add_argument("--trust-model", action="store_true", help="load a MACE file: a pickle may run any code")
 parser.add_argument("--predict", action="store_true", help="predict the DOS of the relaxed crystals: no DFT")
 parser.add_argument("--weights", default="default")
 parser.add_argument("--seed", type=int, default=0)
@@ -62,7 +63,7 @@ flow = InverseDesignMaker(
         weights=arguments.weights,
     ),
     screen_maker=ScreenMaker(keep=arguments.keep),
-    relax_maker=RelaxMaker(calculator=arguments.calculator),
+    relax_maker=RelaxMaker(calculator=arguments.calculator, trust_model=arguments.trust_model),
     dos_maker=PredictDOSMaker() if arguments.predict else DOSMaker(),
 ).make(TargetDOS.from_file(arguments.dos_file, arguments.site))
 

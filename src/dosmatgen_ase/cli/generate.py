@@ -210,9 +210,7 @@ def _ranked(
     tell(f"{len(drawn)} crystals drawn; rejected by the screen and drawn again: {rejected}", err=True)
     if files.relaxed is not None and options.relax is not None:
         held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
-        drawn = relax_into(
-            files.relaxed, drawn, options.relax, progress=True, trust_model=options.trust_model, **held
-        )
+        drawn = relax_into(files.relaxed, drawn, options.relax, progress=True, trust_model=options.trust_model, **held)
     sites, total = request.site_targets, request.total_target
     progress = options.relax is not None or len(drawn) > MANY
     scored = score(drawn, sites, total, predictor=forward, ranking=ranking, progress=progress)

@@ -16,7 +16,7 @@ MIN_VOLUME_PER_ATOM = 2.0  # A^3; below, atoms have collapsed, and potentials an
 MAX_CELLS_AWAY = 1000  # an atom may lie so many cells away from its own; beyond, single precision has lost its place
 MAX_WIDTH = 1e5  # Angstrom, between the outer planes of a cell: neighbours are sought in boxes of the cutoff
 _LONGEST = 8.0  # Angstrom: no list of neighbours reaches farther
-_MAX_IMAGES = 10_000  # cells around one that such a list looks at, in a second; 729 where lattice planes are 2 A apart
+_MAX_IMAGES = 30_000  # cells around one that such a list looks at, in seconds; 729 where lattice planes are 2 A apart
 
 
 def beyond_bounds(atoms: Atoms) -> str | None:

@@ -181,8 +181,8 @@ def _predict(crystals: Sequence[Atoms], predictor: Path, parts: str | Path | Non
 
 def remove_parts(folder: Path) -> None:
     """Remove the pieces of a finished run, and their folder if it holds nothing else."""
-    for path in folder.glob("*.npz"):
-        if re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{16}\.npz", path.name):
+    for path in folder.iterdir() if folder.is_dir() else ():  # of predictions, and of pages of a database
+        if re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{16}\.npz|page-[0-9a-f]{12}-\d{6}\.json", path.name):
             path.unlink()
     with contextlib.suppress(OSError):  # somebody has put something there
         folder.rmdir()
