@@ -81,3 +81,16 @@ def test_columns_without_end_are_refused(kind: str, tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "a.extxyz holds no structures that ASE reads: its Properties tell more than 9,999 columns" in done.stderr
     check_extxyz([b"Properties=species:S:1:pos:R:3:forces:R:3 energy=12345678"])
+
+
+HEAD = b'Lattice="3 0 0 0 3 0 0 0 3" Properties=species:S:1:pos:R:3'
+
+
+@pytest.mark.parametrize(
+    "lines", [[b"999999999999\n", b"a comment\n"], [b"1\n", HEAD, b"Cu 0 0 0\n", b" 100000000\n", HEAD]]
+)
+def test_a_frame_of_more_atoms_than_any_file_holds_is_refused(lines: list[bytes], tmp_path: Path) -> None:
+    """ASE reads as many lines as the head tells, at the end of the file too: hours."""
+    with pytest.raises(ValueError, match="a frame tells 10 million atoms or more"):
+        check_extxyz(lines)
+    check_extxyz([b"2\n", HEAD, b"Cu 0 0 0\n", b"99999999\n"])  # a last line is no head

@@ -99,6 +99,14 @@ def test_exponential_is_finite_for_any_input() -> None:
     assert (torch.linalg.eigvalsh(cell) <= math.exp(LOG_EIGENVALUE_LIMIT) * 1.001).all()
 
 
+def test_a_matrix_that_is_not_finite_gives_no_cell_and_spoils_no_other() -> None:
+    good = 0.1 * torch.eye(3, dtype=torch.float64)
+    absurd = torch.stack([good, good * torch.nan, good * torch.inf])
+    cell = symmetric_exp(absurd)
+    torch.testing.assert_close(cell[0], symmetric_exp(good[None])[0])
+    assert cell[1:].isnan().all()
+
+
 def test_fit_standardises() -> None:
     cell, n = random_cells(200), atoms_per_cell(200)
     vector = LatticeProcess.fit(cell, n).encode(cell, n)

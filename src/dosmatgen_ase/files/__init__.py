@@ -233,7 +233,7 @@ def _write_database(path: Path, structures: Sequence[Atoms]) -> None:
 def read_structures(path: Path, index: Any = ":", format: str | None = None) -> Any:
     """Read structures as ``ase.io.read`` does, but take ``@`` in a name for what it is.
 
-    Raises whatever ASE raises, and ``ValueError`` for an extended XYZ file that asks for millions of columns.
+    Raises whatever ASE raises, and ``ValueError`` for an extended XYZ file that asks for millions of columns or atoms.
     """
     import ase.io
 
@@ -245,16 +245,26 @@ def read_structures(path: Path, index: Any = ":", format: str | None = None) -> 
 _COLUMNS = re.compile(rb"Properties\s*=\s*[^\n]*?:[A-Za-z]:\d{5,}")
 
 
+_MANY = re.compile(rb"\s*[+-]?[\d_]{8,}\s*")
+
+
 def check_extxyz(lines: Iterable[bytes]) -> None:
-    """Refuse the head of a frame whose columns ASE would count one by one.
+    """Refuse the head of a frame whose columns or atoms ASE would count one by one.
 
     Raises
     ------
     ValueError
-        If it tells more than 9,999 of one property.
+        If it tells more than 9,999 columns of one property, or 10 million atoms.
     """
-    if any(b"Properties" in line and _COLUMNS.search(line) for line in lines):
-        raise ValueError("its Properties tell more than 9,999 columns")
+    before: bytes | None = None
+    for line in lines:
+        head = b"Properties" in line or b"Lattice" in line
+        if head and _COLUMNS.search(line):
+            raise ValueError("its Properties tell more than 9,999 columns")
+        counted = line if before is None else before if head else b""  # the first line, or that above a head
+        if _MANY.fullmatch(counted):
+            raise ValueError("a frame tells 10 million atoms or more")
+        before = line
 
 
 def check_output(

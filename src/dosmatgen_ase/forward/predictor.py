@@ -291,6 +291,7 @@ class DOSPredictor:
             if tables.keys() != named:
                 raise ValueError(f"it has the tables {sorted(tables)}")
             _check_tables(tables, header["info"])
+            tables = {k: table if k == "support" else table.float() for k, table in tables.items()}
             models = [_filled(k, told, tensors) for k, told in enumerate(header.get("tight_binding", []))]
             with without_values():
                 predictor = cls(config, tables, header["info"], models)

@@ -39,10 +39,16 @@ def symmetric_log(cell: Tensor) -> Tensor:
 
 
 def symmetric_exp(matrix: Tensor) -> Tensor:
-    """Matrix exponential of symmetric matrices, shape (B, 3, 3); bounded eigenvalues keep it finite."""
-    eigenvalues, vectors = torch.linalg.eigh(matrix.double())
+    """Matrix exponential of symmetric matrices, shape (B, 3, 3); bounded eigenvalues keep it finite.
+
+    NaN for a matrix that is not finite, as damaged weights make it: the screen rejects such a cell.
+    """
+    matrix = matrix.double()
+    sound = torch.isfinite(matrix).all(-1).all(-1)[:, None, None]
+    eigenvalues, vectors = torch.linalg.eigh(torch.where(sound, matrix, torch.zeros_like(matrix)))
     eigenvalues = eigenvalues.clamp(-LOG_EIGENVALUE_LIMIT, LOG_EIGENVALUE_LIMIT)
-    return (vectors * eigenvalues.exp()[:, None, :]) @ vectors.mT
+    cell = (vectors * eigenvalues.exp()[:, None, :]) @ vectors.mT
+    return torch.where(sound, cell, torch.full_like(cell, torch.nan))
 
 
 @dataclass(frozen=True)
