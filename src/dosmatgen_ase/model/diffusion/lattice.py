@@ -28,6 +28,7 @@ BASIS = torch.tensor(
     ],
     dtype=torch.float64,
 )
+LARGEST = 100.0  # of means and deviations, logarithms of Angstrom: those of any crystals are below 10
 LOG_EIGENVALUE_LIMIT = 4.5  # e^4.5 = 90 Angstrom: keeps the exponential finite for any network output
 
 
@@ -65,9 +66,9 @@ class LatticeProcess:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        finite = all(isinstance(v, int | float) and math.isfinite(v) for v in (*self.mean, *self.std))
-        if not (len(self.mean) == len(self.std) == 6 and finite and min(self.std) > 0):
-            raise ValueError(f"{self}: mean and std must be six finite numbers each, std above 0")
+        sound = all(isinstance(v, int | float) and abs(v) < LARGEST for v in (*self.mean, *self.std))
+        if not (len(self.mean) == len(self.std) == 6 and sound and min(self.std) > 0):
+            raise ValueError(f"{self}: mean and std must be six finite numbers each, below {LARGEST:g}, std above 0")
 
     @classmethod
     def fit(cls, cell: Tensor, num_atoms: Tensor) -> LatticeProcess:
