@@ -394,17 +394,28 @@ def read_npz(
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, kinds: str, axes: int) -> np.ndarray:
+    array = read_member(archive, member, name)
+    if array.dtype.kind not in kinds or array.ndim != axes:
+        raise ValueError(f"{name} has the shape {array.shape} and the type {array.dtype}")
+    return array
+
+
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> np.ndarray:
+    """Read one array of an npz, whose header is looked at before memory is taken for it.
+
+    Raises
+    ------
+    ValueError
+        With the ``name``, if it has named columns or Python objects, or promises more than the file holds.
+    """
     with archive.open(member) as stream:
         version = np.lib.format.read_magic(stream)
         if version > (2, 0):
-            raise ValueError(f"{name} has named columns")
+            raise ValueError(f"{name} has named columns: expected plain numbers")
         head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = head(stream)
-    # A header may promise more than the file holds, and memory would be taken for it.
     if dtype.hasobject or math.prod(shape) * dtype.itemsize > member.file_size or min(shape, default=0) < 0:
         raise ValueError(f"{name} is damaged or holds Python objects: its header says {shape} of {dtype}")
-    if dtype.kind not in kinds or len(shape) != axes:
-        raise ValueError(f"{name} has the shape {shape} and the type {dtype}")
     with archive.open(member) as stream:
         return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
 

@@ -22,7 +22,7 @@ from dosmatgen_ase.dos.readers.common import (
 )
 from dosmatgen_ase.dos.readers.densities import HIGHEST, real_rows
 from dosmatgen_ase.dos.target import TargetDOS
-from dosmatgen_ase.files import DAMAGE
+from dosmatgen_ase.files import DAMAGE, read_member
 
 _WANTED = ("energies", "total", "pdos", "emax", "gap")
 _SIGMA = 0.1  # eV, the broadening of the label set, whose layout this is
@@ -57,21 +57,7 @@ def _arrays(data: bytes) -> dict[str, Any]:
             raise ValueError(
                 f"it unpacks to {size / 2**20:.0f} MiB from {len(data) / 2**20:.2g} MiB, which no DOS does"
             )
-        return {key: _array(archive, members[key], key) for key in _WANTED}
-
-
-def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> Any:
-    with archive.open(member) as stream:
-        version = np.lib.format.read_magic(stream)
-        if version > (2, 0):
-            raise ValueError(f'"{key}" has named columns: expected plain numbers')
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-        # A header may promise more than the file holds, and memory would be taken for it.
-        if dtype.hasobject or int(np.prod(shape, dtype=object)) * dtype.itemsize > member.file_size:
-            raise ValueError(f'"{key}" is damaged or holds Python objects: its header says {shape} of {dtype}')
-    with archive.open(member) as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
+        return {key: read_member(archive, members[key], f'"{key}"') for key in _WANTED}
 
 
 def _scalar(arrays: dict[str, Any], key: str) -> float:
