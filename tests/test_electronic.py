@@ -373,9 +373,6 @@ def test_results_survive_json() -> None:
     assert np.array_equal(back.orbital_dos, result.orbital_dos)
     assert (back.band_gap, back.num_kpoints, back.spin_polarised) == (result.band_gap, 2, False)
     assert "gap 4.00 eV" in repr(back)
-    assert back.bands is None
-    old = {k: v for k, v in result.to_dict().items() if k != "bands"}
-    assert ElectronicStructure.from_dict(old).bands is None, "results made before bands were kept"
     with pytest.raises(ValueError, match="it lacks e_max"):
         ElectronicStructure.from_dict({k: v for k, v in result.to_dict().items() if k != "e_max"})
 
@@ -509,9 +506,13 @@ def test_results_are_read_back_and_never_mixed_up(tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match="site 2 does not exist"):
         TargetDOS.from_file(out / "a.json", site=2)
     made.clear()
+    for folder, name in (("a", "scf.out"), ("b", "notes.txt")):  # a kill came after the result; this is not ours
+        (out / folder).mkdir()
+        (out / folder / name).touch()
     again = compute_many({"b": hydrogen, "a": SILICON, "c": SILICON}, out, EspressoSettings(time_limit=1.0))
     assert list(again) == ["b", "a", "c"]
     assert made == ["c"], "the time limit does not change a result"
+    assert [p.name for p in out.iterdir() if p.is_dir() and p.name != "c"] == ["b"]
     assert isinstance(again["a"], ElectronicStructure)
     assert isinstance(first["a"], ElectronicStructure)
     assert again["a"].sites == first["a"].sites
@@ -808,12 +809,6 @@ def test_silicon_has_eight_electrons_and_a_gap(tmp_path: Path) -> None:
     assert result.sites[0].total_states(-13.0, 0.3) == pytest.approx(4.0, rel=0.01)
     read, _ = read_espresso(tmp_path / "o/x.save/atomic_proj.xml", tmp_path / "projwfc.out", SILICON)
     assert read[0].total_states(-13.0, 0.3) == pytest.approx(4.0, rel=0.02)
-    bands = result.bands
-    assert bands is not None
-    assert len(bands.counts) == result.num_kpoints
-    assert ((bands.energies[0] < 1e-3).sum(1) + bands.below == 4).all(), "eight electrons at every k-point"
-    assert bands.energies[0, 0, 3 - bands.below] == pytest.approx(0, abs=1e-3), "the top is at Gamma"
-    assert np.ptp(bands.energies[0, 0, 1:4]) < 1e-3, "and threefold"
 
 
 @pytest.mark.dft

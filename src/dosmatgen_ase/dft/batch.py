@@ -131,6 +131,8 @@ def _compute_or_read(
             if not same or (used is not None and used != fingerprints(pseudos)):
                 told = "another structure, other settings or pseudopotentials, or an earlier version's recipe"
                 raise ValueError(f"{file} holds the result of {told}: choose another folder, or remove it")
+            if is_calculation(out / name):  # of a run that was killed right after it wrote the result
+                shutil.rmtree(out / name, ignore_errors=True)
             return result
     record = {"format": "dosmatgen_ase.compute_many", "structure": crystal, "settings": given}
     if (out / name).exists() and not is_calculation(out / name):
