@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from dosmatgen_ase.forward.features import chgnet_graph, load_chgnet
 
@@ -17,7 +18,7 @@ MAX_BONDS = 50_000
 
 
 class CHGNetForces(Calculator):
-    """CHGNet 0.3.0: ``energy`` (eV), ``forces`` (eV/A), ``stress`` (eV/A^3).
+    """CHGNet 0.3.0: ``energy`` (eV), ``forces`` (eV/A), ``stress`` (eV/A^3, Voigt order).
 
     The numbers are those of ``chgnet.model.CHGNetCalculator``, which keeps the graph of the gradient for a training
     that never comes: that takes seven times the memory and three times the time.
@@ -58,5 +59,5 @@ class CHGNetForces(Calculator):
         self.results = {
             "energy": float(energy.detach()),
             "forces": -forces.numpy(),
-            "stress": (stress / batch.volumes[0]).numpy(),
+            "stress": full_3x3_to_voigt_6_stress((stress / batch.volumes[0]).numpy()),
         }
