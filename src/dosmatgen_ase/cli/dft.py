@@ -70,7 +70,10 @@ def dft(
 def label(
     structures: StructureTables,
     shards: Annotated[Path, typer.Option(help="Folder of the label set.")] = Path("data/site_dos"),
-    workers: Annotated[int, typer.Option(min=1, help="Structures computed at a time, at the lowest priority.")] = 1,
+    jobs: Annotated[
+        int, typer.Option("-j", "--jobs", min=1, help="Structures computed at a time, at the lowest priority.")
+    ] = 1,
+    workers: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Compute no more than this many. Default: all.")] = None,
     order: Annotated[
         str,
@@ -97,6 +100,9 @@ def label(
     from dosmatgen_ase.dft.labels import label as run
     from dosmatgen_ase.dft.settings import EspressoSettings
 
+    if workers is not None:
+        tell("warning: --workers is called --jobs now, as in the other commands", err=True)
+        jobs = workers
     crystals = single_table(structures)
     given: Any = load_structures(crystals) if crystals else read_structures(structures)
     beside = shards.parent / "structures.parquet"
@@ -104,7 +110,7 @@ def label(
     settings = EspressoSettings(pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher, nice=19)
     chosen = order if order in ("cost", "coverage") else _first_words(Path(order))
     with resumable(lambda: f"the labels made so far are in {shards}"):
-        done = run(given, shards, settings, workers=workers, limit=limit, order=chosen, table=splits, progress=True)
+        done = run(given, shards, settings, workers=jobs, limit=limit, order=chosen, table=splits, progress=True)
     for path in done.shards:
         tell(f"shard: {path}")
     table = Table("structures", "", title=printable(f"labels in {shards}"))
