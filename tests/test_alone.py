@@ -131,17 +131,29 @@ def hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_while_modules_load_is_one_line(tmp_path: Path) -> None:
-    """A module that the command line loads tells that it is being loaded, and takes its time."""
-    (tmp_path / "typer.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
+WAIT = "print('loading', flush=True); import time; time.sleep(60)"
+AT_THE_END = f"import atexit; atexit.register(lambda: exec({WAIT!r})); from dosmatgen_ase.cli import main; main()"
+
+
+@pytest.mark.parametrize("moment", ["modules load", "the command line is read", "all is done"])
+def test_ctrl_c_before_and_after_a_command_is_one_line(moment: str, tmp_path: Path) -> None:
+    """What is loaded, called or left then tells it, and takes its time."""
+    code = "from dosmatgen_ase.cli import main; main()"
+    if moment == "modules load":
+        (tmp_path / "typer.py").write_text(WAIT)
+    elif moment == "the command line is read":
+        code = f"import typer.main; typer.main.get_command = lambda *_: exec({WAIT!r}); {code}"
+    else:
+        code = AT_THE_END
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    command = [sys.executable, "-c", "from dosmatgen_ase.cli import main; main()", "dos", "x"]
+    command = [sys.executable, "-c", code, "--version"]
     # A job in the background of a shell ignores Ctrl-C, and so would its children.
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=hear_ctrl_c
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "loading\n"
+        while process.stdout.readline() not in ("loading\n", ""):
+            pass
         time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)

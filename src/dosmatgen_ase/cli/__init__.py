@@ -33,16 +33,17 @@ def __getattr__(name: str) -> Any:
 def main() -> None:
     """Entry point of the ``dosmatgen`` command."""
     import _signal  # type: ignore[import-not-found]  # what `signal` is made of, without the enum, which would take as long as all before
-    import os
 
-    def leave(*_: object) -> None:  # while modules load there is nothing to tidy up, and much to interrupt
-        os.write(2, b"interrupted\n")
-        os._exit(130)
-
-    before = _signal.getsignal(_signal.SIGINT)
-    if before is _signal.default_int_handler:  # a shell that ignores Ctrl-C for a job in the background is obeyed
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:  # a shell may ignore it for a job behind it
         _signal.signal(_signal.SIGINT, leave)
     from dosmatgen_ase.cli.commands import app
 
-    _signal.signal(_signal.SIGINT, before)
-    app()
+    app()  # which hears Ctrl-C as an exception while a command runs
+
+
+def leave(*_: object) -> None:
+    """End at Ctrl-C before and after a command, where there is nothing to tidy up, and much to interrupt."""
+    import os
+
+    os.write(2, b"interrupted\n")
+    os._exit(130)

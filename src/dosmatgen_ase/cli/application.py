@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from dosmatgen_ase import __version__
+from dosmatgen_ase.cli import leave
 
 USAGE, INTERRUPTED = 2, 130  # exit codes
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError)  # what the library raises
@@ -25,7 +27,7 @@ class OneLineErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            with warnings.catch_warnings():
+            with _ctrl_c_as_exception(), warnings.catch_warnings():
                 warnings.showwarning = _one_line(warnings.showwarning)
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
@@ -42,6 +44,19 @@ class OneLineErrors(TyperGroup):
             unexpected = f"unexpected {type(error).__name__}, run dosmatgen --debug to see where: "
             _say(f"error: {'' if isinstance(error, EXPECTED) else unexpected}{error}", "red")
             raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _ctrl_c_as_exception() -> Iterator[None]:
+    """Let Ctrl-C raise `KeyboardInterrupt` where it would end the process at once, as outside of a command."""
+    ends = signal.getsignal(signal.SIGINT) is leave
+    if ends:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ends:
+            signal.signal(signal.SIGINT, leave)
 
 
 def _one_line(others: Any) -> Any:

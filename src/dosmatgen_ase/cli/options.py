@@ -187,13 +187,16 @@ class TargetOptions:
         target = TargetDOS.from_file(
             dos_file, self.site, columns=columns, **{name: getattr(self, name) for name in names}
         )
-        if self.align:
-            target = target.aligned()
-        if self.window is not None:
-            target = target.window(*self.window)
-        if self.electrons is not None:
-            target = target.scaled(electrons=self.electrons)
-        target.on_grid()  # what the model cannot see is an error before anything is said
+        try:
+            if self.align:
+                target = target.aligned()
+            if self.window is not None:
+                target = target.window(*self.window)
+            if self.electrons is not None:
+                target = target.scaled(electrons=self.electrons)
+            target.on_grid()  # what the model cannot see is an error before anything is said
+        except ValueError as error:
+            raise ValueError(f"{dos_file}: {error}") from error
         if assumed := target.provenance.get("assumed"):
             tell(f"{dos_file}: assumed: {'; '.join(assumed)} (see --help: {TARGET_PANEL})", err=True)
         return target
