@@ -243,6 +243,12 @@ GENERATE: list[tuple[Callable[[Path, Path], list[object]], int, str]] = [
     (lambda tmp, w: [NICKEL, "--num-atoms", "four"], 2, "'four' must be like"),
     (lambda tmp, w: [NICKEL, "--num-atoms", 0], 1, "must lie between 1 and 20"),
     (lambda tmp, w: [NICKEL, "--num-atoms", 500], 1, "must lie between 1 and 20"),
+    (lambda tmp, w: [NICKEL, "--num-atoms", "4-40"], 1, "error: num_atoms=21 must lie between 1 and 20"),
+    (
+        lambda tmp, w: [written(tmp, "off.dat", "20 1\n21 2\n22 1\n")],
+        1,
+        "off.dat: no known energy of the DOS of text off.d",
+    ),
     (lambda tmp, w: [NICKEL, "-n", 0], 1, "n=0 must be a whole number of at least 1"),
     (lambda tmp, w: [NICKEL, "-n", "many"], 2, "Invalid value for '-n'"),
     (lambda tmp, w: [NICKEL, "--seed", -1], 1, "seed=-1"),

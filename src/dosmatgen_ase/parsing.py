@@ -78,8 +78,8 @@ def cell_sizes(num_atoms: Any) -> tuple[int, ...] | None:
         sizes = ()
     if not sizes or not all(map(is_whole, sizes)):
         raise ValueError(f"num_atoms={num_atoms!r} must be a whole number or a list of them")
-    if not all(1 <= size <= MAX_ATOMS for size in sizes):
-        raise ValueError(f"num_atoms={num_atoms!r} must lie between 1 and {MAX_ATOMS}")
+    if outside := [size for size in sizes if not 1 <= size <= MAX_ATOMS]:
+        raise ValueError(f"num_atoms={outside[0]} must lie between 1 and {MAX_ATOMS}")
     return tuple(int(size) for size in sizes)
 
 

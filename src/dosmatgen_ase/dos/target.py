@@ -116,6 +116,12 @@ class TargetDOS:
             f"[{inside[0]:.2f}, {inside[-1]:.2f}] eV, reference={self.reference}, sigma={sigma})"
         )
 
+    def in_words(self) -> str:
+        """For a message: where the DOS is from, and the energies that are known."""
+        inside, source = self.energies[self.known], self.provenance.get("source")
+        place = f" of {source[:80]}" if isinstance(source, str) else ""
+        return f"the DOS{place} (known from {inside[0]:.2f} to {inside[-1]:.2f} eV)"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able dict; `from_dict` is its inverse."""
         return {
@@ -184,11 +190,11 @@ class TargetDOS:
         if not known.any():
             if inside_window(self.energies[self.known], (grid.minimum, grid.maximum)).any():
                 raise ValueError(
-                    f"the known part of {self!r} is too narrow for sigma {sigma:g} eV on a grid of step {grid.step:g} "
-                    "eV: widen the window, or state sigma if the DOS is already that broad"
+                    f"the known part of {self.in_words()} is too narrow for sigma {sigma:g} eV on a grid of step "
+                    f"{grid.step:g} eV: widen the window, or state sigma if the DOS is already that broad"
                 )
             raise ValueError(
-                f"no known energy of {self!r} falls on the grid [{grid.minimum:g}, {grid.maximum:g}] eV: "
+                f"no known energy of {self.in_words()} falls on the grid [{grid.minimum:g}, {grid.maximum:g}] eV: "
                 "is zero the Fermi level or the valence-band maximum? Move it (dos.shift; --efermi for columns of text)"
             )
         wider = max(sigma, self.sigma or 0.0)
@@ -208,7 +214,7 @@ class TargetDOS:
             raise ValueError(f"a window needs lo < hi (eV), not {lo:g} and {hi:g}")
         known = self.known & inside_window(self.energies, (lo, hi))
         if not known.any():
-            raise ValueError(f"the window [{lo:g}, {hi:g}] eV holds no known energy of {self!r}")
+            raise ValueError(f"the window [{lo:g}, {hi:g}] eV holds no known energy of {self.in_words()}")
         return replace(self, known=known, provenance=self._with_step(f"known on [{lo:g}, {hi:g}] eV only"))
 
     @classmethod
@@ -257,7 +263,8 @@ class TargetDOS:
                 return self
             if not self.known[np.argmin(np.abs(self.energies))] or not self.energies[0] <= 0 <= self.energies[-1]:
                 raise ValueError(
-                    f"{self!r} is not known at 0 eV, so its gap cannot be seen: give aligned(vbm=...), or reference="
+                    f"{self.in_words()} is not known at 0 eV, so its gap cannot be seen: "
+                    "give aligned(vbm=...), or reference="
                 )
             gap = gap_around_zero(self.energies, self.values, self.known, self.sigma)
             if gap is None:
@@ -297,7 +304,9 @@ class TargetDOS:
         if electrons is not None:
             states = self.total_states(lo, hi)
             if not states > 0:
-                raise ValueError(f"{self!r} holds no states between {lo:g} and {hi:g} eV: choose other lo and hi")
+                raise ValueError(
+                    f"{self.in_words()} holds no states between {lo:g} and {hi:g} eV: choose other lo and hi"
+                )
             factor = electrons / states
         values = self.values * float(factor)  # type: ignore[arg-type]
         return replace(self, values=values, provenance=self._with_step(f"values times {factor:.6g}"))

@@ -353,7 +353,7 @@ class _Metric:
 
 def _require_comparable(distance: np.ndarray, target: TargetDOS) -> None:
     if not np.isfinite(distance).any():
-        share = f"{MIN_SHARED:.0%} of the bins and states of {target!r}"
+        share = f"{MIN_SHARED:.0%} of the bins and states of {target.in_words()}"
         raise ValueError(f"no crystal searched knows {share}: widen the window, or ask for other elements")
 
 
