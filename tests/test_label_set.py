@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import spglib
+from scipy.ndimage import gaussian_filter1d
 
-from dosmatgen_ase.data import SHARD_KEYS, SHARD_UNIT, load_structures
+from dosmatgen_ase.data import SHARD_KEYS, SHARD_UNIT, MeshBands, load_structures
+from dosmatgen_ase.data.bands import BAND_KEYS, BAND_WINDOW, misfit_of_bands, unpack_bands
 from dosmatgen_ase.dft.settings import RECIPE
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +95,77 @@ def unequal_sites(label: dict[str, Any]) -> bool:
     cell = (label["cell"].reshape(3, 3).astype(float), label["frac_coords"].astype(float), numbers)
     orbits = spglib.get_symmetry(cell, symprec=1e-3)["equivalent_atoms"]
     return any(not np.array_equal(dos[i], dos[j]) for i, j in enumerate(orbits))
+
+
+def labels_with_bands(shards: dict[str, dict[str, np.ndarray]]) -> Iterator[tuple[str, dict[str, Any], MeshBands]]:
+    """Every label that keeps bands: its id, its arrays as `labels` gives them, and the bands."""
+    for shard in shards.values():
+        if "bands" in shard:
+            read = unpack_bands(shard, shard["band_gap"] > 0)
+            for (name, label), bands in zip(labels({"": shard}), read, strict=True):
+                if bands is not None:
+                    yield name, label, bands
+
+
+def disorder(bands: MeshBands) -> str | None:
+    """What is wrong with the levels and points themselves."""
+    low, high = BAND_WINDOW
+    levels = bands.energies
+    if (np.diff(levels, axis=2) < 0).any():
+        return "the bands are not in order"
+    if levels.max((0, 1)).min() < low - 1e-3 or levels.min((0, 1)).max() > high + 1e-3:
+        return "a band lies outside the window"
+    if bands.counts.sum() != bands.mesh.prod():
+        return "the points do not make up the mesh"
+    if len(np.unique(bands.points % bands.mesh, axis=0)) != len(bands.points):
+        return "a point comes twice"
+    return None
+
+
+def electrons_off(bands: MeshBands) -> float:
+    """Electrons in the bands below zero, less those of the cell. The zero is that of a denser mesh."""
+    per_state = 2 / len(bands.energies)
+    # As wide as the levels of neighbouring points lie apart: a coarse mesh of a metal is half filled somewhere.
+    filled = 1 / (1 + np.exp(np.clip(bands.energies / 0.02, -60, 60)))
+    inside = float((bands.weights @ filled.sum((0, 2))) * per_state)
+    return inside + bands.below * 2 - bands.num_electrons
+
+
+def filled_unequally(bands: MeshBands) -> bool:
+    """Whether the number of bands below an insulator's zero differs between k-points."""
+    return len({tuple(n) for n in (bands.energies < 0.05).sum(2).T.tolist()}) > 1
+
+
+def away_from_total(label: dict[str, Any], bands: MeshBands) -> float:
+    """Normalised L1 between the DOS of the bands, not interpolated, and the total, both broadened by the same sigma."""
+    sigma, energies = 0.5, label["energies"].astype(float)  # wide enough for the coarse mesh
+    step = energies[1] - energies[0]
+    known = (energies > energies[0] + 2) & (energies < min(label["e_max"], energies[-1]) - 1.5)
+    total = gaussian_filter1d(label["total"], np.sqrt(sigma**2 - SIGMA**2) / step)[known]
+    return float(np.abs(bands.dos(energies[known], sigma) - total).sum() / total.sum())
+
+
+def test_bands_are_whole_ordered_and_inside_the_window(shards: dict[str, Any]) -> None:
+    for name, shard in shards.items():
+        if "bands" in shard:
+            assert misfit_of_bands({key: shard[key] for key in BAND_KEYS}, len(shard["material_id"])) is None, name
+    assert {name: wrong for name, _, bands in labels_with_bands(shards) if (wrong := disorder(bands))} == {}
+
+
+def test_bands_hold_the_electrons_and_end_where_the_gap_says(shards: dict[str, Any]) -> None:
+    off = {
+        name: electrons_off(bands) / len(label["atomic_numbers"]) for name, label, bands in labels_with_bands(shards)
+    }
+    assert {name: x for name, x in off.items() if abs(x) > 0.4} == {}, "electrons per atom"
+    gapped = {name: bands for name, label, bands in labels_with_bands(shards) if label["band_gap"] > 0.2}
+    assert [name for name, bands in gapped.items() if filled_unequally(bands)] == []
+    assert {name: x for name in gapped if abs(x := off[name]) > 0.02} == {}
+
+
+def test_bands_make_the_total(shards: dict[str, Any]) -> None:
+    away = {name: away_from_total(label, bands) for name, label, bands in labels_with_bands(shards)}
+    assert {name: x for name, x in away.items() if x > 0.3} == {}
+    assert not away or np.median(list(away.values())) < 0.1
 
 
 def test_every_shard_has_every_array_of_its_length(shards: dict[str, dict[str, np.ndarray]]) -> None:

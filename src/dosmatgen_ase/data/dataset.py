@@ -18,19 +18,13 @@ import numpy as np
 from ase import Atoms
 from ase.formula import Formula
 
+from dosmatgen_ase.data.shards import SHARD_UNIT, read_shards
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, resample, scale_sites_to_total
 from dosmatgen_ase.files import DAMAGE, read_npz, read_structures
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
 
 LABEL_SIGMA = 0.1  # eV, broadening of the stored labels
-SHARD_UNIT = 1e-3  # states/eV: shards store integers
 ROUNDING_FLOOR = 10 * SHARD_UNIT  # states/eV per cell: below, the rounding of the shards decides the ratio of two DOS
-SHARD_KEYS = {  # kinds of number and axes
-    "material_id": ("U", 1), "split": ("U", 1), "atom_offset": ("iu", 1), "atomic_numbers": ("iu", 1),
-    "frac_coords": ("f", 2), "cell": ("f", 2), "energies": ("f", 1), "site_dos": ("iu", 3), "total_dos": ("iu", 2),
-    "e_max": ("f", 1), "band_gap": ("f", 1),
-}  # fmt: skip
-_SHARD_EXTRAS = {"recipe": ("iu", 0), "failed_id": ("U", 1)}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -307,10 +301,7 @@ def load_site_dos(directory: str | Path, recipe: int | None = None) -> SiteDOSLa
     ValueError
         If a shard lacks an array, or none is of the recipe.
     """
-    paths = sorted(Path(directory).glob("*.npz"))
-    if not paths:
-        raise FileNotFoundError(f"no label shards (*.npz) in {directory}: pass data/site_dos of a repository clone")
-    shards = sorted(map(read_shard, paths), key=lambda data: int(data["recipe"]))
+    shards = read_shards(directory)
     if recipe is not None:
         shards = [data for data in shards if data["recipe"] == recipe]
         if not shards:
@@ -390,8 +381,7 @@ def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndar
     """
     wanted = {name: i for i, name in enumerate(labels.material_id.tolist())}
     found: list[np.ndarray | None] = [None] * len(wanted)
-    shards = sorted(map(read_shard, sorted(Path(directory).glob("*.npz"))), key=lambda data: int(data["recipe"]))
-    for data in shards:  # the last of a name wins, as in `load_site_dos`
+    for data in read_shards(directory):  # the last of a name wins, as in `load_site_dos`
         names = data["material_id"].tolist()
         chosen = [k for k, name in enumerate(names) if name in wanted and data["recipe"] == labels.recipe[wanted[name]]]
         if not chosen:
@@ -408,47 +398,6 @@ def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndar
     if missing:
         raise ValueError(f"{directory} lacks {len(missing)} of the labels, the first is {missing[0]}")
     return [part for part in found if part is not None]
-
-
-def read_shard(path: Path) -> dict[str, np.ndarray]:
-    """Read the arrays of one label shard, those of `SHARD_KEYS`, "recipe" and "failed_id".
-
-    Raises
-    ------
-    ValueError
-        If the file is something else, damaged, or its arrays do not fit each other.
-    """
-    try:
-        data = {"recipe": np.array(1), "failed_id": np.array([], np.str_), **read_npz(path, SHARD_KEYS, _SHARD_EXTRAS)}
-        if wrong := _misfit(data):
-            raise ValueError(wrong)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a label shard as described in data/README.md: {error}") from None
-    return data
-
-
-def _misfit(data: dict[str, np.ndarray]) -> str | None:
-    """What does not fit in the arrays of a shard."""
-    n, sites, energies = len(data["material_id"]), len(data["atomic_numbers"]), data["energies"]
-    shapes = {
-        "split": (n,), "cell": (n, 9), "e_max": (n,), "band_gap": (n,), "atom_offset": (n + 1,),
-        "frac_coords": (sites, 3), "site_dos": (sites, 4, energies.size), "total_dos": (n, energies.size),
-    }  # fmt: skip
-    if wrong := [name for name, shape in shapes.items() if data[name].shape != shape]:
-        return f"{', '.join(wrong)} do not fit the other arrays"
-    sizes, offset = np.diff(data["atom_offset"].astype(np.int64)), data["atom_offset"]
-    if not (offset[0] == 0 and offset[-1] == sites and ((sizes >= 1) & (sizes <= MAX_ATOMS)).all()):
-        return f"atom_offset does not tell 1 to {MAX_ATOMS} atoms of each structure"
-    if not ((data["atomic_numbers"] >= 1) & (data["atomic_numbers"] <= MAX_ATOMIC_NUMBER)).all():
-        return f"atomic_numbers must lie in 1 to {MAX_ATOMIC_NUMBER}"
-    numbers = ("frac_coords", "cell", "energies", "e_max", "band_gap")
-    if wrong := [name for name in numbers if not np.isfinite(data[name]).all()]:
-        return f"{', '.join(wrong)} hold numbers that are not finite"
-    if n and np.abs(np.linalg.det(data["cell"].reshape(n, 3, 3).astype(float))).min() < 1e-3:
-        return "a cell has no volume"
-    if energies.size < 2 or not (np.diff(energies) > 0).all() or abs(energies).max() > 1000:
-        return "energies must rise, within 1000 eV of zero"
-    return None
 
 
 def load_pseudo_labels(path: str | Path) -> dict[str, np.ndarray]:

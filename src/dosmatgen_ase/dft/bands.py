@@ -12,7 +12,9 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.optimize import brentq
 from scipy.special import expit
 
+from dosmatgen_ase.data.bands import BAND_WINDOW, MeshBands
 from dosmatgen_ase.dft.errors import ElectronicStructureError
+from dosmatgen_ase.dft.interpolation import IrreducibleMesh
 from dosmatgen_ase.dft.settings import GRID
 from dosmatgen_ase.dos import Array, TargetDOS, scale_sites_to_total
 
@@ -91,10 +93,31 @@ def broadened_dos(bands: Bands, equivalent_sites: np.ndarray, sigma: float) -> B
     def broadened(values: Array) -> Array:
         return np.interp(GRID.energies, edges, gaussian_filter1d(values, sigma / _STEP))
 
-    # The topmost bands of an iterative diagonalisation are not reliable.
-    spare = max(2, num_bands // 12)
-    e_max = float(bands.eigenvalues[..., num_bands - spare - 1].min() - zero)
+    e_max = float(bands.eigenvalues[..., exact_bands(num_bands) - 1].min() - zero)
     return BandDOS(broadened(total), np.apply_along_axis(broadened, -1, parts), band_gap, zero, e_max, sigma)
+
+
+def exact_bands(num_bands: int) -> int:
+    """How many bands count: the topmost of an iterative diagonalisation are not reliable."""
+    return num_bands - max(2, num_bands // 12)
+
+
+def kept_bands(mesh: IrreducibleMesh, eigenvalues: Array, num_electrons: float, dos: BandDOS) -> MeshBands:
+    """The exact bands of a mesh, (spins, k, bands), that come into the window of a label."""
+    levels = eigenvalues[..., : exact_bands(eigenvalues.shape[-1])] - dos.zero
+    low, high = BAND_WINDOW
+    below = int((levels.max((0, 1)) < low).sum())
+    inside = int((levels.min((0, 1)) <= high).sum())
+    return MeshBands(
+        energies=levels[..., below:inside],
+        mesh=mesh.size,
+        points=np.rint(mesh.points * mesh.size).astype(int),
+        counts=np.rint(mesh.weights * mesh.size.prod()).astype(int),
+        below=below,
+        reference="vbm" if dos.band_gap else "fermi",
+        fermi_level=dos.zero,
+        num_electrons=num_electrons,
+    )
 
 
 def _histogram(place: Array, weights: Array, size: int) -> Array:

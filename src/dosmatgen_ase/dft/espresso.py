@@ -30,12 +30,12 @@ from ase.units import Ry
 from threadpoolctl import threadpool_limits
 
 from dosmatgen_ase.crystals.screening import right_handed, screen_given
-from dosmatgen_ase.dft.bands import Bands, broadened_dos
+from dosmatgen_ase.dft.bands import Bands, broadened_dos, kept_bands
 from dosmatgen_ase.dft.errors import ElectronicStructureError, InterruptedCalculation
 from dosmatgen_ase.dft.interpolation import IrreducibleMesh, interpolated, mesh_size, project_on_gaussians
 from dosmatgen_ase.dft.programs import Programs
 from dosmatgen_ase.dft.pseudopotentials import fingerprints, pseudopotentials
-from dosmatgen_ase.dft.readers import by_shell, read_projections
+from dosmatgen_ase.dft.readers import Projections, by_shell, read_projections
 from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import GRID, MAGNETIC, PHYSICS, RECIPE, EspressoSettings, site_symmetry
 
@@ -141,7 +141,8 @@ class _Run:
         )
         projwfc = self.programs.run("projwfc.x", self.folder, "projwfc")
 
-        bands = self._interpolated(atoms, mesh, projwfc, num_electrons)
+        read = read_projections(self._save / "atomic_proj.xml", projwfc, len(atoms))
+        bands = self._interpolated(atoms, mesh, read, num_electrons)
         version = _found(r"Program PWSCF v\.?\s*(\S+)", scf)[0]
         record = {
             "source": f"Quantum ESPRESSO {version}, Loewdin projections",
@@ -154,17 +155,20 @@ class _Run:
         return ElectronicStructure(
             sites, total, dos.orbital, GRID.energies, dos.band_gap, dos.zero, dos.e_max, energy, num_electrons,
             float(moments[-1]) if moments else 0.0, len(mesh.points), spin,
+            kept_bands(mesh, read.eigenvalues, num_electrons, dos),
         )  # fmt: skip
 
-    def _interpolated(self, atoms: Atoms, mesh: IrreducibleMesh, projwfc: str, num_electrons: float) -> Bands:
+    @property
+    def _save(self) -> Path:
+        return self.folder / "o" / "x.save"
+
+    def _interpolated(self, atoms: Atoms, mesh: IrreducibleMesh, read: Projections, num_electrons: float) -> Bands:
         """Bands of the finished calculation on a mesh dense enough for their DOS."""
-        save = self.folder / "o" / "x.save"
-        read = read_projections(save / "atomic_proj.xml", projwfc, len(atoms))
         dense = IrreducibleMesh.of(atoms, _SAMPLING)
         levels, projections = [], []
         spins = [""] if len(read.eigenvalues) == 1 else ["up", "dw"]
         for spin, eigenvalues, amplitudes in zip(spins, read.eigenvalues, read.amplitudes, strict=True):
-            files = [save / f"wfc{spin}{k + 1}" for k in range(len(mesh.points))]
+            files = [self._save / f"wfc{spin}{k + 1}" for k in range(len(mesh.points))]
             try:
                 gaussians = np.array([project_on_gaussians(atoms, file) for file in files])
                 energies, probabilities = interpolated(

@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike
 
 from dosmatgen_ase.crystals.checks import fault
 from dosmatgen_ase.data import SHARD_UNIT, Structures, read_shard
+from dosmatgen_ase.data.bands import pack_bands
 from dosmatgen_ase.data.coverage import ENOUGH, MAX_LABELLED_VOLUME_PER_ATOM, UNLABELLED
 from dosmatgen_ase.dft.batch import compute_each, is_calculation, read_record
 from dosmatgen_ase.dft.errors import ElectronicStructureError, InterruptedCalculation
@@ -466,6 +467,7 @@ def _pack(
         "recipe": np.int16(recipe),
         "failed_id": np.array(list(new), np.str_),
         "failed_reason": np.array(list(new.values()), np.str_),
+        **pack_bands([r.bands for r in results]),
     }  # fmt: skip
     for name in ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment", "fermi_level"):
         arrays[name.replace("fermi_level", "efermi")] = np.array([getattr(r, name) for r in results], np.float32)

@@ -143,7 +143,7 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 
 
 @dataclass(frozen=True, eq=False)
-class _Projections:
+class Projections:
     """What projwfc.x found, at the k-points of the calculation."""
 
     orbitals: list[Orbital]
@@ -160,7 +160,7 @@ _STATE = re.compile(
 )
 
 
-def read_projections(path: Path, projwfc_output: str, num_sites: int) -> _Projections:
+def read_projections(path: Path, projwfc_output: str, num_sites: int) -> Projections:
     """Read ``atomic_proj.xml`` of projwfc.x. Only its printed output tells which atom a projection belongs to."""
     states = _STATE.findall(projwfc_output)
     orbitals = [Orbital(int(site) - 1, int(wfc), int(degree), int(m or 1) - 1) for site, wfc, degree, m, *_ in states]
@@ -176,7 +176,7 @@ def read_projections(path: Path, projwfc_output: str, num_sites: int) -> _Projec
         raise ElectronicStructureError(f"not an atomic_proj.xml that fits its output: {told[:300]}", path) from error
 
 
-def _parse_projections(path: Path, orbitals: list[Orbital], spinors: bool) -> _Projections:
+def _parse_projections(path: Path, orbitals: list[Orbital], spinors: bool) -> Projections:
     root = ET.parse(path).getroot()
     header, states = root.find("HEADER"), root.find("EIGENSTATES")
     if header is None or states is None:
@@ -200,7 +200,7 @@ def _parse_projections(path: Path, orbitals: list[Orbital], spinors: bool) -> _P
         raise ValueError("its numbers are not all finite")
     if weights.min() < 0 or weights.sum() <= 0:
         raise ValueError("the weights of its k-points must not be negative")
-    return _Projections(orbitals, eigenvalues, amplitudes, weights / weights.sum(), num_electrons, spinors)
+    return Projections(orbitals, eigenvalues, amplitudes, weights / weights.sum(), num_electrons, spinors)
 
 
 def by_shell(orbitals: Sequence[Orbital], num_sites: int, probabilities: Array) -> Array:

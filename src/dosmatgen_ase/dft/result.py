@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dosmatgen_ase.data.bands import MeshBands
 from dosmatgen_ase.dos import Array, TargetDOS
 
 
@@ -40,6 +41,8 @@ class ElectronicStructure:
     num_kpoints : int
         Irreducible points that the DOS was computed on.
     spin_polarised : bool
+    bands : MeshBands, optional
+        Eigenvalues on those points; None in results made before recipe 5.
     """
 
     sites: tuple[TargetDOS, ...]
@@ -54,6 +57,7 @@ class ElectronicStructure:
     magnetic_moment: float
     num_kpoints: int
     spin_polarised: bool
+    bands: MeshBands | None = None
 
     def __repr__(self) -> str:
         kind = f"gap {self.band_gap:.2f} eV" if self.band_gap else "metal"
@@ -68,6 +72,7 @@ class ElectronicStructure:
             "total": self.total.to_dict(),
             "orbital_dos": self.orbital_dos.tolist(),
             "energies": self.energies.tolist(),
+            "bands": None if self.bands is None else self.bands.to_dict(),
         }
 
     @classmethod
@@ -79,9 +84,11 @@ class ElectronicStructure:
         ValueError
             If a field is missing.
         """
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {"bands"}
         if missing := names - set(data):
             raise ValueError(f"this dict is not an ElectronicStructure: it lacks {', '.join(sorted(missing))}")
         read = {name: np.asarray(data[name], dtype=float) for name in ("orbital_dos", "energies")}
         sites, total = tuple(map(TargetDOS.from_dict, data["sites"])), TargetDOS.from_dict(data["total"])
-        return cls(**{**{name: data[name] for name in names}, **read, "sites": sites, "total": total})
+        bands = MeshBands.from_dict(data["bands"]) if data.get("bands") is not None else None
+        given = {name: data[name] for name in names}
+        return cls(**{**given, **read, "sites": sites, "total": total, "bands": bands})
