@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 from dosmatgen_ase.cli import app
 from dosmatgen_ase.data import load_site_dos, load_structures
 from dosmatgen_ase.dft import batch, labels, pseudopotentials
+from dosmatgen_ase.dft import order as label_order
 from dosmatgen_ase.dft.errors import ElectronicStructureError, InterruptedCalculation
 from dosmatgen_ase.dft.interpolation import symmetry_of
-from dosmatgen_ase.dft.labels import LabelReport, label, unsound
+from dosmatgen_ase.dft.labels import LabelReport, label, unlabelled, unsound
 from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import GRID, RECIPE, EspressoSettings
 from dosmatgen_ase.dos import TargetDOS
@@ -278,8 +279,60 @@ def test_ids_that_come_first_and_the_limit(tmp_path: Path) -> None:
     assert queue(tmp_path, given, order=wanted, limit=1) == [default[4]]
 
 
+def test_large_cells_and_hard_kinds_come_earlier_than_by_cost_alone(tmp_path: Path) -> None:
+    dilute = bulk("Al") * (3, 1, 1)
+    dilute.symbols[0] = "Ni"
+    given = {"plain": bulk("Al") * (3, 1, 1), "large": bulk("Al") * (3, 3, 1), "hard": dilute}
+    earlier = {}
+    for name, atoms in given.items():
+        candidate = label_order.Candidate(name, atoms, "train", 1)
+        earlier[name] = candidate.rank() / candidate.rank(need=True)
+    assert earlier == pytest.approx({"plain": 1.0, "large": 1.5, "hard": 2.0})
+    many = {f"{kind}-{i}": atoms for kind, atoms in given.items() for i in range(10)}
+    place = {order: queue(tmp_path, many, order=order) for order in ("cost", "need")}
+    assert sum(n[0] == "h" for n in place["need"][:10]) > sum(n[0] == "h" for n in place["cost"][:10])
+    assert queue(tmp_path, many) == place["need"]
+
+
+@pytest.mark.parametrize(
+    ("formula", "kinds"),
+    [
+        ("NiAl3", {"late metal diluted in an sp host"}),
+        ("NiAl", set()),
+        ("Cu", set()),
+        ("Au3Ni", {"late metal diluted in an sp host"}),
+        ("NiTi3", set()),
+        ("MgH2", {"hydride"}),
+        ("MgO2H2", set()),
+        ("TiF3", {"halide"}),
+        ("FeO", {"magnetic oxide"}),
+        ("CsFeBr3", {"halide", "semicore cation"}),
+    ],
+)
+def test_kinds_that_models_get_wrong(formula: str, kinds: set[str]) -> None:
+    assert label_order.hard_kinds(Atoms(formula)) == kinds
+
+
+def test_two_new_ones_come_for_each_outdated_one_and_recipe_1_first(tmp_path: Path) -> None:
+    stand_in_engine(tmp_path / "log")
+    given = {f"x-{i}": bulk("Cu", a=3.6 + 0.001 * i) for i in range(12)}
+    shards = tmp_path / "shards"
+    for number, names in ((3, ("x-0", "x-1", "x-2")), (1, ("x-3", "x-4"))):
+        report = label({name: given[name] for name in names}, shards, EspressoSettings(ecutwfc=30.0))
+        (path,) = report.shards
+        with np.load(path) as shard:
+            arrays = {**shard, "recipe": np.array(number)}
+        np.savez(path, **arrays)
+    (tmp_path / "log").unlink()
+    label(given, shards)
+    began = (tmp_path / "log").read_text().split()
+    old = [name in {f"x-{i}" for i in range(5)} for name in began]
+    assert old == [False, False, True] * 3 + [False, True, True]
+    assert set([name for name, is_old in zip(began, old, strict=True) if is_old][:2]) == {"x-3", "x-4"}
+
+
 def test_coverage_prefers_elements_with_few_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labels, "ENOUGH", 2)
+    monkeypatch.setattr(label_order, "ENOUGH", 2)
     copper = {f"cu-{i}": bulk("Cu") for i in range(20)}
     nickel = {f"ni-{i}": bulk("Ni") * (2, 2, 2) for i in range(4)}
     order = queue(tmp_path, {**copper, **nickel}, order="coverage")
@@ -330,8 +383,8 @@ def test_without_a_symmetry_there_is_one_error_however_spglib_is_set(
     returns_none: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spglib.error.OLD_ERROR_HANDLING", returns_none)  # other packages change it
-    assert labels._spacegroup(Atoms("Cu")) == 1
-    assert labels._spacegroup(bulk("Cu")) == 225
+    assert label_order.spacegroup(Atoms("Cu")) == 1
+    assert label_order.spacegroup(bulk("Cu")) == 225
     with pytest.raises(ValueError, match="spglib finds no symmetry"):
         symmetry_of(Atoms("Cu2", positions=np.zeros((2, 3)), cell=3 * np.eye(3), pbc=True))
 
@@ -373,6 +426,17 @@ def test_results_that_no_label_can_be_made_of(changes: dict[str, Any], fragment:
     changes = {key: value for key, value in changes.items() if key != "energies"}
     reason = unsound(replace(result, **changes))
     assert reason is None if fragment is None else fragment in str(reason)
+
+
+def test_what_has_no_label_yet_is_told_in_the_order_of_a_run(tmp_path: Path) -> None:
+    stand_in_engine(tmp_path / "log")
+    given = {**crystals(6), "he": Atoms("He", cell=np.eye(3) * 3, pbc=True)}
+    label(given, tmp_path / "shards", limit=2)
+    rest = unlabelled(given, tmp_path / "shards")
+    assert list(unlabelled(given, tmp_path / "shards", limit=2)) == list(rest)[:2]
+    (tmp_path / "log").unlink()
+    label(given, tmp_path / "shards")
+    assert (tmp_path / "log").read_text().split() == list(rest)
 
 
 @pytest.mark.parametrize(

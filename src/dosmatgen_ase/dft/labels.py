@@ -22,21 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import spglib
 from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
-from ase.utils import atoms_to_spglib_cell
 from numpy.typing import ArrayLike
 
 from dosmatgen_ase.crystals.checks import fault
 from dosmatgen_ase.data import SHARD_UNIT, Structures, read_shard
 from dosmatgen_ase.data.bands import pack_bands
-from dosmatgen_ase.data.coverage import ENOUGH, MAX_LABELLED_VOLUME_PER_ATOM, UNLABELLED
+from dosmatgen_ase.data.coverage import MAX_LABELLED_VOLUME_PER_ATOM, UNLABELLED
 from dosmatgen_ase.dft.batch import compute_each, is_calculation, read_record
 from dosmatgen_ase.dft.errors import ElectronicStructureError, InterruptedCalculation
+from dosmatgen_ase.dft.order import Candidate, in_order, spacegroup
 from dosmatgen_ase.dft.pseudopotentials import has_recipe_pseudopotentials, without_pseudopotential
 from dosmatgen_ase.dft.result import ElectronicStructure
-from dosmatgen_ase.dft.settings import MAGNETIC, RECIPE, EspressoSettings
+from dosmatgen_ase.dft.settings import RECIPE, EspressoSettings
 from dosmatgen_ase.files import output_folder, write_npz
 from dosmatgen_ase.limits import MAX_ATOMS
 
@@ -70,7 +69,7 @@ def label(
     *,
     workers: int = 1,
     limit: int | None = None,
-    order: Sequence[str] | str = "cost",
+    order: Sequence[str] | str = "need",
     split: Mapping[str, str] | None = None,
     table: Structures | None = None,
     unpacked: str | Path | None = None,
@@ -94,8 +93,11 @@ def label(
     limit : int, optional
         Compute no more than this many.
     order : str or sequence of ids
-        "cost": a fixed random order in which cheap structures come first more often. "coverage": as that, after those
-        that hold an element with fewer than 15 labels. Or the ids that come first.
+        "need": a fixed random order in which cheap structures come first more often, and cells of at least 9 atoms and
+        kinds that forward models get wrong (`dft.order.hard_kinds`) more often than their cost alone would have it.
+        "cost": without these. "coverage": as "need", after those that hold an element with fewer than 15 labels. Or
+        the ids that come first. In all of them there are two structures without a label for each with a label of an
+        earlier recipe, of which recipe 1 comes first.
     split : mapping of id to "train", "val" or "test", optional
         `Structures` bring their own. By default that of others of the same formula: in this mapping, among the labels,
         in `table`, or else "train".
@@ -120,18 +122,15 @@ def label(
     folder, work = Path(shards), Path(shards) / "unpacked" if unpacked is None else Path(unpacked)
     output_folder(work)
     with _alone_in(work):
-        own = settings.is_default and has_recipe_pseudopotentials(_elements(structures), settings)
-        recipe = RECIPE if own else 0
-        labelled = _LabelSet.read(folder, recipe)
+        recipe, labelled, candidates = _survey(structures, folder, settings, split, table)
         _tidy(work, labelled.done)
-        candidates = {c.name: c for c in _candidates(structures, split, {**_splits(table), **labelled.split})}
         left = _Unpacked.read(work, candidates)
         _check_ids(candidates, {**labelled.crystal, **left.crystal}, folder)
 
         done = labelled.done.union(left.failed)
         skipped = _skipped(candidates, settings)
         waiting = {n: c for n, c in candidates.items() if n not in done and n not in skipped}
-        queue = _in_order(waiting, order, labelled.elements, known=candidates)
+        queue = in_order(waiting, order, elements=labelled.elements, recipes=labelled.recipe, known=candidates)
         queue = [*(n for n in queue if n in left.made), *[n for n in queue if n not in left.made][:limit]]
         for name in left.outdated.intersection(queue):
             (work / f"{name}.json").unlink()
@@ -147,46 +146,57 @@ def label(
     return LabelReport(shard.written, shard.packed, shard.failed, skipped, len(done.intersection(candidates)))
 
 
-# -- which, and in which order -----------------------------------------------------------------------------------------
+def unlabelled(
+    structures: Structures | Mapping[str, Atoms],
+    shards: str | Path,
+    settings: EspressoSettings | None = None,
+    *,
+    limit: int | None = None,
+) -> dict[str, Atoms]:
+    """Structures that `label` would compute, in the order "need"; at most `limit` of them.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the pseudopotentials' folder is not there.
+    """
+    settings = settings or EspressoSettings()
+    _, labelled, candidates = _survey(structures, Path(shards), settings, None, None)
+    skipped = _skipped(candidates, settings)
+    waiting = {n: c for n, c in candidates.items() if n not in labelled.done and n not in skipped}
+    names = in_order(waiting, "need", elements=labelled.elements, recipes=labelled.recipe, known=candidates)
+    return {name: waiting[name].atoms for name in names[:limit]}
 
 
-@dataclass(frozen=True, eq=False)
-class _Candidate:
-    name: str
-    atoms: Atoms
-    split: str
-    spacegroup: int
+# -- which -------------------------------------------------------------------------------------------------------------
 
-    def rank(self) -> float:
-        """Sort by this: a random number that belongs to the name, times a power of the rough cost."""
-        volume, number = self.atoms.get_volume(), self.spacegroup
-        symmetry = 1.0 if number >= 195 else 1.4 if number >= 75 else 2.5 if number >= 16 else 5.0
-        magnetic = 1.4 if set(self.atoms.symbols) & set(MAGNETIC) else 1.0
-        cost = (len(self.atoms) / 4) ** 1.2 * (volume / 70) ** 0.9 * symmetry * magnetic
-        return float(np.random.default_rng(zlib.crc32(self.name.encode())).random() * cost**1.25)
+
+def _survey(
+    structures: Structures | Mapping[str, Atoms],
+    folder: Path,
+    settings: EspressoSettings,
+    split: Mapping[str, str] | None,
+    table: Structures | None,
+) -> tuple[int, _LabelSet, dict[str, Candidate]]:
+    """The recipe of a run's labels, the labels there are, and what may get one."""
+    own = settings.is_default and has_recipe_pseudopotentials(_elements(structures), settings)
+    recipe = RECIPE if own else 0
+    labelled = _LabelSet.read(folder, recipe)
+    found = _candidates(structures, split, {**_splits(table), **labelled.split})
+    return recipe, labelled, {candidate.name: candidate for candidate in found}
 
 
 def _candidates(
     structures: Structures | Mapping[str, Atoms], split: Mapping[str, str] | None, split_of_formula: Mapping[str, str]
-) -> Iterator[_Candidate]:
+) -> Iterator[Candidate]:
     if isinstance(structures, Structures):
         for i, name in enumerate(structures.material_id.tolist()):
-            yield _Candidate(name, structures.atoms(i), str(structures.split[i]), int(structures.spacegroup[i]))
+            yield Candidate(name, structures.atoms(i), str(structures.split[i]), int(structures.spacegroup[i]))
         return
     formulas = {name: _formula(atoms.numbers) for name, atoms in structures.items()}
     known = formula_splits(formulas, split, split_of_formula)
     for name, atoms in structures.items():
-        yield _Candidate(name, atoms, known.get(formulas[name], "train"), _spacegroup(atoms))
-
-
-def _spacegroup(atoms: Atoms) -> int:
-    """Number of the space group, 1 where spglib finds none; and of a cell that is not labelled anyway."""
-    if len(atoms) > MAX_ATOMS:
-        return 1
-    with contextlib.suppress(spglib.SpglibError):  # or it returns None: a setting of the process
-        if (found := spglib.get_symmetry_dataset(atoms_to_spglib_cell(atoms), symprec=1e-3)) is not None:
-            return int(found.number)
-    return 1
+        yield Candidate(name, atoms, known.get(formulas[name], "train"), spacegroup(atoms))
 
 
 def _elements(structures: Structures | Mapping[str, Atoms]) -> set[str]:
@@ -232,7 +242,7 @@ def _formula(numbers: ArrayLike) -> str:
     return str(Atoms(numbers).symbols.formula.reduce()[0].format("hill"))
 
 
-def _skipped(candidates: Mapping[str, _Candidate], settings: EspressoSettings) -> dict[str, str]:
+def _skipped(candidates: Mapping[str, Candidate], settings: EspressoSettings) -> dict[str, str]:
     """Why structures are not tried."""
     elements = {symbol for candidate in candidates.values() for symbol in candidate.atoms.symbols}
     no_label = without_pseudopotential(elements, settings)
@@ -250,30 +260,6 @@ def _skipped(candidates: Mapping[str, _Candidate], settings: EspressoSettings) -
         if reasons:
             skipped[name] = reasons[0]
     return skipped
-
-
-def _in_order(
-    waiting: Mapping[str, _Candidate], order: Sequence[str] | str, elements: Mapping[str, int], known: Collection[str]
-) -> list[str]:
-    names = sorted(waiting, key=lambda name: waiting[name].rank())
-    first: list[str] = []
-    if order == "coverage":
-        counts = Counter(elements)
-        for name in names:
-            held = set(waiting[name].atoms.symbols)
-            if min(counts[symbol] for symbol in held) < ENOUGH:
-                first.append(name)
-                counts.update(held)
-    elif isinstance(order, str):
-        if order != "cost":
-            raise ValueError(f"order={order!r} must be 'cost', 'coverage' or a list of ids")
-    else:
-        unknown = [name for name in order if name not in known]
-        if unknown:
-            raise ValueError(f"order names {len(unknown)} ids that are not among the structures, such as {unknown[0]}")
-        first = [name for name in dict.fromkeys(order) if name in waiting]
-    ahead = set(first)
-    return [*first, *(name for name in names if name not in ahead)]
 
 
 def _without_log(reason: str) -> str:
@@ -323,20 +309,22 @@ class _Crystal:
 class _LabelSet:
     """What is in the shards of a folder.
 
-    Ids with a label of a recipe (or a later one) or a failure; number of labels by element, split by formula, crystal
-    by the id of a label.
+    Ids with a label of a recipe (or a later one) or a failure; number of labels by element, split by formula; crystal
+    and latest recipe by the id of a label.
     """
 
     done: set[str]
     elements: Counter[str]
     split: dict[str, str]
     crystal: dict[str, _Crystal]
+    recipe: dict[str, int]
 
     @classmethod
     def read(cls, folder: Path, recipe: int) -> _LabelSet:
-        known = cls(set(), Counter(), {}, {})
+        known = cls(set(), Counter(), {}, {}, {})
         for path in sorted(folder.glob("*.npz")):
             shard = read_shard(path)
+            made_by = int(shard["recipe"])
             ids, failed = shard["material_id"].tolist(), shard["failed_id"].tolist()
             sites = np.split(shard["atomic_numbers"], shard["atom_offset"][1:-1])
             for name, split, numbers, cell in zip(ids, shard["split"].tolist(), sites, shard["cell"], strict=True):
@@ -344,7 +332,8 @@ class _LabelSet:
                     known.elements.update(set(Atoms(numbers).symbols))
                     known.crystal[name] = _Crystal.of(numbers, cell)
                     known.split[known.crystal[name].formula] = split
-            known.done.update(ids if int(shard["recipe"]) >= recipe else [], failed)
+            known.recipe.update({name: max(made_by, known.recipe.get(name, 0)) for name in ids})
+            known.done.update(ids if made_by >= recipe else [], failed)
         return known
 
 
@@ -374,7 +363,7 @@ class _Unpacked:
         return left
 
 
-def _check_ids(candidates: Mapping[str, _Candidate], known: Mapping[str, _Crystal], folder: Path) -> None:
+def _check_ids(candidates: Mapping[str, Candidate], known: Mapping[str, _Crystal], folder: Path) -> None:
     """Raise ValueError if a structure has the id of another crystal."""
     for name in known.keys() & candidates.keys():
         atoms = candidates[name].atoms
@@ -410,7 +399,7 @@ class _NextShard:
 
     folder: Path
     work: Path
-    candidates: Mapping[str, _Candidate]
+    candidates: Mapping[str, Candidate]
     recipe: int
     failed: dict[str, str]
     labels: dict[str, ElectronicStructure] = field(default_factory=dict)
@@ -441,7 +430,7 @@ class _NextShard:
 def _pack(
     folder: Path,
     work: Path,
-    candidates: Sequence[_Candidate],
+    candidates: Sequence[Candidate],
     results: Sequence[ElectronicStructure],
     failed: Mapping[str, str],
     recipe: int,
