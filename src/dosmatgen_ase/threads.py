@@ -1,4 +1,6 @@
-"""What a block of code changes for the whole process, and gives back: CPU threads of torch, numpy's legacy stream.
+"""What a block of code changes for the whole process, and gives back, in many threads at once.
+
+CPU threads of torch and of BLAS, numpy's legacy stream, the filters of warnings; and what is loaded once.
 
 On cells of a few atoms a second thread costs more than it brings: it spins while it waits, and on busy cores it waits
 long. So small batches run on one thread, and the caller's own number comes back afterwards.
@@ -8,8 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from functools import wraps
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 _LOCK = threading.Lock()
 
@@ -51,6 +58,71 @@ def _in_a_new_thread(job: Callable[[], Any]) -> Any:
     thread.start()
     thread.join()
     return result[0]
+
+
+class _Shared:
+    """A change of the whole process for a block: the first thread that enters makes it, the last takes it back.
+
+    If each gave back what it found, the last to leave would leave the change behind that another had made.
+    """
+
+    def __init__(self, change: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._change, self._lock, self._inside = change, threading.RLock(), 0
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._inside:
+                self._made = self._change()
+                self._made.__enter__()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._made.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    from threadpoolctl import OpenBLASController, threadpool_limits
+
+    with threadpool_limits(limits=1, user_api="blas"):
+        try:
+            yield
+        finally:
+            OpenBLASController.clear_controlling_thread(force=True)  # who leaves may not be who entered, who alone may
+
+
+@contextlib.contextmanager
+def _ignored() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+one_blas_thread = _Shared(_limited)
+"""One thread of BLAS inside of a block: for small matrices, where several threads wait for each other."""
+
+without_warnings = _Shared(_ignored)
+"""No warnings inside of a block, of any thread: for libraries that warn of their own code."""
+
+
+def once(load: Callable[[], Result]) -> Callable[[], Result]:
+    """Let a function without arguments run once in a process: threads that ask meanwhile wait for its result."""
+    lock, kept = threading.Lock(), list[Result]()
+
+    @wraps(load)
+    def loaded() -> Result:
+        if not kept:
+            with lock:
+                if not kept:
+                    kept.append(load())
+        return kept[0]
+
+    return loaded
 
 
 _borrowed: list[Any] = []  # the caller's state of the legacy stream, once for each block that runs

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 from ase.geometry import minkowski_reduce
+
+from dosmatgen_ase.threads import without_warnings
 
 TOLERANCE = 1e-5  # of the metric, relative: a cell that is reduced to this is left as it is
 
@@ -38,8 +38,7 @@ def niggli_operation(cell: np.ndarray) -> np.ndarray:
 def _niggli(cell: np.ndarray) -> np.ndarray | None:
     import spglib
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Set OLD_ERROR_HANDLING", DeprecationWarning)
+    with without_warnings():  # of its future handling of errors
         try:
             reduced: np.ndarray | None = spglib.niggli_reduce(cell)
         except spglib.SpglibError:  # instead of None, where the process has asked for its new errors

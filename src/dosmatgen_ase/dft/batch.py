@@ -17,13 +17,14 @@ from ase import Atoms
 from tqdm import tqdm
 
 from dosmatgen_ase.dft.errors import ElectronicStructureError, InterruptedCalculation, ProgramNotStarted
-from dosmatgen_ase.dft.espresso import compute_in, one_blas_thread
+from dosmatgen_ase.dft.espresso import compute_in
 from dosmatgen_ase.dft.programs import Programs
 from dosmatgen_ase.dft.pseudopotentials import fingerprints, pseudo_directory, pseudopotentials
 from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import PHYSICS, RECIPE, EspressoSettings
 from dosmatgen_ase.dos.readers.common import READ_ERRORS
 from dosmatgen_ase.files import output_folder, write_atomic
+from dosmatgen_ase.threads import one_blas_thread
 
 
 def compute_many(

@@ -12,7 +12,6 @@ in `EspressoSettings` or by ESPRESSO_PSEUDO, or the PseudoDojo set inside the wh
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -27,7 +26,6 @@ import numpy as np
 from ase import Atoms
 from ase.io.espresso import write_espresso_in
 from ase.units import Ry
-from threadpoolctl import threadpool_limits
 
 from dosmatgen_ase.crystals.screening import right_handed, screen_given
 from dosmatgen_ase.dft.bands import Bands, broadened_dos, kept_bands
@@ -38,6 +36,7 @@ from dosmatgen_ase.dft.pseudopotentials import fingerprints, pseudopotentials
 from dosmatgen_ase.dft.readers import Projections, by_shell, read_projections
 from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import GRID, MAGNETIC, PHYSICS, RECIPE, EspressoSettings, site_symmetry
+from dosmatgen_ase.threads import one_blas_thread
 
 _SAMPLING = 14.0  # points per 1/A of the mesh that bands are interpolated to
 
@@ -75,11 +74,6 @@ def compute_dos(
     """
     with one_blas_thread():
         return compute_in(atoms, settings or EspressoSettings(), directory, threading.Event())
-
-
-def one_blas_thread() -> contextlib.AbstractContextManager[Any]:
-    """The matrices of the interpolation are small, and threads of several structures would wait for each other."""
-    return threadpool_limits(limits=1, user_api="blas")
 
 
 def compute_in(

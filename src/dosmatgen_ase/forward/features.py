@@ -6,9 +6,7 @@ import contextlib
 import copy
 import io
 import threading
-import warnings
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +21,7 @@ from dosmatgen_ase.data import Structures
 from dosmatgen_ase.files import read_npz, write_npz
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, crystal_graph, num_orbitals
 from dosmatgen_ase.forward.tight_binding.predict import MAX_ORBITALS
-from dosmatgen_ase.threads import cpu_threads
+from dosmatgen_ase.threads import cpu_threads, once, without_warnings
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -31,19 +29,11 @@ if TYPE_CHECKING:
 NUM_FEATURES = 385  # 4 convolutions x 64, final site vector 64, crystal vector 64, magnetic moment 1
 MAX_BONDS = 200_000  # and angles of a crystal: CHGNet takes 3 kB for each, 0.6 GB in all
 
-_LOADING = threading.Lock()
 
-
-@lru_cache(maxsize=1)
+@once
 def load_chgnet() -> Any:
     """Return CHGNet 0.3.0 on the CPU, frozen, loaded quietly once per process: its weights come with its wheel."""
-    with (
-        _LOADING,  # what is redirected here is that of the process
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        torch.random.fork_rng(devices=[]),
-    ):
-        warnings.simplefilter("ignore")
+    with without_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
         from chgnet.model import CHGNet
 
         model = CHGNet.load(use_device="cpu", verbose=False)
@@ -79,8 +69,7 @@ def chgnet_graph(atoms: Atoms, most: int = MAX_BONDS) -> Any:
     structure = to_structure(atoms, wrap=True)
     structure.to = lambda **_: ""  # CHGNet would write one that it fails on into the folder where we are
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with without_warnings():
             return load_chgnet().graph_converter(structure)
     except Exception as error:  # foreign code: whatever it raises is the failure of this structure only
         raise ValueError(f"CHGNet cannot build its graph: {type(error).__name__}: {error}") from error
@@ -115,7 +104,7 @@ def tight_binding_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
     return graph
 
 
-@lru_cache(maxsize=1)
+@once
 def _observed_chgnet() -> tuple[Any, threading.local]:
     """A CHGNet of our own whose layers put what they return into ``outputs`` of the thread that runs them.
 

@@ -14,7 +14,6 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +32,7 @@ from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBinding
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 from dosmatgen_ase.parsing import is_real, site_numbers
-from dosmatgen_ase.threads import cpu_threads
+from dosmatgen_ase.threads import cpu_threads, once
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -346,7 +345,7 @@ def inverse_softplus(y: Tensor) -> Tensor:
     return y + torch.log(-torch.expm1(-y))
 
 
-@lru_cache(maxsize=1)
+@once
 def default_predictor() -> DOSPredictor:
     """Return the predictor that ships with the package, loaded once per process."""
     return DOSPredictor.load()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from dosmatgen_ase.forward.features import chgnet_graph, load_chgnet
+from dosmatgen_ase.threads import without_warnings
 
 MAX_BONDS = 50_000
 """Most bonds and angles of a crystal whose forces are wanted: each takes 20 kB, 1 GB in all. Copper of 230 atoms."""
@@ -44,8 +44,7 @@ class CHGNetForces(Calculator):
 
         super().calculate(atoms, properties, system_changes)
         model, graph = load_chgnet(), chgnet_graph(self.atoms, MAX_BONDS)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of its own code
+        with without_warnings():  # of its own code
             batch = BatchedGraph.from_graphs(
                 [graph],
                 bond_basis_expansion=model.bond_basis_expansion,

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -33,14 +32,13 @@ from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 from ase.spacegroup.symmetrize import refine_symmetry
 from spglib import SpglibError
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from dosmatgen_ase.crystals.checks import beyond_bounds
 from dosmatgen_ase.crystals.screening import digest, right_handed, screen_given
 from dosmatgen_ase.files import DAMAGE, exclusive, read_structures, set_aside, write_extxyz
 from dosmatgen_ase.parsing import site_numbers
-from dosmatgen_ase.threads import cpu_threads, legacy_stream
+from dosmatgen_ase.threads import cpu_threads, legacy_stream, one_blas_thread, without_warnings
 
 _SAVE_EVERY = 5.0  # seconds
 _MOVE_WITH_CELL = (FixScaled, FixSymmetry)  # every other constraint of ASE holds something Cartesian
@@ -353,7 +351,7 @@ def quick_blas() -> Iterator[None]:
     was = bool(torch.tensor(1e-40).mul(1.0) == 0)
     torch.set_flush_denormal(True)
     try:
-        with threadpool_limits(limits=1, user_api="blas"), cpu_threads(1), legacy_stream():
+        with one_blas_thread(), cpu_threads(1), legacy_stream():
             yield
     finally:
         torch.set_flush_denormal(was)
@@ -514,8 +512,7 @@ def _mace_environment() -> Iterator[None]:
     before = os.environ.get(variable)
     os.environ[variable] = "1"
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with without_warnings(), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         if before is None:

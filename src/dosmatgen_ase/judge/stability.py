@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
@@ -41,6 +41,7 @@ from dosmatgen_ase.forward.features import chgnet_graph, load_chgnet
 from dosmatgen_ase.judge.relaxation import quick_blas
 from dosmatgen_ase.judge.relaxation import relax as relax_atoms
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
+from dosmatgen_ase.threads import once
 
 DEFAULT_HULL = Path(__file__).parents[1] / "references" / "hull.npz"
 RESOLUTION = 0.01  # eV/atom: what a relaxation to 0.05 eV/A and an entry that is not relaxed leave open
@@ -218,7 +219,7 @@ def in_words(above: float | None, decimals: int = 3) -> str:
     return shown.removeprefix("-") if not float(shown) else shown
 
 
-@lru_cache(maxsize=1)
+@once
 def load_hull() -> Hull:
     """Return the hull that ships, read once."""
     return Hull.load()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from ase.data import chemical_symbols
 from dosmatgen_ase.crystals.screening import KnownCrystals, reduced_formula
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files import DAMAGE, read_npz, write_npz
+from dosmatgen_ase.threads import once
 
 DEFAULT_INDEX = Path(__file__).parents[1] / "references" / "dos_index.npz"
 FORMAT_VERSION = 1
@@ -270,7 +271,7 @@ class DOSIndex:
         return {}
 
 
-@lru_cache(maxsize=1)
+@once
 def default_index() -> DOSIndex:
     """Return the index that ships with the package, read once per process."""
     return DOSIndex.load()
