@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dosmatgen_ase.data import load_site_dos, load_structures
+from dosmatgen_ase.data import ORIGINS, load_site_dos, load_structures
 from dosmatgen_ase.data.coverage import Coverage
 from dosmatgen_ase.plotting import plot_coverage
 
@@ -28,7 +28,9 @@ def markdown(coverage: Coverage) -> str:
 def main() -> None:
     """Rewrite the block in data/README.md and the picture beside it."""
     readme = DATA / "README.md"
-    coverage = Coverage.of(load_site_dos(DATA / "site_dos"), load_structures(DATA / "structures.parquet"))
+    coverage = Coverage.of(
+        load_site_dos(DATA / "site_dos", origins=ORIGINS), load_structures(DATA / "structures.parquet")
+    )
     readme.write_text(BLOCK.sub(lambda _: markdown(coverage), readme.read_text()))
     plot_coverage(coverage, DATA / "coverage.png")
 

@@ -45,6 +45,7 @@ def coverage() -> Coverage:
     labels = SiteDOSLabels(
         **crystals(sites), values=np.zeros((3, MAX_ATOMS, MODEL_GRID.size), np.float32), known=known,
         band_gap=np.array([1.0, 4.0, 0.0]), recipe=np.array([1, 2, 2]),
+        origin=np.array(["given", "given", "perturbed"]), parent=np.array(["", "", "b"]),
     )  # fmt: skip
     groups = np.full(len(more), 225)
     groups[:3] = 216, 194, 2
@@ -56,6 +57,7 @@ def coverage() -> Coverage:
 def test_what_is_counted(coverage: Coverage) -> None:
     assert coverage.splits == {"train": (1, 2, 1), "val": (1, 4, 1), "test": (1, 1, 0)}
     assert coverage.recipes == {1: 1, 2: 2}
+    assert coverage.facts()["crystals"] == "given: 2, perturbed: 1, generated: 0"
     assert coverage.elements == {"Si": 2, "C": 2, "Fe": 1}, "an element counts once per structure"
     assert coverage.usable == {"Si": 2, "C": 2, "Fe": 1, "Cu": COMMON}, "neither lanthanides nor noble gases"
     assert coverage.scarce == {"Cu": 0}

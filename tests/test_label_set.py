@@ -43,6 +43,7 @@ def labels(shards: dict[str, dict[str, np.ndarray]]) -> Iterator[tuple[str, dict
         for i, name in enumerate(shard["material_id"].tolist()):
             sites = slice(*shard["atom_offset"][i : i + 2])
             one = {key: shard[key][i] for key in ("cell", "split", "band_gap", "num_electrons", "e_max")}
+            one |= {key: str(shard[key][i]) if key in shard else "" for key in ("origin", "parent")}
             one |= {key: shard[key][sites] for key in ("atomic_numbers", "frac_coords", "site_dos")}
             yield name, {**one, "energies": shard["energies"], "total": shard["total_dos"][i] * SHARD_UNIT}
 
@@ -249,6 +250,11 @@ def test_labels_are_of_the_structures_and_formulas_keep_their_split(shards: dict
     missing = []
     for name, label in labels(shards):
         assert split.setdefault(formula(label["atomic_numbers"]), str(label["split"])) == label["split"], name
+        if label["origin"]:
+            assert name not in row, f"{name} is {label['origin']}"
+            if label["origin"] == "perturbed" and label["parent"] in row:
+                assert np.array_equal(sites[row[label["parent"]]], label["atomic_numbers"]), name
+            continue
         if name not in row:
             missing.append(name)  # a structure that was taken out of the table since
             continue

@@ -281,7 +281,7 @@ def read_pseudo_labels(path: Path) -> None:
 
     bare = {"values": np.zeros((0, 20, 151), np.float32), "known": np.zeros((0, 151), bool), "band_gap": np.zeros(0)}
     none = {k: np.zeros(0, int) for k in ("num_atoms", "recipe")} | {
-        k: np.zeros(0, str) for k in ("material_id", "split")
+        k: np.zeros(0, str) for k in ("material_id", "split", "origin", "parent")
     }
     shapes = {
         "cell": np.zeros((0, 3, 3)),

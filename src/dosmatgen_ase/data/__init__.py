@@ -14,10 +14,11 @@ from dosmatgen_ase.data.dataset import (
     read_crystals,
     size_bucket_batches,
 )
-from dosmatgen_ase.data.shards import SHARD_KEYS, SHARD_UNIT, load_bands, read_shard
+from dosmatgen_ase.data.shards import ORIGINS, SHARD_KEYS, SHARD_UNIT, load_bands, read_shard
 
 __all__ = [
     "LABEL_SIGMA",
+    "ORIGINS",
     "SHARD_KEYS",
     "SHARD_UNIT",
     "CrystalDataset",

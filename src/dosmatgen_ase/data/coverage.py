@@ -9,6 +9,7 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from dosmatgen_ase.data.dataset import SiteDOSLabels, Structures
+from dosmatgen_ase.data.shards import ORIGINS
 from dosmatgen_ase.dos import MODEL_GRID
 
 CRYSTAL_SYSTEMS = {
@@ -44,6 +45,7 @@ class Coverage:
     ----------
     splits : split to (labels, sites, labels with a gap)
     recipes : labels by the recipe that they were computed by, see `dft.settings.RECIPE`
+    origins : labels by what their crystals are, see `data.ORIGINS`
     elements, usable : labels, and structures that can be labelled, that hold an element
     num_atoms, structure_sizes : labels, and all structures, by atoms per cell
     crystal_systems : labels by crystal system; those without a structure in the table are left out
@@ -54,6 +56,7 @@ class Coverage:
 
     splits: dict[str, tuple[int, int, int]]
     recipes: Counter[int]
+    origins: Counter[str]
     elements: Counter[str]
     usable: Counter[str]
     num_atoms: Counter[int]
@@ -79,6 +82,7 @@ class Coverage:
         return cls(
             splits=splits,
             recipes=Counter(sorted(labels.recipe.tolist())),
+            origins=Counter(labels.origin.tolist()),
             elements=_elements(labels.atomic_numbers),
             usable=_elements(structures.atomic_numbers[fit]),
             num_atoms=Counter(labels.num_atoms.tolist()),
@@ -102,6 +106,7 @@ class Coverage:
         order = [symbol for symbol in chemical_symbols if self.elements[symbol]]
         return {
             "recipe": _listed({str(number): count for number, count in self.recipes.items()}, ": "),
+            "crystals": _listed({name: self.origins[name] for name in ORIGINS}, ": "),
             "atoms per cell": _listed(by_size, ": "),
             f"crystal systems ({self.num_spacegroups} space groups)": _listed(self.crystal_systems),
             "gap": _listed(self.gaps, ": "),

@@ -9,7 +9,7 @@ to 20 sites and kept in memory.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +18,7 @@ import numpy as np
 from ase import Atoms
 from ase.formula import Formula
 
-from dosmatgen_ase.data.shards import SHARD_UNIT, read_shards
+from dosmatgen_ase.data.shards import ORIGINS, SHARD_UNIT, read_shards
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, resample, scale_sites_to_total
 from dosmatgen_ase.files import DAMAGE, read_npz, read_structures
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
@@ -262,12 +262,16 @@ class SiteDOSLabels(_Crystals):
         Zero energy is the valence-band maximum where positive, else the Fermi level.
     recipe : (n,) int
         Number of the recipe that they were computed by (`dft.settings.RECIPE`).
+    origin, parent : (n,) str arrays
+        What the crystal is, one of `data.ORIGINS`, and the `material_id` that it came from, if any.
     """
 
     values: np.ndarray
     known: np.ndarray
     band_gap: np.ndarray
     recipe: np.ndarray
+    origin: np.ndarray
+    parent: np.ndarray
 
     def targets(self, i: int) -> list[TargetDOS]:
         """Return the DOS of each site of crystal `i`, at sigma 0.2 eV on `dos.MODEL_GRID`."""
@@ -278,7 +282,9 @@ class SiteDOSLabels(_Crystals):
         ]
 
 
-def load_site_dos(directory: str | Path, recipe: int | None = None) -> SiteDOSLabels:
+def load_site_dos(
+    directory: str | Path, recipe: int | None = None, *, origins: Collection[str] = ("given",)
+) -> SiteDOSLabels:
     """Read every label shard `*.npz` of a directory, or those of one recipe.
 
     Where a `material_id` comes twice the later recipe wins, and of one recipe the later name, which begins with the
@@ -293,14 +299,18 @@ def load_site_dos(directory: str | Path, recipe: int | None = None) -> SiteDOSLa
     directory : path
     recipe : int, optional
         By default all recipes together.
+    origins : collection of str
+        Which crystals, of `data.ORIGINS`. By default known ones alone; forward models learn from all.
 
     Raises
     ------
     FileNotFoundError
         If the directory holds no shard.
     ValueError
-        If a shard lacks an array, or none is of the recipe.
+        If a shard lacks an array, none is of the recipe, or an origin is none.
     """
+    if not origins or not set(origins) <= set(ORIGINS):
+        raise ValueError(f"origins={origins} must be some of {', '.join(map(repr, ORIGINS))}")
     shards = read_shards(directory)
     if recipe is not None:
         shards = [data for data in shards if data["recipe"] == recipe]
@@ -309,38 +319,13 @@ def load_site_dos(directory: str | Path, recipe: int | None = None) -> SiteDOSLa
     last = {name: (k, i) for k, data in enumerate(shards) for i, name in enumerate(data["material_id"].tolist())}
     rows: list[tuple[Any, ...]] = []
     for k, data in enumerate(shards):
-        energies = data["energies"].astype(np.float64)
-        new = [i for i, name in enumerate(data["material_id"].tolist()) if last[name] == (k, i)]
-        parts = [slice(*data["atom_offset"][i : i + 2]) for i in new]
-        scaled, known = [], []
-        for i, sites in zip(new, parts, strict=True):
-            raw = data["site_dos"][sites].sum(axis=1, dtype=np.int64) * SHARD_UNIT
-            total = data["total_dos"][i] * SHARD_UNIT
-            dos, covered = scale_sites_to_total(raw, total, energies=energies, e_max=float(data["e_max"][i]))
-            covered |= (energies <= data["e_max"][i]) & (total < ROUNDING_FLOOR)
-            scaled.append(dos)
-            known.append(np.broadcast_to(covered, dos.shape))
-        if not new:
-            continue
-        values, known_values = resample(energies, np.concatenate(scaled), np.concatenate(known), LABEL_SIGMA)
-        starts = np.cumsum([0, *map(len, scaled)])
-        rows += [
-            (
-                data["material_id"][i],
-                data["split"][i],
-                data["cell"][i].reshape(3, 3),
-                data["frac_coords"][sites],
-                data["atomic_numbers"][sites],
-                values[start:end],
-                known_values[start],  # the same for all sites
-                data["band_gap"][i],
-                data["recipe"],
-            )
-            for i, sites, start, end in zip(new, parts, starts, starts[1:], strict=False)
-        ]
+        wanted = np.isin(data["origin"], list(origins))
+        rows += _label_rows(
+            data, [i for i, n in enumerate(data["material_id"].tolist()) if last[n] == (k, i) and wanted[i]]
+        )
     if not rows:
         raise ValueError(f"the label shards in {directory} hold no label: pass data/site_dos of a repository clone")
-    ids, splits, cells, fracs, numbers, all_values, all_known, band_gaps, recipes = zip(*rows, strict=True)
+    ids, splits, cells, fracs, numbers, all_values, all_known, gaps, recipes, origin, parent = zip(*rows, strict=True)
     counts = np.array([len(z) for z in numbers])
     padded_frac = _pad(np.concatenate(fracs).astype(np.float64), counts, np.float64)
     cell, frac_coords = right_handed(np.stack(cells).astype(np.float64), padded_frac)
@@ -353,9 +338,45 @@ def load_site_dos(directory: str | Path, recipe: int | None = None) -> SiteDOSLa
         atomic_numbers=_pad(np.concatenate(numbers), counts, np.int64),
         values=_pad(np.concatenate(all_values), counts, np.float32),
         known=np.stack(all_known),
-        band_gap=np.array(band_gaps, dtype=np.float64),
+        band_gap=np.array(gaps, dtype=np.float64),
         recipe=np.array(recipes, dtype=np.int64),
+        origin=np.array(origin),
+        parent=np.array(parent),
     )
+
+
+def _label_rows(data: dict[str, np.ndarray], chosen: Sequence[int]) -> list[tuple[Any, ...]]:
+    """What `SiteDOSLabels` holds of some labels of a shard, without padding."""
+    if not chosen:
+        return []
+    energies = data["energies"].astype(np.float64)
+    parts = [slice(*data["atom_offset"][i : i + 2]) for i in chosen]
+    scaled, known = [], []
+    for i, sites in zip(chosen, parts, strict=True):
+        raw = data["site_dos"][sites].sum(axis=1, dtype=np.int64) * SHARD_UNIT
+        total = data["total_dos"][i] * SHARD_UNIT
+        dos, covered = scale_sites_to_total(raw, total, energies=energies, e_max=float(data["e_max"][i]))
+        covered |= (energies <= data["e_max"][i]) & (total < ROUNDING_FLOOR)
+        scaled.append(dos)
+        known.append(np.broadcast_to(covered, dos.shape))
+    values, known_values = resample(energies, np.concatenate(scaled), np.concatenate(known), LABEL_SIGMA)
+    starts = np.cumsum([0, *map(len, scaled)])
+    return [
+        (
+            data["material_id"][i],
+            data["split"][i],
+            data["cell"][i].reshape(3, 3),
+            data["frac_coords"][sites],
+            data["atomic_numbers"][sites],
+            values[start:end],
+            known_values[start],  # the same for all sites
+            data["band_gap"][i],
+            data["recipe"],
+            data["origin"][i],
+            data["parent"][i],
+        )
+        for i, sites, start, end in zip(chosen, parts, starts, starts[1:], strict=False)
+    ]
 
 
 def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndarray]:

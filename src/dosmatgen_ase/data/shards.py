@@ -16,11 +16,14 @@ SHARD_KEYS = {  # kinds of number and axes
     "frac_coords": ("f", 2), "cell": ("f", 2), "energies": ("f", 1), "site_dos": ("iu", 3), "total_dos": ("iu", 2),
     "e_max": ("f", 1), "band_gap": ("f", 1),
 }  # fmt: skip
-_SHARD_EXTRAS = {"recipe": ("iu", 0), "failed_id": ("U", 1)}
+_SHARD_EXTRAS = {"recipe": ("iu", 0), "failed_id": ("U", 1), "origin": ("U", 1), "parent": ("U", 1)}
+
+ORIGINS = ("given", "perturbed", "generated")
+"""What the crystal of a label is: a known one, a copy of one off equilibrium, or one that a model made."""
 
 
 def read_shard(path: Path) -> dict[str, np.ndarray]:
-    """Read the arrays of one label shard, those of `SHARD_KEYS`, "recipe" and "failed_id"; bands are left out.
+    """Read the arrays of one label shard: those of `SHARD_KEYS`, recipe, failed_id, origin, parent; bands are left out.
 
     Raises
     ------
@@ -28,7 +31,10 @@ def read_shard(path: Path) -> dict[str, np.ndarray]:
         If the file is something else, damaged, or its arrays do not fit each other.
     """
     try:
-        data = {"recipe": np.array(1), "failed_id": np.array([], np.str_), **read_npz(path, SHARD_KEYS, _SHARD_EXTRAS)}
+        read = read_npz(path, SHARD_KEYS, _SHARD_EXTRAS)
+        n = len(read["material_id"])
+        older = {"failed_id": np.array([], np.str_), "origin": np.full(n, "given"), "parent": np.full(n, "")}
+        data = {"recipe": np.array(1), **older, **read}
         if wrong := _misfit(data):
             raise ValueError(wrong)
     except ValueError as error:
@@ -112,11 +118,14 @@ def _misfit(data: dict[str, np.ndarray]) -> str | None:
     """What does not fit in the arrays of a shard."""
     n, sites, energies = len(data["material_id"]), len(data["atomic_numbers"]), data["energies"]
     shapes = {
-        "split": (n,), "cell": (n, 9), "e_max": (n,), "band_gap": (n,), "atom_offset": (n + 1,),
+        "origin": (n,), "parent": (n,), "split": (n,), "cell": (n, 9), "e_max": (n,), "band_gap": (n,),
+        "atom_offset": (n + 1,),
         "frac_coords": (sites, 3), "site_dos": (sites, 4, energies.size), "total_dos": (n, energies.size),
     }  # fmt: skip
     if wrong := [name for name, shape in shapes.items() if data[name].shape != shape]:
         return f"{', '.join(wrong)} do not fit the other arrays"
+    if not np.isin(data["origin"], ORIGINS).all():
+        return f"origin must be {', '.join(ORIGINS)}"
     sizes, offset = np.diff(data["atom_offset"].astype(np.int64)), data["atom_offset"]
     if not (offset[0] == 0 and offset[-1] == sites and ((sizes >= 1) & (sizes <= MAX_ATOMS)).all()):
         return f"atom_offset does not tell 1 to {MAX_ATOMS} atoms of each structure"

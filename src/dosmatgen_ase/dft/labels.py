@@ -27,7 +27,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import ArrayLike
 
 from dosmatgen_ase.crystals.checks import fault
-from dosmatgen_ase.data import SHARD_UNIT, Structures, read_shard
+from dosmatgen_ase.data import ORIGINS, SHARD_UNIT, Structures, read_shard
 from dosmatgen_ase.data.bands import pack_bands
 from dosmatgen_ase.data.coverage import MAX_LABELLED_VOLUME_PER_ATOM, UNLABELLED
 from dosmatgen_ase.dft.batch import compute_each, is_calculation, read_record
@@ -72,6 +72,8 @@ def label(
     order: Sequence[str] | str = "need",
     split: Mapping[str, str] | None = None,
     table: Structures | None = None,
+    origin: str = "given",
+    parents: Mapping[str, str] | None = None,
     unpacked: str | Path | None = None,
     progress: bool = False,
 ) -> LabelReport:
@@ -103,6 +105,12 @@ def label(
         in `table`, or else "train".
     table : Structures, optional
         Crystals, such as those of data/structures.parquet, whose formulas keep their split.
+    origin : one of `data.ORIGINS`
+        "given" for crystals as they are known, "perturbed" for copies off equilibrium, "generated" for those of a
+        model. What is not "given" is read only where it is asked for (`data.load_site_dos`): such a crystal counts as
+        known nowhere.
+    parents : mapping of id to id, optional
+        Of perturbed copies the crystal, of generated ones the crystal whose DOS was wanted. Kept in the shard.
     unpacked : path, optional
         Folder of results that are in no shard yet, SHARDS/unpacked by default; for one run at a time.
     progress : bool
@@ -114,10 +122,12 @@ def label(
         If the programs or the pseudopotentials' folder are not there.
     ValueError
         If another run works in this folder, a split contradicts that of another structure of the formula, an id is
-        that of another crystal's label, or an argument is none of the above.
+        that of another crystal's label or of one of another origin, a perturbed copy has no parent, or an argument is
+        none of the above.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1")
+    made = _Origin.of(origin, parents or {}, structures)
     settings = settings or EspressoSettings(time_limit=600.0, nice=19)
     folder, work = Path(shards), Path(shards) / "unpacked" if unpacked is None else Path(unpacked)
     output_folder(work)
@@ -126,6 +136,7 @@ def label(
         _tidy(work, labelled.done)
         left = _Unpacked.read(work, candidates)
         _check_ids(candidates, {**labelled.crystal, **left.crystal}, folder)
+        _check_origin(candidates, labelled.origin, origin, folder)
 
         done = labelled.done.union(left.failed)
         skipped = _skipped(candidates, settings)
@@ -135,7 +146,7 @@ def label(
         for name in left.outdated.intersection(queue):
             (work / f"{name}.json").unlink()
 
-        shard = _NextShard(folder, work, candidates, recipe, left.failed)
+        shard = _NextShard(folder, work, candidates, recipe, made, left.failed)
         todo = {name: waiting[name].atoms for name in queue}
         try:
             with contextlib.closing(compute_each(todo, work, settings, workers=workers, progress=progress)) as results:
@@ -166,6 +177,13 @@ def unlabelled(
     waiting = {n: c for n, c in candidates.items() if n not in labelled.done and n not in skipped}
     names = in_order(waiting, "need", elements=labelled.elements, recipes=labelled.recipe, known=candidates)
     return {name: waiting[name].atoms for name in names[:limit]}
+
+
+def candidates_to_label(structures: Structures | Mapping[str, Atoms], settings: EspressoSettings) -> list[Candidate]:
+    """Structures that can be labelled at all, whether they have a label or not."""
+    found = {candidate.name: candidate for candidate in _candidates(structures, None, {})}
+    skipped = _skipped(found, settings)
+    return [candidate for name, candidate in found.items() if name not in skipped]
 
 
 # -- which -------------------------------------------------------------------------------------------------------------
@@ -309,8 +327,8 @@ class _Crystal:
 class _LabelSet:
     """What is in the shards of a folder.
 
-    Ids with a label of a recipe (or a later one) or a failure; number of labels by element, split by formula; crystal
-    and latest recipe by the id of a label.
+    Ids with a label of a recipe (or a later one) or a failure; number of labels by element, split by formula; crystal,
+    latest recipe and origin by the id of a label.
     """
 
     done: set[str]
@@ -318,10 +336,11 @@ class _LabelSet:
     split: dict[str, str]
     crystal: dict[str, _Crystal]
     recipe: dict[str, int]
+    origin: dict[str, str]
 
     @classmethod
     def read(cls, folder: Path, recipe: int) -> _LabelSet:
-        known = cls(set(), Counter(), {}, {}, {})
+        known = cls(set(), Counter(), {}, {}, {}, {})
         for path in sorted(folder.glob("*.npz")):
             shard = read_shard(path)
             made_by = int(shard["recipe"])
@@ -332,6 +351,7 @@ class _LabelSet:
                     known.elements.update(set(Atoms(numbers).symbols))
                     known.crystal[name] = _Crystal.of(numbers, cell)
                     known.split[known.crystal[name].formula] = split
+            known.origin.update(zip(ids, shard["origin"].tolist(), strict=True))
             known.recipe.update({name: max(made_by, known.recipe.get(name, 0)) for name in ids})
             known.done.update(ids if made_by >= recipe else [], failed)
         return known
@@ -372,6 +392,13 @@ def _check_ids(candidates: Mapping[str, Candidate], known: Mapping[str, _Crystal
             raise ValueError(f"{name} ({given}) has the id of another crystal in {folder}, {known[name]}: rename it")
 
 
+def _check_origin(candidates: Collection[str], known: Mapping[str, str], origin: str, folder: Path) -> None:
+    """Raise ValueError if a structure has the id of one of another origin."""
+    if wrong := [name for name in candidates if known.get(name, origin) != origin]:
+        told = f"{wrong[0]} is {known[wrong[0]]} in {folder}, and {origin} here"
+        raise ValueError(f"{told}: rename it, or say the same origin")
+
+
 @contextlib.contextmanager
 def _alone_in(work: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with the process however that ends. No structure can have its name."""
@@ -393,6 +420,34 @@ def _tidy(work: Path, done: Collection[str]) -> None:
             path.unlink()
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What the crystals of a run are, and the parents of those that have one."""
+
+    kind: str
+    parents: Mapping[str, str]
+
+    @classmethod
+    def of(cls, kind: str, parents: Mapping[str, str], structures: Structures | Mapping[str, Atoms]) -> _Origin:
+        if kind not in ORIGINS:
+            raise ValueError(f"origin={kind!r} must be {', '.join(map(repr, ORIGINS))}")
+        names = structures.material_id.tolist() if isinstance(structures, Structures) else list(structures)
+        if kind == "perturbed" and (alone := [name for name in names if name not in parents]):
+            raise ValueError(
+                f"{len(alone)} perturbed copies have no parent, such as {alone[0]}: name theirs in parents"
+            )
+        if kind == "given" and parents:
+            raise ValueError("crystals that are given have no parents: give an origin")
+        return cls(kind, parents)
+
+    def arrays(self, names: Collection[str]) -> dict[str, np.ndarray]:
+        """What a shard tells of it: nothing of known crystals."""
+        if self.kind == "given":
+            return {}
+        parents = np.array([self.parents.get(name, "") for name in names], np.str_)
+        return {"origin": np.full(len(parents), self.kind), "parent": parents}
+
+
 @dataclass
 class _NextShard:
     """Results as they come, packed into a shard whenever there are enough."""
@@ -401,6 +456,7 @@ class _NextShard:
     work: Path
     candidates: Mapping[str, Candidate]
     recipe: int
+    made: _Origin
     failed: dict[str, str]
     labels: dict[str, ElectronicStructure] = field(default_factory=dict)
     written: list[Path] = field(default_factory=list)
@@ -421,7 +477,8 @@ class _NextShard:
     def pack(self) -> None:
         if self.labels:
             crystals = [self.candidates[name] for name in self.labels]
-            path = _pack(self.folder, self.work, crystals, list(self.labels.values()), self.failed, self.recipe)
+            told = {"recipe": np.int16(self.recipe), **self.made.arrays(self.labels)}
+            path = _pack(self.folder, self.work, crystals, list(self.labels.values()), self.failed, told)
             self.written.append(path)
             self.packed += len(self.labels)
             self.labels.clear()
@@ -433,7 +490,7 @@ def _pack(
     candidates: Sequence[Candidate],
     results: Sequence[ElectronicStructure],
     failed: Mapping[str, str],
-    recipe: int,
+    told: Mapping[str, Any],
 ) -> Path:
     """Write one shard and then remove what it holds from `work`. The only place that knows how a shard is written."""
 
@@ -453,7 +510,7 @@ def _pack(
         "total_dos": integers([r.total.values for r in results], np.uint32),
         "spin_polarised": [r.spin_polarised for r in results],
         "num_kpoints_ibz": np.array([r.num_kpoints for r in results], np.int16),
-        "recipe": np.int16(recipe),
+        **told,
         "failed_id": np.array(list(new), np.str_),
         "failed_reason": np.array(list(new.values()), np.str_),
         **pack_bands([r.bands for r in results]),

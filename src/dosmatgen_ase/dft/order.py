@@ -7,7 +7,7 @@ import itertools
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import spglib
@@ -48,6 +48,10 @@ class Candidate:
         symmetry = 1.0 if number >= 195 else 1.4 if number >= 75 else 2.5 if number >= 16 else 5.0
         magnetic = 1.4 if set(self.atoms.symbols) & set(MAGNETIC) else 1.0
         return float((len(self.atoms) / 4) ** 1.2 * (volume / 70) ** 0.9 * symmetry * magnetic)
+
+    def without_symmetry(self) -> Candidate:
+        """The same, in the space group P1."""
+        return replace(self, spacegroup=1)
 
     def rank(self, need: bool = False) -> float:
         """Sort by this: a random number that belongs to the name, times a power of the cost; less where in need."""

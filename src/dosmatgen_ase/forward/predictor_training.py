@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import trange
 
-from dosmatgen_ase.data import SiteDOSLabels, formula_fold, load_shell_dos, load_site_dos
+from dosmatgen_ase.data import ORIGINS, SiteDOSLabels, formula_fold, load_shell_dos, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, normalised_l1_arrays
 from dosmatgen_ase.files import exclusive, output_folder
 from dosmatgen_ase.forward.features import site_features
@@ -397,7 +397,7 @@ def _train_predictors(
     seed: int,
     progress: bool,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    labels = load_site_dos(label_directory)
+    labels = load_site_dos(label_directory, origins=ORIGINS)
     features = site_features([labels.atoms(i) for i in range(len(labels))], progress=progress)
     figures = {}
     for number, (name, role) in enumerate(ROLES.items()):
