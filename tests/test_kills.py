@@ -105,14 +105,18 @@ def test_nothing_outlives_a_command(command: str, end: signal.Signals, tmp_path:
     line = [sys.executable, "-m", "dosmatgen_ase.cli", command, str(tmp_path / "given.extxyz"), *arguments[command]]
     with (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(line, stdout=err, stderr=err, env=environment, preexec_fn=default_signals)
-    deadline = time.monotonic() + 300
-    while len(busy(tmp_path, process.pid)) < 2:
-        assert process.poll() is None, (tmp_path / "err").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(end)
-    process.wait(60)
-    assert kills.ended(tmp_path) == []
+    try:
+        deadline = time.monotonic() + 120
+        while len(busy(tmp_path, process.pid)) < 2:
+            assert process.poll() is None, (tmp_path / "err").read_text()
+            assert time.monotonic() < deadline, kills.orphans(tmp_path)
+            time.sleep(0.1)
+        process.send_signal(end)
+        process.wait(60)
+        assert kills.ended(tmp_path) == []
+    finally:
+        process.kill()
+        process.wait()
     said = (tmp_path / "err").read_text()
     assert "Traceback" not in said
     assert process.returncode == (130 if end == signal.SIGINT else -end)

@@ -321,9 +321,9 @@ def test_processes_change_nothing_but_the_time() -> None:
 
 POOL = """
 import os, time
-from dosmatgen_ase.judge.relaxation import worker_pool
+from dosmatgen_ase.judge.relaxation import WorkerPool
 if __name__ == "__main__":
-    with worker_pool(2) as pool:
+    with WorkerPool(2) as pool:
         jobs = [pool.submit(os.getpid) for _ in range(2)]
         [job.result() for job in jobs]
         print(*pool._processes, flush=True)

@@ -94,10 +94,10 @@ def _predict_once(path: Path, structures: Structures, predictor: Path | None) ->
     from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
     from dosmatgen_ase.forward.pseudo_labels import write_pseudo_labels
 
-    if not path.exists():
-        forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
-        tell(f"predicting the DOS of {len(structures)} structures (once; kept in {path})", err=True)
-        with exclusive(path):
+    with exclusive(path):
+        if not path.exists():
+            forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
+            tell(f"predicting the DOS of {len(structures)} structures (once; kept in {path})", err=True)
             write_pseudo_labels(path, structures, forward, cache=path.with_name("chgnet_features"))
 
 

@@ -12,6 +12,7 @@ import io
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +117,9 @@ def relax(
             raise TypeError(f"relax takes ase.Atoms or a list of them, not {type(item).__name__}")
     structures = hold(structures, fixed_sites)
     limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "fixed_cell": fixed_cell}
-    finished = relax_each(structures, calculator, processes=processes, trust_model=trust_model, **limits)
-    relaxed = list(tqdm(finished, total=len(structures), disable=not progress, unit="structure", desc="relax"))
+    each = relax_each(structures, calculator, processes=processes, trust_model=trust_model, **limits)
+    with contextlib.closing(each) as finished:
+        relaxed = list(tqdm(finished, total=len(structures), disable=not progress, unit="structure", desc="relax"))
     return relaxed[0] if single else relaxed
 
 
@@ -154,14 +157,15 @@ def relax_into(
         start, saved = len(done), time.monotonic()
         bar = tqdm(total=len(structures), initial=start, disable=not progress, unit="structure", desc="relax")
         try:
-            finished = relax_each(structures[start:], calculator, *limits, processes, fixed_cell, trust_model)
-            for atoms, origin in zip(finished, origins[start:], strict=True):
-                atoms.info["relaxation"]["of"] = origin
-                done.append(atoms)
-                bar.update()
-                if time.monotonic() - saved > _SAVE_EVERY:
-                    write_extxyz(path, done)
-                    saved = time.monotonic()
+            each = relax_each(structures[start:], calculator, *limits, processes, fixed_cell, trust_model)
+            with contextlib.closing(each) as finished:
+                for atoms, origin in zip(finished, origins[start:], strict=True):
+                    atoms.info["relaxation"]["of"] = origin
+                    done.append(atoms)
+                    bar.update()
+                    if time.monotonic() - saved > _SAVE_EVERY:
+                        write_extxyz(path, done)
+                        saved = time.monotonic()
         finally:
             bar.close()
             if len(done) > start:
@@ -235,7 +239,7 @@ def relax_each(
     processes: int = 1,
     fixed_cell: bool = False,
     trust_model: bool = False,
-) -> Iterator[Atoms]:
+) -> Generator[Atoms, None, None]:
     """Yield what :func:`relax` returns, in order and as it comes, so that a long run can keep what it has."""
     if not (fmax > 0 and max_steps >= 0 and time_limit > 0 and processes > 0):
         given = f"fmax={fmax}, time_limit={time_limit}, processes={processes}"
@@ -262,7 +266,7 @@ def in_processes(
         If processes cannot be started at all.
     """
     waiting, running, done = deque(range(len(structures))), dict[Future[Atoms], int](), dict[int, Atoms]()
-    pool, turn = worker_pool(processes), 0
+    pool, turn = WorkerPool(processes), 0
     try:
         while turn < len(structures):
             died: set[int] = set()
@@ -284,16 +288,18 @@ def in_processes(
                 waiting.extendleft(sorted(running.values(), reverse=True))  # they broke, too, while we looked
                 running.clear()
                 done |= {i: _in_its_own_process(work, structures[i]) for i in sorted(died)}
-                pool = worker_pool(processes)
+                pool = WorkerPool(processes)
             while turn in done:
                 yield done.pop(turn)
                 turn += 1
     finally:
+        if turn < len(structures):  # an error or Ctrl-C: nobody waits for what is in hand
+            pool.end()
         pool.shutdown(cancel_futures=True)
 
 
 def _in_its_own_process(work: Callable[[Atoms], Atoms], given: Atoms) -> Atoms:
-    with worker_pool(1) as pool:
+    with WorkerPool(1) as pool:
         try:
             pool.submit(os.getpid).result()
         except BrokenProcessPool:
@@ -306,25 +312,41 @@ def _in_its_own_process(work: Callable[[Atoms], Atoms], given: Atoms) -> Atoms:
             return _unrelaxed(given, f"{told}: take a smaller cell, or fewer processes")
 
 
-def worker_pool(processes: int) -> ProcessPoolExecutor:
-    """Return a pool of processes with one thread each, which end with this one, whatever ends it."""
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's locks
-    return ProcessPoolExecutor(processes, spawn, _begin_worker)
+class WorkerPool(ProcessPoolExecutor):
+    """Processes with one thread each, which end with this one, whatever ends it, or when they are told to.
+
+    They leave Ctrl-C, which a terminal sends to all of them, to this process.
+    """
+
+    def __init__(self, processes: int) -> None:
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's locks
+        self._hears, self._alive = spawn.Pipe(duplex=False)
+        super().__init__(processes, spawn, _begin_worker, (self._hears,))
+
+    def submit(self, *job: Any, **settings: Any) -> Future[Any]:
+        """As that of the base class; a process that it starts is deaf to Ctrl-C from the beginning."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(*job, **settings)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def end(self) -> None:
+        """End the processes in the middle of their work."""
+        self._alive.close()
 
 
-def _begin_worker() -> None:
+def _begin_worker(parent: Connection) -> None:
     import torch
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed closes no queue, and its workers would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _end_with(parent: Connection) -> None:
+    """A parent that is killed closes no queue, and its workers would wait for work for ever; but this it closes."""
+    parent.poll(None)
+    os._exit(1)
 
 
 def _relax_by_name(
