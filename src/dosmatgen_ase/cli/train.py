@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,24 +14,39 @@ from dosmatgen_ase.cli.application import app, show, tell
 from dosmatgen_ase.cli.options import Data, Device, Overwrite, Predictor, figure, output
 
 if TYPE_CHECKING:
-    from dosmatgen_ase.data import Structures
+    from dosmatgen_ase.data import CrystalDataset, Structures
+    from dosmatgen_ase.train.recipe import Recipe, Stage
+
+PREDICTED = {"data": "pseudo_labels", "wide": "pseudo_labels_wide"}  # file in OUT of each table of structures
 
 
 @app.command()
 def train(
     ctx: typer.Context,
     config: Annotated[
-        Path, typer.Option(help="JSON with fields of TrainingConfig, such as configs/default.json.", show_default=False)
+        Path,
+        typer.Option(
+            help="JSON with fields of TrainingConfig, such as configs/default.json, or with several stages, such as "
+            "configs/shipped.json.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="Folder of the run: state, log.jsonl, weights.safetensors; continued if it exists.")
     ] = Path("runs/default"),
     data: Data = Path("data"),
+    wide: Annotated[
+        Path | None,
+        typer.Option(
+            help="Wider table of structures (.parquet) to train on; of several stages, for those that ask for it."
+        ),
+    ] = None,
     pseudo_labels: Annotated[
         str | None,
         typer.Option(
-            help="File of predicted DOS for structures without a label, or 'auto' to make it once in OUT. For the "
-            "judge of the benchmarks to stay independent, --predictor must be benchmarks/ranker.safetensors."
+            help="File of predicted DOS for structures without a label, or 'auto' to make it once in OUT, as stages "
+            "do. For the judge of the benchmarks to stay independent, --predictor must be "
+            "benchmarks/ranker.safetensors."
         ),
     ] = None,
     predictor: Predictor = None,
@@ -43,39 +58,78 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a generator on the training split. A run that was killed goes on where its last state was saved."""
-    from dosmatgen_ase.train.trainer import TrainingConfig
-    from dosmatgen_ase.train.trainer import train as run
-
-    settings = TrainingConfig.from_dict(_read_json(config))
-    if threads is not None:
-        settings = replace(settings, threads=threads)
-    from dosmatgen_ase.data import CrystalDataset, load_pseudo_labels, load_site_dos, load_structures
     from dosmatgen_ase.generate.generator import select_device
 
+    recipe, several = _recipe(config, threads)
     chosen = str(select_device(device))
-    structures = load_structures(data / "structures.parquet", split="train")
-    labels = load_site_dos(data / "site_dos")
+    if several and wide is None and any(stage.structures == "wide" for stage in recipe.stages):
+        raise ValueError(f"a stage of {config} trains on a wider table of structures: name it with --wide FILE.parquet")
     _check_folder(ctx, out)
+
+    def dataset_of(stage: Stage) -> CrystalDataset:
+        table = wide if stage.structures == "wide" or not several else None
+        predicted = pseudo_labels or ("auto" if several and stage.predicted else None)
+        return _dataset(out, data, table, predicted, predictor, chosen)
+
+    try:
+        weights = _trained(recipe, several, dataset_of, out, init, chosen)
+    except KeyboardInterrupt:
+        kept = any(out.glob("**/state.safetensors"))
+        what = f"the last state is kept in {out}; the same command goes on" if kept else "no state was saved yet"
+        raise KeyboardInterrupt(f": {what}") from None
+    tell(f"weights: {weights}")
+
+
+def _recipe(config: Path, threads: int | None) -> tuple[Recipe, bool]:
+    """Read a config, and whether it has stages: one without is trained in OUT itself."""
+    from dosmatgen_ase.train.recipe import Recipe, Stage
+    from dosmatgen_ase.train.trainer import TrainingConfig
+
+    values = _read_json(config)
+    several = "stages" in values
+    recipe = Recipe.from_dict(values) if several else Recipe((Stage(TrainingConfig.from_dict(values)),))
+    return recipe.on_threads(threads), several
+
+
+def _trained(
+    recipe: Recipe,
+    several: bool,
+    dataset_of: Callable[[Stage], CrystalDataset],
+    out: Path,
+    init: Path | None,
+    device: str,
+) -> Path:
+    from dosmatgen_ase.train.recipe import counts_of, train_stages
+    from dosmatgen_ase.train.trainer import train
+
+    if several:
+        return train_stages(recipe, dataset_of, out, init=init, device=device)
+    dataset = dataset_of(recipe.stages[0])
+    metadata = {"data": counts_of(dataset)}
+    return train(recipe.stages[0].training, dataset, out, init=init, device=device, metadata=metadata)
+
+
+def _dataset(
+    out: Path, data: Path, wide: Path | None, pseudo_labels: str | None, predictor: Path | None, device: str
+) -> CrystalDataset:
+    """Join a table of structures with the labels and, if wanted, predicted DOS; tell what it holds."""
+    from dosmatgen_ase.data import CrystalDataset, load_pseudo_labels, load_site_dos, load_structures
+
+    kind, table = ("data", data / "structures.parquet") if wide is None else ("wide", wide)
+    structures, labels = load_structures(table, split="train"), load_site_dos(data / "site_dos")
     dataset = CrystalDataset.join(structures, labels)
     if pseudo_labels is not None:
         path = Path(pseudo_labels)
         if pseudo_labels == "auto":
-            path = out / "pseudo_labels.npz"
+            path = out / f"{PREDICTED[kind]}.npz"
             _predict_once(path, structures.select(dataset.dos_index < 0), predictor)
         if not path.is_file():
             raise FileNotFoundError(f"no pseudo-labels at {path}: give a file, or 'auto' to make it")
         dataset = CrystalDataset.join(structures, labels, load_pseudo_labels(path))
     real, predicted = len(dataset.labelled), int(dataset.pseudo.sum())
-    counts = {"structures": len(dataset), "labelled": real, "predicted": predicted}
-    told = f"{len(dataset)} structures, {real} with a computed and {predicted} with a predicted DOS, on {chosen}"
+    told = f"{len(dataset)} structures, {real} with a computed and {predicted} with a predicted DOS, on {device}"
     typer.echo(told, err=True)
-    try:
-        weights = run(settings, dataset, out, init=init, device=chosen, metadata={"data": counts})
-    except KeyboardInterrupt:
-        kept = (out / "state.safetensors").exists()
-        what = f"the last state is kept in {out}; the same command goes on" if kept else "no state was saved yet"
-        raise KeyboardInterrupt(f": {what}") from None
-    tell(f"weights: {weights}")
+    return dataset
 
 
 def _check_folder(ctx: typer.Context, out: Path) -> None:
@@ -83,9 +137,10 @@ def _check_folder(ctx: typer.Context, out: Path) -> None:
     from dosmatgen_ase.files import output_folder
 
     output_folder(out)
-    for name in ("state.safetensors", "weights.safetensors", "log.jsonl", "pseudo_labels.npz"):
-        if not (name == "pseudo_labels.npz" and (out / name).is_file()):  # one that is there is used as it is
-            output(ctx, "out", (Path(name).suffix,), path=out / name, marks=(b'"gradient_norm": ',))
+    written = [out / name for name in ("state.safetensors", "weights.safetensors", "log.jsonl", "record.json")]
+    predicted = [out / f"{name}.npz" for name in PREDICTED.values()]
+    for path in [*written, *(p for p in predicted if not p.is_file())]:  # one that is there is used as it is
+        output(ctx, "out", (path.suffix,), path=path, marks=(b'"gradient_norm": ', b'"stages": ['))
 
 
 def _predict_once(path: Path, structures: Structures, predictor: Path | None) -> None:
