@@ -45,7 +45,7 @@ from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
 from dosmatgen_ase.dft.batch import compute_many
 from dosmatgen_ase.dft.pseudopotentials import without_pseudopotential
 from dosmatgen_ase.dft.result import ElectronicStructure
-from dosmatgen_ase.dft.settings import RECIPE, EspressoSettings
+from dosmatgen_ase.dft.settings import COMPARABLE, EspressoSettings
 from dosmatgen_ase.dos import TargetDOS
 from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
 from dosmatgen_ase.generate.generator import DOSGenerator, RejectedError
@@ -251,7 +251,8 @@ def markdown(report: dict[str, Any]) -> str:
     told = report["facts"]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in told["share"].items())
     lines.append(
-        f"Targets of split `{report['split']}` with 2 to {report['max_atoms']} atoms, labels of recipe {RECIPE}. "
+        f"Targets of split `{report['split']}` with 2 to {report['max_atoms']} atoms, labels of recipe {COMPARABLE} "
+        "or later. "
         "Normalised L1 by DFT over the energies known in both, mean over the sites by the best assignment; mean and "
         "median over targets [95 % bootstrap interval]; *pooled*: errors of all sites over all states. No crystal has "
         f"the formula of its target. States of the targets that could be compared: {shares}."
@@ -293,7 +294,7 @@ def of_known(name_of: Mapping[tuple[str, str, int], str], labels: SiteDOSLabels,
     found = {name for (_, method, _), name in name_of.items() if method != GENERATOR}
     predicted = {name for (_, method, _), name in name_of.items() if method == PREDICTED}
     trained = set(labels.material_id[labels.split == "train"].tolist())
-    earlier = set(labels.material_id[labels.recipe != RECIPE].tolist()) - computed
+    earlier = set(labels.material_id[labels.recipe < COMPARABLE].tolist()) - computed
     return {
         "crystals": len(found),
         "earlier": len(found & earlier),
@@ -323,7 +324,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     labels, split, cache = load_site_dos(ROOT / "data" / "site_dos"), split_of(options), options.cache
     row_of = {str(name): i for i, name in enumerate(labels.material_id.tolist())}
     fitting = (labels.split == split) & (labels.num_atoms >= 2) & (labels.num_atoms <= options.max_atoms)
-    rows = drawn_rows(labels, np.flatnonzero(fitting & (labels.recipe == RECIPE)), options)
+    rows = drawn_rows(labels, np.flatnonzero(fitting & (labels.recipe >= COMPARABLE)), options)
     targets = [Target.from_label(labels, row, options.seed) for row in rows]
     questions = [Question(target, task) for task in options.tasks for target in targets]
     unfit = sorted(without_pseudopotential(chemical_symbols[1 : MAX_ATOMIC_NUMBER + 1], EspressoSettings()))
@@ -352,7 +353,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 picks[q.key, method] = looked_up(q, by[method])[: options.tries]
                 for k, hit in enumerate(picks[q.key, method]):
                     name_of[q.key, method, k] = material = hit.info["material_id"]
-                    if options.anew and labels.recipe[row_of[material]] != RECIPE:
+                    if options.anew and labels.recipe[row_of[material]] < COMPARABLE:
                         to_compute.setdefault(k, {})[material] = hit
     in_order = {name: atoms for k in sorted(to_compute) for name, atoms in to_compute[k].items()}  # first tries first
     if options.kept_only:

@@ -39,7 +39,7 @@ from dosmatgen_ase.crystals.screening import reduced_formula, screen
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.dft.batch import compute_many
 from dosmatgen_ase.dft.result import ElectronicStructure
-from dosmatgen_ase.dft.settings import RECIPE, EspressoSettings
+from dosmatgen_ase.dft.settings import COMPARABLE, RECIPE, EspressoSettings
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files import write_extxyz
 from dosmatgen_ase.forward.predictor import MIN_LABELS, DOSPredictor, default_predictor
@@ -244,10 +244,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     config, split = sampler_config(options), split_of(options)
     labels = load_site_dos(ROOT / "data" / "site_dos")
     library = Library(labels.select(labels.split == "train"))
-    as_computed = labels.recipe == RECIPE  # an earlier recipe would count as a distance
+    as_computed = labels.recipe >= COMPARABLE  # an earlier recipe would count as a distance
     small = np.flatnonzero((labels.split == split) & (labels.num_atoms <= options.max_atoms) & as_computed)
     if not small.size:
-        parser.error(f"no label of `{split}` with at most {options.max_atoms} atoms is of recipe {RECIPE} yet")
+        parser.error(
+            f"no label of `{split}` with at most {options.max_atoms} atoms is of recipe {COMPARABLE} or later yet"
+        )
     rows = drawn_rows(labels, small, options)
     targets = [Target.from_label(labels, row, options.seed) for row in rows]
     gaps = {t.material_id: float(labels.band_gap[row]) for t, row in zip(targets, rows, strict=True)}

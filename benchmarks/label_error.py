@@ -7,9 +7,9 @@ python benchmarks/label_error.py --vasp PATH/dos_mp_elements.npz   # and the lab
 symmetry) as all labels are, at least 2 each. Within each the order is that of a random number made from the seed and
 the id, so that new labels hardly change the draw. Labels whose dense calculation is estimated above `--max-cost`
 seconds are passed over and counted: large cells of low symmetry with heavy elements are missing. Those that are still
-of an earlier recipe than the latest are left out and counted. Where a drawn structure has a label of an earlier recipe,
-too, that one is measured beside it, which gives the error of the whole set. The worst are computed with cut-off, SCF
-mesh and DOS mesh raised one at a time, which tells what their error comes from.
+of an earlier recipe than the latest (with as many labels as are drawn) are left out and counted. Where a drawn
+structure has a label of an earlier recipe, too, that one is measured beside it, which gives the error of the whole set.
+The worst are computed with cut-off, SCF mesh and DOS mesh raised one at a time, which tells what their error is of.
 
 Results of single structures are kept in runs/label_error; --report makes the tables of those that are there, computing
 nothing. The draw that was asked for and what was computed of it both stand in the results.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -339,7 +340,8 @@ def main() -> None:
     options = parser.parse_args()
     labels = load_site_dos(options.labels)
     rows, how = draw(labels, electron_counts(options.labels), options.n, options.seed, options.max_cost)
-    latest = int(labels.recipe.max())
+    counts = Counter(labels.recipe.tolist())
+    latest = max((r for r, count in counts.items() if count >= options.n), default=max(counts))
     current = [i for i in rows if labels.recipe[i] == latest]
     recipes = {"recipe": latest, "of_earlier_recipes": len(rows) - len(current)}
     report: dict[str, Any] = {"draw": {**how, "drawn": len(rows), **recipes}, "labels": [], "failed": {}}

@@ -239,7 +239,7 @@ def arrays() -> Files:
     for atoms in crystals():
         (work / f"{atoms.info['material_id']}.json").touch()
     candidates = [labels._Candidate(a.info["material_id"], a, "train", 1) for a in crystals()]
-    shard = labels._pack(folder, work, candidates, found, {}, labels.RECIPE)
+    shard = labels._pack(folder, work, candidates, found, {}, {"recipe": np.int16(labels.RECIPE)})
     return {
         **{name: (folder / name).read_bytes() for name in ("hull.npz", "index.npz", "piece.npz", "pseudo.npz")},
         "shard.npz": shard.read_bytes(),

@@ -64,7 +64,7 @@ def shard_paths(directory: str | Path) -> list[Path]:
 
 
 def load_bands(directory: str | Path) -> dict[str, MeshBands]:
-    """Read the bands of the labels that have any, which are those since recipe 5 and the last ones of recipe 4.
+    """Read the bands of the labels that have any, which are those since recipe 5.
 
     Parameters
     ----------

@@ -99,7 +99,7 @@ def label(
         kinds that forward models get wrong (`dft.order.hard_kinds`) more often than their cost alone would have it.
         "cost": without these. "coverage": as "need", after those that hold an element with fewer than 15 labels. Or
         the ids that come first. In all of them there are two structures without a label for each with a label of an
-        earlier recipe, of which recipe 1 comes first.
+        earlier recipe, of which recipe 1 comes first, then 2 and 3.
     split : mapping of id to "train", "val" or "test", optional
         `Structures` bring their own. By default that of others of the same formula: in this mapping, among the labels,
         in `table`, or else "train".
