@@ -30,6 +30,16 @@ def test_a_kill_before_the_replacement_leaves_the_old_file(monkeypatch: pytest.M
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_file_of_the_user_beside_stays(tmp_path: Path) -> None:
+    """Downloads are called x.part; and a link in place of what is written beside leads nowhere."""
+    (tmp_path / "x.part").write_bytes(b"half a download")
+    (tmp_path / "notes").write_bytes(b"mine")
+    (tmp_path / ".x.part").symlink_to(tmp_path / "notes")
+    write_atomic(tmp_path / "x", b"new")
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert found == {"x": b"new", "x.part": b"half a download", "notes": b"mine"}
+
+
 def test_an_absent_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="choose a folder that exists"):
         write_atomic(tmp_path / "absent" / "x", b"")

@@ -646,7 +646,7 @@ def test_a_disk_that_fills_up_gives_one_line_and_what_was_finished_stays(
     kept = GenerationDoc.model_validate(again.get_output(flow.jobs[0].output.uuid, load=True))
     assert len(kept.structures) == 4
     assert kept.targets == {"0": TARGET}
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.part"))
 
 
 # -- engines -----------------------------------------------------------------------------------------------------------

@@ -269,7 +269,7 @@ def test_an_interrupted_build_goes_on(predictor: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(StandIn, "predict_arrays", plain)
     kept = sorted(parts.iterdir())
     assert len(kept) == 2
-    (parts / f"{kept[0].name}.part").write_bytes(b"what a kill left")
+    (parts / f".{kept[0].name}.part").write_bytes(b"what a kill left")
     resumed = build_index(crystals(), predictor=predictor, parts=parts)
     assert StandIn.calls == len(crystals())
     assert np.array_equal(resumed.values, whole.values)

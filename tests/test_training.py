@@ -155,7 +155,7 @@ def test_train_killed_and_started_again_loses_nothing(uninterrupted: Trainer, tm
         assert run.stdout.readline().strip() == "ready"
         run.send_signal(signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.part"))
 
     weights = train(CONFIG, bulk_dataset(), tmp_path, progress=False)
     model, header = load_model(weights)

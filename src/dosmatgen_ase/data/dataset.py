@@ -129,6 +129,9 @@ def _crystals(table: Any, needed: Sequence[str], columns: Mapping[str, list[Any]
     return crystals
 
 
+_FREE_VALUES, _MAX_VALUES = 5_000_000, 10  # of a table; below the first, the second (per byte of the file) is not asked
+
+
 def _read_table(path: Path, needed: Sequence[str], split: str | None, more: Sequence[str] = ()) -> Any:
     """The columns of a parquet table that are needed, and those of `more` that are there; one split, or all."""
     if not path.is_file():
@@ -143,6 +146,13 @@ def _read_table(path: Path, needed: Sequence[str], split: str | None, more: Sequ
         raise ImportError('reading structures needs pyarrow: pip install "dosmatgen-ase[train]"') from error
     columns = [*needed, *(["split"] if split is not None and "split" not in needed else [])]
     try:
+        told = pq.read_metadata(path)
+        columns_told = (
+            told.row_group(i).column(j) for i in range(told.num_row_groups) for j in range(told.num_columns)
+        )
+        count, size = sum(column.num_values for column in columns_told), path.stat().st_size
+        if count > max(_FREE_VALUES, _MAX_VALUES * size):
+            raise ValueError(f"{path} holds {count} values in {size} bytes, which no table of structures does")
         there = pq.read_schema(path).names
         if missing := [name for name in columns if name not in there]:
             raise ValueError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import fcntl
+import gzip
 import io
 import json
+import lzma
 import math
 import os
 import re
@@ -14,7 +17,8 @@ import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +37,13 @@ def write_atomic(path: Path, content: bytes) -> None:
         If the file cannot be written; a file already there stays as it was.
     """
     target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
-    part = target.with_name(target.name + ".part")
+    part = target.with_name(f".{target.name}.part")  # hidden: a name without the dot may be that of a download
     try:
         written = False
         while not written:
-            with part.open("ab") as file:
+            if part.is_symlink():
+                part.unlink()  # and what it points to stays
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "wb") as file:
                 with contextlib.suppress(OSError):  # some file systems have no locks
                     fcntl.flock(file, fcntl.LOCK_EX)  # one writer at a time
                 if not _is_at(file.fileno(), part):
@@ -233,13 +239,48 @@ def _write_database(path: Path, structures: Sequence[Atoms]) -> None:
 def read_structures(path: Path, index: Any = ":", format: str | None = None) -> Any:
     """Read structures as ``ase.io.read`` does, but take ``@`` in a name for what it is.
 
-    Raises whatever ASE raises, and ``ValueError`` for an extended XYZ file that asks for millions of columns or atoms.
+    Raises whatever ASE raises, and ``ValueError`` for a file that unpacks to many times its size, an extended XYZ file
+    that asks for millions of columns or atoms, and for numbers of elements that do not exist.
     """
     import ase.io
+    from ase.data import chemical_symbols
 
-    with path.open("rb") as file:
+    with _opened(path) as file:
         check_extxyz(file)
-    return ase.io.read(path, index, format=format, do_not_split_by_at_sign=True)
+    with _opened(path) as file:
+        _check_poscar(file)
+    found = ase.io.read(path, index, format=format, do_not_split_by_at_sign=True)
+    for atoms in [found] if isinstance(found, ase.Atoms) else found:
+        if len(atoms) and not 0 <= atoms.numbers.min() <= atoms.numbers.max() < len(chemical_symbols):
+            raise ValueError("it holds an atom that is no element")
+    return found
+
+
+_PACKERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # that ASE unpacks
+FREE_STRUCTURES, MAX_STRUCTURES = 2**24, 50
+"""Bytes that a packed file of structures may have when it is unpacked; or so many times its size (of text: 3 to 10)."""
+
+
+def _opened(path: Path) -> Any:
+    """The bytes that ASE will see, of a file that does not grow beyond reason."""
+    packer = _PACKERS.get(path.suffix.lower())
+    if packer is None:
+        return path.open("rb")
+    limit, size = max(FREE_STRUCTURES, MAX_STRUCTURES * path.stat().st_size), 0
+    with packer(path) as file:
+        while part := file.read(1 << 20):
+            size += len(part)
+            if size > limit:
+                raise ValueError(f"it unpacks to more than {limit >> 20} MiB: unpack it yourself if it is honest")
+    return packer(path)
+
+
+def _check_poscar(lines: Iterable[bytes]) -> None:
+    """Refuse numbers of atoms that ASE would make room for: they stand in the sixth or seventh line of a POSCAR."""
+    for line in list(islice(lines, 7))[5:]:
+        words = line.split()
+        if words and all(word.isdigit() for word in words) and max(map(len, words)) > 7:
+            raise ValueError("it tells 10 million atoms or more")
 
 
 _COLUMNS = re.compile(rb"Properties\s*=\s*[^\n]*?:[A-Za-z]:\d{5,}")
