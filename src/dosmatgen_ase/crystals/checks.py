@@ -112,6 +112,14 @@ def fault(atoms: Atoms) -> str | None:
     return None
 
 
+def formula_of(atoms: Atoms) -> str:
+    """Chemical formula for a message, also of what is no element."""
+    try:
+        return str(atoms.get_chemical_formula())
+    except IndexError:
+        return f"a structure of {len(atoms)} atoms"
+
+
 def check_atoms(atoms: Any, name: str, max_atoms: int = MAX_ATOMS) -> None:
     """Refuse what is no crystal of at most ``max_atoms`` atoms.
 

@@ -222,7 +222,7 @@ def _elements(structures: Structures | Mapping[str, Atoms]) -> set[str]:
     if isinstance(structures, Structures):
         numbers = set(np.unique(structures.atomic_numbers).tolist()) - {0}
     else:
-        numbers = {int(z) for atoms in structures.values() for z in atoms.numbers}
+        numbers = {int(z) for atoms in structures.values() if not fault(atoms) for z in atoms.numbers}
     return {chemical_symbols[z] for z in numbers - UNLABELLED.keys()}
 
 
@@ -257,18 +257,20 @@ def _splits(table: Structures | None) -> dict[str, str]:
 
 
 def _formula(numbers: ArrayLike) -> str:
-    return str(Atoms(numbers).symbols.formula.reduce()[0].format("hill"))
+    known = np.clip(np.asarray(numbers), 0, len(chemical_symbols) - 1)  # what is no element gets no label
+    return str(Atoms(known).symbols.formula.reduce()[0].format("hill"))
 
 
 def _skipped(candidates: Mapping[str, Candidate], settings: EspressoSettings) -> dict[str, str]:
     """Why structures are not tried."""
-    elements = {symbol for candidate in candidates.values() for symbol in candidate.atoms.symbols}
+    faults = {name: told for name, candidate in candidates.items() if (told := fault(candidate.atoms))}
+    elements = {symbol for name, c in candidates.items() if name not in faults for symbol in c.atoms.symbols}
     no_label = without_pseudopotential(elements, settings)
     no_label |= {s: f"{s} is {UNLABELLED[z]}" for s in elements if (z := atomic_numbers[s]) in UNLABELLED}
     skipped = {}
     for name, candidate in candidates.items():
-        if told := fault(candidate.atoms):
-            skipped[name] = f"it {told}"
+        if name in faults:
+            skipped[name] = f"it {faults[name]}"
             continue
         reasons = [no_label[symbol] for symbol in sorted(set(candidate.atoms.symbols)) if symbol in no_label]
         if len(candidate.atoms) > MAX_ATOMS:

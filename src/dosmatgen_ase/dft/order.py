@@ -15,6 +15,7 @@ import spglib
 from ase import Atoms
 from ase.utils import atoms_to_spglib_cell
 
+from dosmatgen_ase.crystals.checks import beyond_bounds, fault
 from dosmatgen_ase.data.coverage import ENOUGH
 from dosmatgen_ase.dft.settings import MAGNETIC
 from dosmatgen_ase.limits import MAX_ATOMS
@@ -82,7 +83,7 @@ def hard_kinds(atoms: Atoms) -> set[str]:
 
 def spacegroup(atoms: Atoms) -> int:
     """Number of the space group, 1 where spglib finds none; and of a cell that is not labelled anyway."""
-    if len(atoms) > MAX_ATOMS:
+    if len(atoms) > MAX_ATOMS or fault(atoms) or beyond_bounds(atoms):  # on some of which spglib ends the process
         return 1
     with contextlib.suppress(spglib.SpglibError):  # or it returns None: a setting of the process
         if (found := spglib.get_symmetry_dataset(atoms_to_spglib_cell(atoms), symprec=1e-3)) is not None:

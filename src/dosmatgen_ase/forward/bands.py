@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dosmatgen_ase.crystals.checks import formula_of
 from dosmatgen_ase.forward.features import tight_binding_graph
 from dosmatgen_ase.forward.predictor import DOSPredictor, default_predictor
 from dosmatgen_ase.forward.tight_binding.graph import collate
@@ -53,7 +54,7 @@ def predict_bands(
     try:
         graph = tight_binding_graph(atoms, model.config.cutoff)
     except ValueError as error:
-        raise ValueError(f"no bands for {atoms.get_chemical_formula()}: {error}") from error
+        raise ValueError(f"no bands for {formula_of(atoms)}: {error}") from error
     try:
         band_path = atoms.cell.bandpath(path, npoints=npoints)
     except (KeyError, ValueError) as error:

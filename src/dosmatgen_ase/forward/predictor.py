@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from ase.calculators.calculator import Calculator, all_changes
+from ase.data import chemical_symbols
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from dosmatgen_ase.crystals.checks import formula_of
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files.tensors import fill, load_tensors, save_tensors, without_values
 from dosmatgen_ase.forward.features import NUM_FEATURES, site_features, tight_binding_graph
@@ -399,9 +401,10 @@ def predict_dos(
         made = _targets_of(prediction, chosen, predictor.info)
         found.append(made)
         if chosen and not any(made):
-            lacking = f"fewer than {MIN_LABELS} labelled structures hold {', '.join(sorted(set(item.symbols[chosen])))}"
-            formula = item.get_chemical_formula()
-            unknown.append(f"{'' if single else f'structure {i}, '}{formula}: {prediction.reason or lacking}")
+            held = {chemical_symbols[z] for z in item.numbers[chosen] if 0 <= z < len(chemical_symbols)}
+            lacking = f"fewer than {MIN_LABELS} labelled structures hold {', '.join(sorted(held))}"
+            place = "" if single else f"structure {i}, "
+            unknown.append(f"{place}{formula_of(item)}: {prediction.reason or lacking}")
     if unknown and single:
         raise ValueError(f"no DOS for {unknown[0]}")
     if unknown:

@@ -43,6 +43,7 @@ from dosmatgen_ase.parsing import site_numbers
 from dosmatgen_ase.threads import cpu_threads, legacy_stream, one_blas_thread, without_warnings
 
 _SAVE_EVERY = 5.0  # seconds
+_MAX_SYMMETRY = 1000  # atoms; spglib takes their number squared, 10 s for 2000 without any symmetry
 _MOVE_WITH_CELL = (FixScaled, FixSymmetry)  # every other constraint of ASE holds something Cartesian
 
 
@@ -220,6 +221,8 @@ def symmetrized(atoms: Atoms, tolerance: float = 0.1) -> Atoms:
     """
     if (beyond := beyond_bounds(atoms)) is not None:
         raise ValueError(f"no symmetry to be found: {beyond}")
+    if len(atoms) > _MAX_SYMMETRY:
+        raise ValueError(f"no symmetry to be found: {len(atoms)} atoms, more than {_MAX_SYMMETRY}: take a smaller cell")
     if len(neighbor_list("i", atoms, tolerance)):
         raise ValueError(f"cannot search for symmetry within {tolerance:g} A: two atoms are closer to each other")
     copy = atoms.copy()

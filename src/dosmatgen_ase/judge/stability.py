@@ -174,7 +174,9 @@ class Hull:
         ValueError
             If an element has no entry of its own.
         """
-        wanted = np.bincount(np.asarray(numbers), minlength=self.counts.shape[1])
+        if not ((given := np.asarray(numbers)) >= 0).all() or (given >= len(chemical_symbols)).any():
+            raise ValueError("the structure holds what is no element: the energy above the hull is unknown")
+        wanted = np.bincount(given, minlength=self.counts.shape[1])
         elements = np.flatnonzero(wanted)
         if missing := [chemical_symbols[z] for z in elements.tolist() if z not in self.elements]:
             raise ValueError(f"the hull has no elemental {', '.join(missing)}: the energy above it is unknown")

@@ -15,7 +15,7 @@ from dosmatgen_ase.forward.tight_binding.kpoints import offset_mesh
 from dosmatgen_ase.forward.tight_binding.model import TightBinding
 from dosmatgen_ase.forward.tight_binding.spectrum import broadened
 
-MAX_ORBITALS = 2000  # of a cell: a Hamiltonian of that size takes 32 MB a k-point
+MAX_ORBITALS = 1000  # of a cell, as of 111 atoms with s, p and d: a Hamiltonian takes 8 MB a k-point
 BATCH_ELEMENTS = 400_000  # of the Hamiltonians of a batch, all k-points together
 MAX_BATCH = 32
 
