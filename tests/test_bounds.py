@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,17 @@ def test_a_table_of_more_values_than_bytes_can_hold_is_refused(tmp_path: Path) -
         file.write_table(table.take([0] * 300_000))
     with pytest.raises(ValueError, match=r"holds 6900000 values in .* bytes, which no table of structures does"):
         load_structures(tmp_path / "structures.parquet")
+
+
+def test_a_head_that_tells_many_atoms_takes_no_memory(tmp_path: Path) -> None:
+    """Readers of some formats make room for as many."""
+    cell = "".join(f"H0({i},{i}) = 3 A\n" for i in (1, 2, 3))
+    head = "Number of particles = {}\nA = 1.0 Angstrom\n" + cell + ".NO_VELOCITY.\nentry_count = 3\n63.5\nCu\n0 0 0\n"
+    for count, told in ((99_999_999, "asks for too much memory"), (1, "")):
+        (tmp_path / "a.cfg").write_text(head.format(count))
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        done = CliRunner().invoke(
+            app, ["relax", str(tmp_path / "a.cfg"), "--fmax", "-1", "-o", str(tmp_path / "o.xyz")]
+        )
+        assert (told or "must be above 0") in done.stderr
+        assert resource.getrlimit(resource.RLIMIT_AS) == before

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -328,14 +329,53 @@ def figure(value: float | None) -> str:
     return "unknown" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
-def read_structure(path: Path) -> Any:
-    """Read the template. Of several structures it is the last, as in ASE; a line says so."""
+_FREE_MEMORY, _MEMORY = 2**30, 40  # bytes while a file is read; and so many times its size: an Atoms takes 2 kB
+_UNPACKED = 10  # of a packed file, usually
+
+
+@contextlib.contextmanager
+def _bounded_memory(path: Path) -> Iterator[None]:
+    """Bound what a reader takes: some make room for as many atoms as the head of a file tells. On Linux only.
+
+    The bound is of the whole process, so it is for the command line, where nothing else runs meanwhile.
+    """
+    import resource
+
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        yield
+        return
+    size = path.stat().st_size * (_UNPACKED if path.suffix.lower() in (".gz", ".bz2", ".xz") else 1)
+    wanted = int(pages.read_text().split()[0]) * resource.getpagesize() + _FREE_MEMORY + _MEMORY * size
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in before if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([wanted, *limits]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _frames(path: Path) -> Any:
+    """Read the structures of a file; raise whatever ASE raises, and ValueError where that takes too much memory."""
     from dosmatgen_ase.files import read_structures as read
 
+    try:
+        with _bounded_memory(path):
+            return read(path)
+    except MemoryError as error:
+        told = str(error) or "a file of its size does not need so much"
+        raise ValueError(
+            f"it asks for too much memory ({told}); does its head tell the right number of atoms?"
+        ) from None
+
+
+def read_structure(path: Path) -> Any:
+    """Read the template. Of several structures it is the last, as in ASE; a line says so."""
     if not path.is_file():
         raise FileNotFoundError(f"no template {path}: give a file that ASE reads (CIF, POSCAR, extxyz, ...)")
     try:
-        frames = read(path)
+        frames = _frames(path)
         last = frames[-1]
     except Exception as error:
         raise ValueError(f"template {path} is not a structure that ASE reads: {error}") from error
@@ -354,14 +394,12 @@ def single_table(paths: Sequence[Path]) -> Path | None:
 
 def read_structures(files: Sequence[Path]) -> dict[str, Atoms]:
     """Every structure of the files, named ``STEM`` or, where a file has many, ``STEM-0000``, ``STEM-0001``, ..."""
-    from dosmatgen_ase.files import read_structures as read
-
     found: dict[str, Atoms] = {}
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}: give files that ASE reads (CIF, POSCAR, extxyz, ...)")
         try:
-            frames = read(path)
+            frames = _frames(path)
         except Exception as error:
             raise ValueError(f"{path} holds no structures that ASE reads: {error}") from error
         stem = re.sub(r"[^\w+-]+", "_", path.stem)

@@ -89,7 +89,8 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            lock.unlink()  # before it is free: whoever has opened it meanwhile sees that it is gone
+            if not os.fstat(descriptor).st_size:  # else it is no file of ours
+                lock.unlink()  # before it is free: whoever has opened it meanwhile sees that it is gone
         os.close(descriptor)
 
 
@@ -97,7 +98,7 @@ def _locked(lock: Path, path: Path) -> int:
     """Return the descriptor of the locked file."""
     while True:
         try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             fix = "choose a folder that exists and has space"
             raise OSError(f"cannot write {path}: {error.strerror}; {fix}") from error
