@@ -38,6 +38,7 @@ from dosmatgen_ase.dft.readers import read_abinit, read_espresso
 from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import GRID, RECIPE, EspressoSettings
 from dosmatgen_ase.dos import TargetDOS, normalised_l1_arrays
+from dosmatgen_ase.files import exclusive
 
 ROOT = Path(__file__).parents[1]
 SILICON = bulk("Si")
@@ -535,6 +536,18 @@ def test_results_are_read_back_and_never_mixed_up(tmp_path: Path, monkeypatch: p
             compute_many({name: SILICON}, out)
     with pytest.raises(ValueError, match="workers"):
         compute_many([SILICON], out, workers=0)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_two_runs_do_not_compute_one_structure_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "compute_in", lambda *_: some_result())
+    with (
+        exclusive(tmp_path / "a.json"),
+        pytest.raises(BlockingIOError, match=r"a\.json: another run is writing it; wait for its end"),
+    ):
+        compute_many({"a": SILICON}, tmp_path)
+    compute_many({"a": SILICON}, tmp_path)
+    assert [path.name for path in tmp_path.glob("*a.json*")] == ["a.json"]
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -23,7 +23,7 @@ from dosmatgen_ase.dft.pseudopotentials import fingerprints, pseudo_directory, p
 from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import PHYSICS, RECIPE, EspressoSettings
 from dosmatgen_ase.dos.readers.common import READ_ERRORS
-from dosmatgen_ase.files import output_folder, write_atomic
+from dosmatgen_ase.files import exclusive, output_folder, write_atomic
 from dosmatgen_ase.threads import one_blas_thread
 
 
@@ -62,6 +62,8 @@ def compute_many(
     ValueError
         If a name is no file name, or a result in the folder is that of another structure, other settings or
         pseudopotentials, or an earlier recipe.
+    BlockingIOError
+        If another run computes one of the structures into the same folder.
     OSError
         If a result cannot be written; what was written before is kept.
     """
@@ -121,6 +123,21 @@ def _compute_or_read(
         pseudos = pseudopotentials(atoms, settings)
     except ElectronicStructureError as error:
         return error  # not recorded, as a file may be added
+    with exclusive(file):
+        return _alone(name, atoms, out, settings, stop, pseudos, given)
+
+
+def _alone(
+    name: str,
+    atoms: Atoms,
+    out: Path,
+    settings: EspressoSettings,
+    stop: threading.Event,
+    pseudos: Mapping[str, Path],
+    given: dict[str, Any],
+) -> ElectronicStructure | ElectronicStructureError:
+    """Do what `_compute_or_read` does, while no other run works on this structure."""
+    file = out / f"{name}.json"
     crystal = {"numbers": atoms.numbers.tolist(), "cell": atoms.cell.tolist(), "positions": atoms.positions.tolist()}
     if (done := read_record(file)) is not None:
         same = done["structure"] == crystal
