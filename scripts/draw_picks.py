@@ -5,8 +5,9 @@ dosmatgen label picks.extxyz --generated
 
 A forward model must be right on the crystals that it is asked about, and those are generated. Targets are labels of the
 split `train` alone, in an order that belongs to seed and id. The generator is shown the site DOS and their number; of
-the candidates the one ranked best is relaxed with CHGNet, and the symmetry found within 0.1 A is made exact. A pick is
-called pick-ID, with the target's id as its parent. Targets whose pick fails are passed over and counted.
+the candidates the one ranked best is relaxed with CHGNet, and the symmetry found within 0.1 A is made exact. Known
+crystals are refused: those of the training set come out first otherwise, and have a label. A pick is called pick-ID,
+with the target's id as its parent. Targets whose pick fails are passed over and counted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dosmatgen_ase.data.coverage import UNLABELLED
 from dosmatgen_ase.files import read_structures, write_extxyz
 from dosmatgen_ase.generate.generator import RejectedError
 from dosmatgen_ase.judge.relaxation import symmetrized
+from dosmatgen_ase.retrieval.index import default_index
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +49,7 @@ def pick(labels: SiteDOSLabels, row: int, generator: Any, candidates: int, seed:
     name = str(labels.material_id[row])
     own = zlib.crc32(f"{seed} {name}".encode())
     try:
-        best = generator.generate(labels.targets(row), oversample=candidates, seed=own)
+        best = generator.generate(labels.targets(row), oversample=candidates, seed=own, new_only=True)
     except RejectedError as error:
         return str(error)
     if set(best.numbers.tolist()) & UNLABELLED.keys():
@@ -59,6 +61,8 @@ def pick(labels: SiteDOSLabels, row: int, generator: Any, candidates: int, seed:
         made = symmetrized(relaxed)
     except ValueError as error:
         return str(error)
+    if (twin := default_index().find(made)) is not None:
+        return f"it relaxed into {twin}"
     made.calc = None
     made.set_constraint()
     made.info = {"material_id": f"pick-{name}", "parent": name, "dosmatgen": best.info["dosmatgen"]}

@@ -33,6 +33,20 @@ CITE = (
     "Densities of states: computed for dosmatgen-ase. Structures: the Materials Project, A. Jain et al., "
     f"APL Materials 1, 011002 (2013), CC BY 4.0, retrieved via {SOURCE}"
 )
+_TERMS = (
+    "citeAs", "column", "equivalentProperty", "extract", "field", "fileProperty", "fileObject", "fileSet", "format",
+    "includes", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet", "references", "regex",
+    "repeated", "replace", "samplingRate", "separator", "source", "subField", "transform",
+)  # fmt: skip
+# That of Croissant 1.0, all of it: validators warn of any other.
+CONTEXT = {
+    "@language": "en", "@vocab": "https://schema.org/", "sc": "https://schema.org/",
+    "cr": "http://mlcommons.org/croissant/", "rai": "http://mlcommons.org/croissant/RAI/",
+    "dct": "http://purl.org/dc/terms/", "conformsTo": "dct:conformsTo",
+    "data": {"@id": "cr:data", "@type": "@json"}, "examples": {"@id": "cr:examples", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    **{term: f"cr:{term}" for term in _TERMS},
+}  # fmt: skip
 EXTRAS = {
     "energy": ("f", 1), "efermi": ("f", 1), "num_electrons": ("f", 1), "magnetic_moment": ("f", 1),
     "spin_polarised": ("b", 1), "num_kpoints_ibz": ("iu", 1),
@@ -159,13 +173,7 @@ def croissant(path: Path, count: int, url: str = "") -> dict[str, Any]:
         for column, told in COLUMNS.items()
     ]  # fmt: skip
     return {
-        "@context": {
-            "@language": "en", "@vocab": "https://schema.org/", "sc": "https://schema.org/",
-            "cr": "http://mlcommons.org/croissant/", "dct": "http://purl.org/dc/terms/",
-            "conformsTo": "dct:conformsTo", "citeAs": "cr:citeAs", "column": "cr:column", "extract": "cr:extract",
-            "field": "cr:field", "fileObject": "cr:fileObject", "recordSet": "cr:recordSet",
-            "repeated": "cr:repeated", "source": "cr:source", "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-        },
+        "@context": CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": "dosmatgen-ase-site-dos",

@@ -26,7 +26,8 @@ class Generator:
     def __init__(self) -> None:
         self.asked = []
 
-    def generate(self, targets: list[Any], oversample: int, seed: int) -> Atoms:
+    def generate(self, targets: list[Any], oversample: int, seed: int, new_only: bool) -> Atoms:
+        assert new_only
         self.asked.append((len(targets), seed))
         atoms = bulk("Cu" if len(self.asked) != 2 else "Ce", "fcc", a=3.6) * (len(targets), 1, 1)
         atoms.info = {"dosmatgen": {"seed": seed}, "scores": {"score": 1.0}, "broken": len(self.asked) == 3}
@@ -54,6 +55,15 @@ def test_picks_are_of_training_targets_and_the_run_goes_on(
     generator = Generator()
     main = runpy.run_path(str(ROOT / "scripts" / "draw_picks.py"))["main"]
 
+    class Known:
+        asked = 0
+
+        def find(self, atoms: Atoms) -> str | None:
+            self.asked += 1
+            return "mp-30" if self.asked == 1 else None
+
+    known = Known()
+
     def relaxed(atoms: Atoms) -> Atoms:
         copy = atoms.copy()
         copy.info["relaxation"] = {"converged": not atoms.info["broken"]}
@@ -62,18 +72,20 @@ def test_picks_are_of_training_targets_and_the_run_goes_on(
 
     monkeypatch.setitem(main.__globals__, "DOSGenerator", lambda: generator)
     monkeypatch.setitem(main.__globals__, "relax", relaxed)
+    monkeypatch.setitem(main.__globals__, "default_index", lambda: known)
     out = tmp_path / "picks.extxyz"
     command = ["--labels", str(labels), "--out", str(out), "--candidates", "3", "--targets"]
-    main([*command, "2"])
+    main([*command, "1"])
     told = capsys.readouterr().out
-    assert "2 picks" in told
-    assert "2 targets passed over" in told
+    assert "1 picks" in told
+    assert "3 targets passed over" in told
     assert "it holds an element without labels" in told
     assert "did not converge" in told
+    assert "it relaxed into mp-30" in told
     first = ase.io.read(out, ":")
-    main([*command, "3"])
+    main([*command, "2"])
     made = ase.io.read(out, ":")
-    assert [atoms.info["parent"] for atoms in made[:2]] == [atoms.info["parent"] for atoms in first]
+    assert [atoms.info["parent"] for atoms in made[:1]] == [atoms.info["parent"] for atoms in first]
     assert len({seed for _, seed in generator.asked[:4]}) == 4, "each target has a seed of its own"
     read = load_site_dos(labels)
     split = dict(zip(read.material_id.tolist(), read.split.tolist(), strict=True))

@@ -20,7 +20,7 @@ from dosmatgen_ase.dft.settings import RECIPE
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
 SHARDS = sorted((DATA / "site_dos").glob("*.npz"))
-MEGABYTES = 25
+MEGABYTES = 35
 SLACK = 0.01
 SIGMA = 0.1  # eV, broadening of the labels
 
