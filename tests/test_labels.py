@@ -343,6 +343,16 @@ def test_two_new_ones_come_for_each_outdated_one_and_recipe_1_first(tmp_path: Pa
     assert set([name for name, is_old in zip(began, old, strict=True) if is_old][:2]) == {"x-3", "x-4"}
 
 
+def test_the_worse_a_recipe_the_earlier_it_is_replaced() -> None:
+    recipes = {"a": 4, "b": 3, "c": 1, "d": 2, "e": 0, "f": 4}
+    waiting = {name: label_order.Candidate(name, bulk("Cu"), "train", 225) for name in recipes}
+    for order in ("need", "cost", "coverage"):
+        found = label_order.in_order(waiting, order, elements={"Cu": 99}, recipes=recipes, known=waiting)
+        assert set(found[:2]) == {"c", "e"}
+        assert set(found[2:4]) == {"b", "d"}
+        assert set(found[4:]) == {"a", "f"}
+
+
 def test_coverage_prefers_elements_with_few_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(label_order, "ENOUGH", 2)
     copper = {f"cu-{i}": bulk("Cu") for i in range(20)}
