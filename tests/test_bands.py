@@ -13,6 +13,7 @@ from dosmatgen_ase.forward.bands import predict_bands, pymatgen_bands
 from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig
 from dosmatgen_ase.forward.tight_binding.basis import start_levels
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
+from dosmatgen_ase.plotting import plot_bands
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,17 @@ def test_pymatgen_draws_the_same_bands(predictor: DOSPredictor) -> None:
     assert not line.is_metal()
     names = {point.label for point in line.kpoints if point.label}
     assert names == {"\\Gamma", "X", "W", "K", "L", "U"}
+
+
+def test_a_drawn_band_ends_where_its_path_breaks(predictor: DOSPredictor, tmp_path: Path) -> None:
+    bands = predict_bands(bulk("Fe"), "GHN,PG", npoints=40, predictor=predictor)
+    ax = plot_bands(bands, tmp_path / "bands.png")
+    pieces = [line.get_xydata() for line in ax.lines if len(line.get_xydata()) > 2]
+    assert len(pieces) == 2 * 2 * bands.energies.shape[2]  # two spins, two pieces
+    assert sum(map(len, pieces)) == bands.energies.size
+    np.testing.assert_allclose(pieces[0][:, 1], bands.energies[0, : len(pieces[0]), 0])
+    assert all((np.diff(piece[:, 0]) > 0).all() for piece in pieces)  # no upright line
+    assert (tmp_path / "bands.png").stat().st_size > 5_000
 
 
 def test_bad_requests_are_told(predictor: DOSPredictor) -> None:

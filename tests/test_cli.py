@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ase.build import bulk
+from ase.io.jsonio import read_json
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
@@ -31,6 +32,7 @@ from dosmatgen_ase.cli import app
 from dosmatgen_ase.cli.options import SETTINGS, site_list
 from dosmatgen_ase.data import SHARD_KEYS
 from dosmatgen_ase.dos import TargetDOS, normalised_l1
+from dosmatgen_ase.forward.bands import predict_bands
 from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig, default_predictor, predict_dos
 from dosmatgen_ase.generate.settings import GenerationSettings, described
 from dosmatgen_ase.model.checkpoint import load_model, save_model
@@ -502,6 +504,15 @@ def test_predict_writes_what_other_commands_read(tmp_path: Path) -> None:
     assert total.kind == "total"
     np.testing.assert_allclose(total.values, sites[0].values + sites[1].values)
     assert_one_line(run("predict", tmp_path / "flat.xyz", "--out", out), 1, "no structure could be predicted")
+
+
+def test_predict_writes_bands_that_ase_reads(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "copper.cif", bulk("Cu"))
+    result = run("predict", tmp_path / "copper.cif", "--out", tmp_path / "out", "--bands")
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"copper.json", "copper_bands.json", "copper_bands.png"}
+    found = read_json(tmp_path / "out" / "copper_bands.json")
+    np.testing.assert_allclose(found.energies, predict_bands(ase.io.read(tmp_path / "copper.cif")).energies, atol=1e-5)
 
 
 def test_predict_tells_an_element_without_labels_and_keeps_the_other_sites(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Figures: overlays of densities of states, crystals, both side by side, and what the label set covers.
+"""Figures: overlays of densities of states, bands, crystals, both side by side, and what the label set covers.
 
 Figures are made with `matplotlib.figure.Figure`, never through pyplot, so that no backend, style or open figure of the
 user is touched.
@@ -19,6 +19,7 @@ from dosmatgen_ase.files import MARK, write_atomic
 
 if TYPE_CHECKING:
     from ase import Atoms
+    from ase.spectrum.band_structure import BandStructure
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -97,6 +98,42 @@ def plot_dos(
     if ax.get_legend_handles_labels()[0]:
         for text in ax.legend(edgecolor="none", framealpha=0.8).get_texts():
             text.set_parse_math(False)  # a label is a name: "$" in it is a character
+    if path is not None:
+        _save(ax.get_figure(root=True), Path(path))
+    return ax
+
+
+def plot_bands(bands: BandStructure, path: str | PathLike[str] | None = None) -> Axes:
+    """Draw a band structure from -10 to 5 eV, one line per band and piece of its path.
+
+    Parameters
+    ----------
+    bands : from `predict_bands`, or any of ASE's
+    path : path, optional
+        Also save the figure there; the suffix says in which format (.png, .pdf, .svg).
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Blue, with a second spin in orange.
+
+    Raises
+    ------
+    ValueError
+        If the format is not known.
+    OSError
+        If the file cannot be written.
+    """
+    from ase.spectrum.band_structure import BandStructurePlot
+    from matplotlib.figure import Figure
+
+    plot = BandStructurePlot(bands)
+    ax = plot.prepare_plot(Figure(figsize=(5, 4), layout="constrained").add_subplot(), emin=-10, emax=5)
+    breaks = np.flatnonzero(np.diff(plot.xcoords) == 0) + 1  # two points at one place: the path goes on elsewhere
+    for energies, colour in zip(bands.energies - bands.reference, (TARGET_COLOUR, OTHER_COLOUR), strict=False):
+        for x, piece in zip(np.split(plot.xcoords, breaks), np.split(energies, breaks), strict=True):
+            ax.plot(x, piece, color=colour, linewidth=1.0)
+    ax.set(ylabel="$E$ − zero (eV)")
     if path is not None:
         _save(ax.get_figure(root=True), Path(path))
     return ax

@@ -162,13 +162,12 @@ def predict(
 
 def _write_bands(atoms: Atoms, stem: Path) -> None:
     """Write the predicted bands as STEM.json and STEM.png."""
-    from matplotlib.figure import Figure
+    from ase.io.jsonio import encode
 
+    from dosmatgen_ase.files import write_atomic
     from dosmatgen_ase.forward.bands import predict_bands
+    from dosmatgen_ase.plotting import plot_bands
 
     found = predict_bands(atoms)
-    found.write(stem.with_name(f"{stem.name}.json"))
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    found.plot(ax=figure.subplots(), emin=-10, emax=5)
-    picture = stem.with_name(f"{stem.name}.png")
-    figure.savefig(picture, dpi=150, metadata={"Software": "dosmatgen"})
+    write_atomic(stem.with_name(f"{stem.name}.json"), encode(found).encode())
+    plot_bands(found, stem.with_name(f"{stem.name}.png"))

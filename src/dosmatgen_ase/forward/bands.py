@@ -12,6 +12,7 @@ from dosmatgen_ase.forward.features import tight_binding_graph
 from dosmatgen_ase.forward.predictor import DOSPredictor, default_predictor
 from dosmatgen_ase.forward.tight_binding.graph import collate
 from dosmatgen_ase.forward.tight_binding.kpoints import symmetric_mesh
+from dosmatgen_ase.forward.tight_binding.model import bloch
 from dosmatgen_ase.forward.tight_binding.predict import mesh_points
 from dosmatgen_ase.threads import cpu_threads
 
@@ -63,8 +64,9 @@ def predict_bands(
     points, weights = symmetric_mesh(graph.reciprocal, 8 * mesh_points(len(atoms)))
     with torch.no_grad(), cpu_threads(1):
         mesh, _ = model.spectrum(batch, torch.tensor(points)[None].float(), torch.tensor(weights)[None].float())
+        elements = model.matrix_elements(batch)
         parts = torch.tensor(band_path.kpts).float().split(POINTS_PER_STEP)
-        levels = torch.cat([model.spectrum(batch, part[None])[0].levels[0] for part in parts], 1)
+        levels = torch.cat([torch.linalg.eigvalsh(bloch(batch, elements, part[None]))[0] for part in parts], 1)
     zero = mesh.zero
     if mesh.gap > 0:  # the path may meet a higher top of the valence band than the mesh does
         filled = round(graph.electrons * len(levels) / 2)
