@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -69,16 +69,18 @@ Tries = list[dict[str, Any] | str]  # what is told of each try in turn, or why t
 
 @dataclass(frozen=True)
 class Task:
-    """What is handed over: the DOS of "all" sites or of one "site", and whether the target's elements are forbidden."""
+    """What is handed over: the DOS of "all" sites or of one "site", on which energies, and if its elements are free."""
 
     dos: str
     new_elements: bool = False
+    window: tuple[float, float] | None = None
 
 
 TASKS = {
     "all sites": Task("all"),
     "all sites, its elements excluded": Task("all", new_elements=True),
     "one site": Task("site"),
+    "all sites, -2 to 2 eV": Task("all", window=(-2.0, 2.0)),
 }
 
 
@@ -97,7 +99,9 @@ class Question:
     @property
     def wanted(self) -> dict[int, TargetDOS]:
         """The DOS asked for."""
-        return self.target.targets(TASKS[self.task].dos)
+        task = TASKS[self.task]
+        whole = self.target.targets(task.dos)
+        return {i: dos if task.window is None else dos.window(*task.window) for i, dos in whole.items()}
 
     @property
     def excluded(self) -> list[str]:
@@ -303,8 +307,129 @@ def of_known(name_of: Mapping[tuple[str, str, int], str], labels: SiteDOSLabels,
     }
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Generate, look up, compute, compare, write."""
+@dataclass
+class Tried:
+    """What each method tries for each question.
+
+    Attributes
+    ----------
+    picks : by question and method, first tries first
+    to_compute : by number of the try, crystals by the name of their DFT
+    name_of : that name, or the material whose label serves, of a question, method and number of the try
+    """
+
+    picks: dict[tuple[str, str], list[Atoms]] = field(default_factory=dict)
+    to_compute: dict[int, dict[str, Atoms]] = field(default_factory=dict)
+    name_of: dict[tuple[str, str, int], str] = field(default_factory=dict)
+
+    def in_order(self) -> dict[str, Atoms]:
+        """All that has to be computed, first tries first."""
+        return {name: atoms for k in sorted(self.to_compute) for name, atoms in self.to_compute[k].items()}
+
+
+def try_generator(
+    tried: Tried,
+    questions: Sequence[Question],
+    generator: DOSGenerator,
+    predictor: DOSPredictor,
+    unfit: Sequence[str],
+    options: argparse.Namespace,
+) -> None:
+    """Generate and relax for each question, or take what is kept."""
+    settings = (generator.header["sha256"], predictor.info, options.draws, options.seed)
+    folder = options.cache / f"generated-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
+    for q in tqdm(questions, unit="target", desc="generate and relax"):
+        after = folder / f"{q.key}-relaxed.extxyz"
+        if options.kept_only and not after.exists():
+            continue
+        make = partial(generated, q, generator, predictor, options.draws, options.seed, unfit)
+        relaxed = kept(after, partial(settled, kept(folder / f"{q.key}.extxyz", make)))
+        tried.picks[q.key, GENERATOR] = relaxed[: options.tries]
+        for k, atoms in enumerate(relaxed[: options.tries]):
+            tried.name_of[q.key, GENERATOR, k] = name = f"{folder.name}-{q.key}-{k}"
+            tried.to_compute.setdefault(k, {})[name] = atoms
+
+
+def try_look_ups(
+    tried: Tried,
+    questions: Sequence[Question],
+    by: Mapping[str, DOSIndex],
+    labels: SiteDOSLabels,
+    options: argparse.Namespace,
+) -> None:
+    """Look each question up in the index of each method."""
+    outdated = set(labels.material_id[labels.recipe < COMPARABLE].tolist()) if options.anew else set()
+    for method in [m for m in options.methods if m in by]:
+        for q in tqdm(questions, unit="target", desc=method):
+            tried.picks[q.key, method] = looked_up(q, by[method])[: options.tries]
+            for k, hit in enumerate(tried.picks[q.key, method]):
+                tried.name_of[q.key, method, k] = material = hit.info["material_id"]
+                if material in outdated:
+                    tried.to_compute.setdefault(k, {})[material] = hit
+
+
+def judge(
+    q: Question,
+    method: str,
+    tried: Tried,
+    results: Mapping[str, Any],
+    labels: SiteDOSLabels,
+    row_of: Mapping[str, int],
+) -> Tries:
+    """Tell the distance of each try, or that it failed or is not computed."""
+    if (q.key, method) not in tried.picks:
+        return [NOT_COMPUTED]
+    tries: Tries = []
+    for k, atoms in enumerate(tried.picks[q.key, method]):
+        name = tried.name_of[q.key, method, k]
+        result = results.get(name)
+        if isinstance(result, ElectronicStructure):
+            values, known = on_grid(result)
+        elif result is None and name in row_of:
+            values, known = label_of(labels, row_of[name])
+        else:
+            tries.append(NOT_COMPUTED if result is None else "failed")
+            continue
+        told = {"formula": atoms.get_chemical_formula(), **distance(list(q.wanted.values()), values, known)}
+        tries.append(told if method == GENERATOR else {"material_id": name, **told})
+    return tries
+
+
+def per_target(targets: Sequence[Target], rows: Mapping[str, Sequence[Tries]]) -> dict[str, Any]:
+    """All tries of each target, by method."""
+    return {
+        t.material_id: {
+            "formula": t.atoms.get_chemical_formula(),
+            **{method: tries[i] for method, tries in rows.items()},
+        }
+        for i, t in enumerate(targets)
+    }
+
+
+def facts(
+    table: Mapping[str, Mapping[str, Sequence[Tries]]],
+    tried: Tried,
+    questions: Sequence[Question],
+    by: Mapping[str, DOSIndex],
+    labels: SiteDOSLabels,
+    computed: set[str],
+) -> dict[str, Any]:
+    """What the text below the tables tells."""
+    found: dict[str, list[float]] = {}
+    for rows in table.values():
+        for method, some in rows.items():
+            shares = [row["share"] for tries in some for row in tries if isinstance(row, dict)]
+            found.setdefault(method, []).extend(shares)
+    told: dict[str, Any] = {"share": {method: float(np.mean(shares)) for method, shares in found.items()}}
+    if GENERATOR in found:
+        told["generated"] = of_generated(questions, tried.picks)
+    if by:
+        told["known"] = {"pool": len(by[COMPUTED]), **of_known(tried.name_of, labels, computed)}
+    return told
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_split(parser)
     add_targets(parser, 24)
@@ -319,8 +444,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--kept-only", action="store_true", help="make nothing: take what an earlier run left")
     parser.add_argument("--jobs", type=int, default=1, help="structures computed at a time")
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "baseline_dft")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Generate, look up, compute, compare, write."""
+    options = options_of(arguments)
     labels, split, cache = load_site_dos(ROOT / "data" / "site_dos"), split_of(options), options.cache
     row_of = {str(name): i for i, name in enumerate(labels.material_id.tolist())}
     fitting = (labels.split == split) & (labels.num_atoms >= 2) & (labels.num_atoms <= options.max_atoms)
@@ -329,74 +458,29 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     questions = [Question(target, task) for task in options.tasks for target in targets]
     unfit = sorted(without_pseudopotential(chemical_symbols[1 : MAX_ATOMIC_NUMBER + 1], EspressoSettings()))
     generator, predictor = DOSGenerator(), DOSPredictor.load(options.predictor)
-    settings = (generator.header["sha256"], predictor.info, options.draws, options.seed)
-    folder = cache / f"generated-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
 
-    picks: dict[tuple[str, str], list[Atoms]] = {}
-    to_compute: dict[int, dict[str, Atoms]] = {}  # by number of the try
-    name_of: dict[tuple[str, str, int], str] = {}  # of the file of a try's DFT; of a material where its label serves
+    tried, by = Tried(), {}
     if GENERATOR in options.methods:
-        for q in tqdm(questions, unit="target", desc="generate and relax"):
-            after = folder / f"{q.key}-relaxed.extxyz"
-            if options.kept_only and not after.exists():
-                continue
-            make = partial(generated, q, generator, predictor, options.draws, options.seed, unfit)
-            relaxed = kept(after, partial(settled, kept(folder / f"{q.key}.extxyz", make)))
-            picks[q.key, GENERATOR] = relaxed[: options.tries]
-            for k, atoms in enumerate(picks[q.key, GENERATOR]):
-                name_of[q.key, GENERATOR, k] = name = f"{folder.name}-{q.key}-{k}"
-                to_compute.setdefault(k, {})[name] = atoms
-    if COMPUTED in options.methods or PREDICTED in options.methods:
+        try_generator(tried, questions, generator, predictor, unfit, options)
+    if set(options.methods) - {GENERATOR}:
         by = indexes(labels, unfit, options.max_atoms, cache)
-        for method in [m for m in options.methods if m in by]:
-            for q in tqdm(questions, unit="target", desc=method):
-                picks[q.key, method] = looked_up(q, by[method])[: options.tries]
-                for k, hit in enumerate(picks[q.key, method]):
-                    name_of[q.key, method, k] = material = hit.info["material_id"]
-                    if options.anew and labels.recipe[row_of[material]] < COMPARABLE:
-                        to_compute.setdefault(k, {})[material] = hit
-    in_order = {name: atoms for k in sorted(to_compute) for name, atoms in to_compute[k].items()}  # first tries first
+        try_look_ups(tried, questions, by, labels, options)
+    to_compute = tried.in_order()
     if options.kept_only:
-        in_order = {name: atoms for name, atoms in in_order.items() if (cache / "dft" / f"{name}.json").exists()}
-    results = compute_many(
-        in_order, cache / "dft", EspressoSettings(time_limit=TIME_LIMIT), workers=options.jobs, progress=True
-    )
+        to_compute = {name: atoms for name, atoms in to_compute.items() if (cache / "dft" / f"{name}.json").exists()}
+    settings = EspressoSettings(time_limit=TIME_LIMIT)
+    results = compute_many(to_compute, cache / "dft", settings, workers=options.jobs, progress=True)
 
+    table: dict[str, dict[str, list[Tries]]] = {}
     failed: list[str] = []
     missing = dict.fromkeys(options.methods, 0)
-    table: dict[str, dict[str, list[Tries]]] = {}
     for q in questions:
         for method in options.methods:
-            tries: Tries = [] if (q.key, method) in picks else [NOT_COMPUTED]
-            missing[method] += len(tries)
-            for k, atoms in enumerate(picks.get((q.key, method), [])):
-                name = name_of[q.key, method, k]
-                result = results.get(name)
-                if isinstance(result, ElectronicStructure):
-                    values, known = on_grid(result)
-                elif result is None and name in row_of:
-                    values, known = label_of(labels, row_of[name])
-                else:
-                    missing[method] += result is None
-                    if result is not None:
-                        failed.append(f"{method} {k + 1} of {q.target.material_id}, {q.task}")
-                    tries.append(NOT_COMPUTED if result is None else "failed")
-                    continue
-                told = {
-                    "formula": atoms.get_chemical_formula(),
-                    **distance(list(q.wanted.values()), values, known),
-                }
-                tries.append(told if method == GENERATOR else {"material_id": name, **told})
+            tries = judge(q, method, tried, results, labels, row_of)
             table.setdefault(q.task, {}).setdefault(method, []).append(tries)
-    found = {
-        m: [r for rows in table.values() for some in rows[m] for r in some if isinstance(r, dict)] for m in missing
-    }
-    told_of: dict[str, Any] = {"share": {m: float(np.mean([r["share"] for r in some])) for m, some in found.items()}}
-    if GENERATOR in options.methods:
-        told_of["generated"] = of_generated(questions, picks)
-    if len(options.methods) > (GENERATOR in options.methods):
-        told_of["known"] = {"pool": len(by[COMPUTED]), **of_known(name_of, labels, set(results))}
-
+            missing[method] += tries.count(NOT_COMPUTED)
+            told = f"of {q.target.material_id}, {q.task}"
+            failed += [f"{method} {k} {told}" for k, row in enumerate(tries, start=1) if row == "failed"]
     report = {
         "weights": generator.header["sha256"],
         "predictor": predictor.info,
@@ -407,19 +491,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "tries": options.tries,
         "seed": options.seed,
         "tables": {task: summary(rows, options.tries) for task, rows in table.items()},
-        "facts": told_of,
+        "facts": facts(table, tried, questions, by, labels, set(results)),
         "failed": failed,
         "not_computed": missing,
-        "per_target": {
-            task: {
-                t.material_id: {
-                    "formula": t.atoms.get_chemical_formula(),
-                    **{method: tries[i] for method, tries in rows.items()},
-                }
-                for i, t in enumerate(targets)
-            }
-            for task, rows in table.items()
-        },
+        "per_target": {task: per_target(targets, rows) for task, rows in table.items()},
     }
     out = results_folder(options)
     tables = markdown(report)

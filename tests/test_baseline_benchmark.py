@@ -76,12 +76,14 @@ def test_the_formula_of_the_target_is_its_own() -> None:
     atoms = Atoms("Cu2O", cell=np.eye(3) * 4, pbc=True)
     dos = np.array([peak(-2), peak(-2), peak(-6)])
     target = Target("mp-1", atoms, dos, np.ones(E.size, bool), "fermi", 2)
-    whole, new, one = (Question(target, task) for task in baseline_dft.TASKS)
+    whole, new, one, near = (Question(target, task) for task in baseline_dft.TASKS)
     assert whole.own(Atoms("Cu4O2"))
     assert not whole.own(Atoms("CuO"))
     assert (whole.excluded, new.excluded, one.excluded) == ([], ["Cu", "O"], [])
     assert (list(whole.wanted), list(one.wanted)) == ([0, 1, 2], [2])
-    assert len({q.key for q in (whole, new, one)}) == 3
+    assert len({q.key for q in (whole, new, one, near)}) == 4
+    assert list(near.wanted) == [0, 1, 2]
+    assert near.wanted[0].energies[near.wanted[0].known].tolist() == pytest.approx(E[np.abs(E) <= 2.001])
 
 
 def test_known_crystals_are_judged_by_their_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
