@@ -177,6 +177,9 @@ def test_load_refuses_what_is_no_predictor(tmp_path: Path) -> None:
         ({"depth": 32}, "is missing"),
         ({"hidden": 8192}, r"has shape .*, not \(8192"),
         ({"hiden": 3}, "hiden"),
+        ({"correctors": 65}, "correctors=65 must be a whole number from 0 to 64"),
+        ({"correctors": 4}, "correctors.*is missing|is missing"),
+        ({"members": 0}, "correctors=3 need members"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, fcc111
+from torch.nn.functional import softplus
 
-from dosmatgen_ase.data import SiteDOSLabels, load_shell_dos, load_site_dos
+from dosmatgen_ase.data import SiteDOSLabels, formula_fold, load_shell_dos, load_site_dos
 from dosmatgen_ase.forward.features import site_features, tight_binding_graph
-from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig
-from dosmatgen_ase.forward.predictor_training import evaluate, train_predictor
+from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig, inverse_softplus, network_inputs
+from dosmatgen_ase.forward.predictor_training import evaluate, train_predictor, unseen_dos
 from dosmatgen_ase.forward.tight_binding import training
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
@@ -165,6 +167,62 @@ def test_a_predictor_joins_both_kinds_and_survives_the_disk(
         np.testing.assert_allclose(after.mean, before.mean, atol=0.05)
     with pytest.raises(ValueError, match="this predictor has all, tight-binding, features"):
         both.predict_arrays(atoms, method="magic")
+
+
+def shifted(model: TightBinding) -> TightBinding:
+    """A model that says something else."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.level.weight += 0.5
+    return other
+
+
+def test_correctors_start_from_what_tight_binding_says_and_count_half(
+    labels: SiteDOSLabels, model: TightBinding, tmp_path: Path
+) -> None:
+    config = PredictorConfig(hidden=16, depth=1, members=2, correctors=2, epochs=2)
+    features = site_features([labels.atoms(i) for i in range(len(labels))])
+    halves = [model, shifted(model)]
+    unseen = unseen_dos(labels, features, halves)
+    made = train_predictor(labels, features, config=config, tight_binding=[model], unseen=unseen)
+    atoms = [bulk("MgO", "rocksalt", a=4.2), bulk("Cu")]
+    found = {method: made.predict_arrays(atoms, method=method) for method in made.methods}
+    given = site_features(atoms)
+    with torch.no_grad():
+        for i, one in enumerate(atoms):
+            bound, plain = (found[m][i].mean for m in ("tight-binding", "features"))
+            inputs = network_inputs(made.tables["baseline"], [given[i]], [one.numbers])
+            seen = made.standardised(inputs, torch.from_numpy(bound))
+            start = inverse_softplus(torch.from_numpy(bound))
+            corrected = torch.stack([softplus(net(seen) + start) for net in made.correctors]).mean(0).numpy()
+            voices = np.stack([bound, plain, corrected])
+            mean = np.average(voices, axis=0, weights=[1, 1, 2])
+            np.testing.assert_allclose(found["all"][i].mean, mean, atol=1e-5)
+            spread = np.sqrt(np.average((voices - mean) ** 2, axis=0, weights=[1, 1, 2]))
+            np.testing.assert_allclose(found["all"][i].spread, made.calibration()["spread"] * spread, atol=1e-4)
+    made.save(tmp_path / "p.safetensors")
+    loaded = DOSPredictor.load(tmp_path / "p.safetensors")
+    assert loaded.config == config
+    for before, after in zip(found["all"], loaded.predict_arrays(atoms), strict=True):
+        np.testing.assert_allclose(after.mean, before.mean, atol=0.05)
+    with pytest.raises(ValueError, match="the unseen DOS of all training labels: 60 are missing"):
+        train_predictor(labels, features, config=config, tight_binding=[model])
+    with pytest.raises(ValueError, match="need a tight-binding model to correct"):
+        DOSPredictor(config, made.tables, {})
+
+
+def test_the_unseen_dos_is_of_the_model_of_the_other_half(labels: SiteDOSLabels, model: TightBinding) -> None:
+    other = shifted(model)
+    features: list[np.ndarray | str] = [np.zeros((n, 385), dtype=np.float32) for n in labels.num_atoms]
+    found = unseen_dos(labels, features, [model, other])
+    train = np.flatnonzero(labels.split == "train").tolist()
+    assert sorted(found) == train
+    folds = {i: formula_fold(labels.atoms(i).get_chemical_formula(), 2) for i in train}
+    assert set(folds.values()) == {0, 1}
+    for i in train[:12]:
+        teacher = [other, model][folds[i]]  # fold 0 was seen by the first, so the second tells it
+        (expected,) = predict_crystals(teacher, [tight_binding_graph(labels.atoms(i), 6.0)])
+        np.testing.assert_allclose(found[i], expected.dos.sum(1), atol=2e-3)
 
 
 def test_tight_binding_alone_needs_no_chgnet_and_tells_one_error(

@@ -1,11 +1,11 @@
 """Forward model: a structure's site DOS, by learned tight binding and from frozen CHGNet atom features.
 
 `DOSPredictor` is an ensemble of unlike models that gives a DOS per site with a calibrated uncertainty: Hamiltonians
-written by a network (`tight_binding`), and small networks that correct a per-element mean from the 385 numbers per atom
-that `site_features` makes of a crystal. `train_predictor` fits the networks to labels and calibrates the whole;
-`pseudo_labels` applies it to structures without a label. The predictor that ships is trained on all labels. Two more
-serve the benchmarks, trained on the two halves of the formulas (`data.formula_fold`): the ranker picks there and makes
-the generator's pseudo-labels, the judge only ever measures.
+written by a network (`tight_binding`), small networks that correct a per-element mean from the 385 numbers per atom
+that `site_features` makes of a crystal, and others that correct the DOS of the Hamiltonians by them. `train_predictor`
+fits the networks to labels and calibrates the whole; `pseudo_labels` applies it to structures without a label. The
+predictor that ships is trained on all labels. Two more serve the benchmarks, trained on the two halves of the formulas
+(`data.formula_fold`): the ranker picks there and makes the generator's pseudo-labels, the judge only ever measures.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,6 +53,7 @@ class PredictorConfig:
     hidden, depth : width and number of hidden layers of each member
     dropout : probability in every hidden layer
     members : networks in the ensemble, which differ by seed; 0 for tight binding alone
+    correctors : networks that correct the tight-binding DOS in place of the element's mean
     epochs : passes over the labelled sites; the weights (an exponential average) of the best epoch on `val` are kept
     learning_rate, weight_decay : of AdamW, under a one-cycle schedule
     batch_size : sites per step
@@ -62,16 +63,19 @@ class PredictorConfig:
     depth: int = 3
     dropout: float = 0.3
     members: int = 3
+    correctors: int = 0
     epochs: int = 80
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        for name, highest in (("hidden", 8192), ("depth", 32), ("members", 64)):
-            value, lowest = getattr(self, name), int(name != "members")
+        for name, highest in (("hidden", 8192), ("depth", 32), ("members", 64), ("correctors", 64)):
+            value, lowest = getattr(self, name), int(name not in ("members", "correctors"))
             if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
                 raise ValueError(f"{name}={value!r} must be a whole number from {lowest} to {highest}")
+        if self.correctors and not self.members:
+            raise ValueError(f"correctors={self.correctors} need members, with which they share inputs")
 
 
 class SitePrediction(NamedTuple):
@@ -102,6 +106,42 @@ class SitePrediction(NamedTuple):
     gap: float = float("nan")
 
 
+@dataclass
+class _Opinions:
+    """What the models say of one crystal of n sites; each DOS is (n, 151).
+
+    Attributes
+    ----------
+    bound, networks : by each tight-binding model and by each network
+    corrected : mean of the correctors, if there are any
+    gaps : by each tight-binding model, eV
+    reason : why there is no DOS at all
+    """
+
+    bound: list[np.ndarray] = field(default_factory=list)
+    networks: list[np.ndarray] = field(default_factory=list)
+    corrected: np.ndarray | None = None
+    gaps: list[float] = field(default_factory=list)
+    reason: str = ""
+
+    def weighted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Opinions (m, n, 151) and their weights (m,), of sum 1.
+
+        Correctors count half, tight binding and the mean network a quarter each: on `val` the three kinds err
+        differently, and a corrector starts from one of the others.
+        """
+        if not self.bound or not self.networks:
+            voices = self.bound or self.networks
+            weights = np.full(len(voices), 1 / max(1, len(voices)))
+        elif self.corrected is None:
+            voices = [*self.bound, np.mean(self.networks, 0)]
+            weights = np.full(len(voices), 1 / len(voices))
+        else:
+            voices = [*self.bound, np.mean(self.networks, 0), self.corrected]
+            weights = np.array([*[0.25 / len(self.bound)] * len(self.bound), 0.25, 0.5])
+        return np.stack(voices) if voices else np.zeros((0, 0, 0)), weights.astype(np.float32)
+
+
 def _member(inputs: int, config: PredictorConfig) -> nn.Sequential:
     """Standardised inputs -> correction to the element's mean DOS, before the softplus."""
     widths = [inputs, *[config.hidden] * config.depth]
@@ -119,8 +159,10 @@ class DOSPredictor:
 
     Tight-binding models (`tight_binding.model`) see atoms alone. Networks see a site's 385 CHGNet features and the mean
     over the crystal of its elements' mean DOS; they give the softplus of a correction added to the (inverse softplus of
-    the) mean DOS of the site's element, so it is never negative. The prediction is the mean over the tight-binding
-    models and the mean network; its spread, their standard deviation (of the networks, where they are alone).
+    the) mean DOS of the site's element, so it is never negative. Correctors see the site's mean tight-binding DOS, too,
+    and correct that. The prediction is the mean of tight binding and the networks, averaged with that of the
+    correctors; without correctors, the mean over the tight-binding models and the mean network. Its spread is the
+    standard deviation of these (of the networks, where they are alone).
 
     Make one with `train_predictor` or `load`.
     """
@@ -134,11 +176,15 @@ class DOSPredictor:
     ) -> None:
         if not config.members and not tight_binding:
             raise ValueError("a predictor needs networks or tight-binding models")
+        if config.correctors and not tight_binding:
+            raise ValueError(f"correctors={config.correctors} need a tight-binding model to correct")
         self.config = config
-        self.tables = tables  # baseline, support: (95, 151); with networks input_mean, input_std: (536,)
+        self.tables = tables  # baseline, support: (95, 151); input_mean, input_std: (536,); dos_mean, dos_std: (151,)
         self.info = info
         inputs = len(tables["input_mean"]) if config.members else 0
         self.members = nn.ModuleList(_member(inputs, config) for _ in range(config.members)).eval()
+        wide = inputs + MODEL_GRID.size
+        self.correctors = nn.ModuleList(_member(wide, config) for _ in range(config.correctors)).eval()
         self.tight_binding = tuple(model.eval().requires_grad_(False) for model in tight_binding)
 
     @property
@@ -159,8 +205,12 @@ class DOSPredictor:
         """What `predict_arrays` can be asked for."""
         return METHODS if self.members and self.tight_binding else ("all", METHODS[1 if self.tight_binding else 2])
 
-    def _standardised(self, inputs: Tensor) -> Tensor:
-        return ((inputs - self.tables["input_mean"]) / self.tables["input_std"]).clamp(-5.0, 5.0)
+    def standardised(self, inputs: Tensor, dos: Tensor | None = None) -> Tensor:
+        """Inputs (s, 536) of networks as they see them; with the tight-binding DOS (s, 151) those of correctors."""
+        made = (inputs - self.tables["input_mean"]) / self.tables["input_std"]
+        if dos is not None:
+            made = torch.cat([made, (dos - self.tables["dos_mean"]) / self.tables["dos_std"]], 1)
+        return made.clamp(-5.0, 5.0)
 
     def predict_arrays(
         self,
@@ -187,85 +237,84 @@ class DOSPredictor:
         if method not in self.methods:
             raise ValueError(f"method={method!r}: this predictor has {', '.join(self.methods)}")
         numbers = [atoms.numbers.astype(np.int64) for atoms in atoms_list]
-        opinions: list[list[np.ndarray]] = [[] for _ in atoms_list]
-        reasons, gaps = [""] * len(atoms_list), [float("nan")] * len(atoms_list)
+        opinions = [_Opinions() for _ in atoms_list]
         if self.tight_binding and method != "features":
-            self._by_tight_binding(atoms_list, opinions, reasons, gaps, progress)
-        used = ["tight-binding" if found else method for found in opinions]
+            self._by_tight_binding(atoms_list, opinions, progress)
         if self.members and method != "tight-binding":
             if features is None:
                 features = site_features(atoms_list, progress=progress)
-            for i, found in enumerate(self._by_networks(features, numbers)):
-                if len(found) and opinions[i]:
-                    opinions[i].append(found.mean(0))
-                    used[i] = method
-                elif len(found):
-                    opinions[i], used[i] = list(found), "features"
-                elif not opinions[i]:
-                    reasons[i] = str(features[i])
-        told = zip(numbers, opinions, reasons, gaps, used, strict=True)
-        return [self._joined(z, found, reason, gap, how) for z, found, reason, gap, how in told]
+            self._by_networks(features, numbers, opinions)
+        return [self._joined(z, found, method) for z, found in zip(numbers, opinions, strict=True)]
 
-    def _by_networks(self, features: Sequence[np.ndarray | str], numbers: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """DOS (m, n, 151) by each of m networks, m = 0 for structures without features."""
-        found = [np.zeros((0, len(z), MODEL_GRID.size), dtype=np.float32) for z in numbers]
-        readable = {i: feature for i, feature in enumerate(features) if not isinstance(feature, str)}
+    def _by_networks(
+        self, features: Sequence[np.ndarray | str], numbers: Sequence[np.ndarray], opinions: Sequence[_Opinions]
+    ) -> None:
+        """Fill in what networks and, where there is a tight-binding DOS, correctors say; or why they do not."""
+        readable = [i for i, feature in enumerate(features) if not isinstance(feature, str)]
+        for i, feature in enumerate(features):
+            if isinstance(feature, str) and not opinions[i].bound:
+                opinions[i].reason = feature
         if not readable:
-            return found
+            return
         baseline = self.tables["baseline"]
         with torch.no_grad():
             kinds = [numbers[i] for i in readable]
-            x = self._standardised(network_inputs(baseline, readable.values(), kinds))
+            inputs = network_inputs(baseline, [features[i] for i in readable], kinds)
             offset = inverse_softplus(baseline[torch.from_numpy(np.concatenate(kinds))])
-            members = torch.stack([softplus(net(x) + offset) for net in self.members]).numpy()
-        start = 0
-        for i, feature in readable.items():
-            found[i] = members[:, start : (start := start + len(feature))]
-        return found
+            x = self.standardised(inputs)
+            found = torch.stack([softplus(net(x) + offset) for net in self.members])
+            rows = found.split([len(z) for z in kinds], 1)
+            for i, part in zip(readable, rows, strict=True):
+                opinions[i].networks = list(part.numpy())
+            if not self.correctors or not (both := [k for k, i in enumerate(readable) if opinions[i].bound]):
+                return
+            counts = [len(kinds[k]) for k in both]
+            chosen = torch.cat([part for k, part in enumerate(inputs.split([len(z) for z in kinds])) if k in set(both)])
+            dos = torch.from_numpy(np.concatenate([np.mean(opinions[readable[k]].bound, 0) for k in both]))
+            x, offset = self.standardised(chosen, dos), inverse_softplus(dos)
+            corrected = torch.stack([softplus(net(x) + offset) for net in self.correctors]).mean(0)
+            for k, part in zip(both, corrected.split(counts), strict=True):
+                opinions[readable[k]].corrected = part.numpy()
 
-    def _by_tight_binding(
-        self,
-        atoms_list: Sequence[Atoms],
-        opinions: list[list[np.ndarray]],
-        reasons: list[str],
-        gaps: list[float],
-        progress: bool,
-    ) -> None:
-        """Fill in the DOS (n, 151) by each model, why there is none, and the mean gap."""
+    def _by_tight_binding(self, atoms_list: Sequence[Atoms], opinions: Sequence[_Opinions], progress: bool) -> None:
+        """Fill in the DOS by each model, why there is none, and the mean gap."""
         graphs: dict[float, dict[int, CrystalGraph]] = {model.config.cutoff: {} for model in self.tight_binding}
         for i, atoms in enumerate(atoms_list):
             try:
                 for cutoff in graphs:
                     graphs[cutoff][i] = tight_binding_graph(atoms, cutoff)
             except ValueError as error:
-                reasons[i] = str(error)
+                opinions[i].reason = str(error)
         with cpu_threads(1):  # matrices are small
             for model in self.tight_binding:
                 known = graphs[model.config.cutoff]
                 for i, found in zip(known, predict_crystals(model, list(known.values()), progress), strict=True):
-                    opinions[i].append(found.dos.sum(axis=1))
-                    gaps[i] = (0.0 if np.isnan(gaps[i]) else gaps[i]) + found.gap / len(self.tight_binding)
+                    opinions[i].bound.append(found.dos.sum(axis=1))
+                    opinions[i].gaps.append(found.gap)
 
-    def _joined(
-        self, z: np.ndarray, opinions: Sequence[np.ndarray], reason: str, gap: float, method: str
-    ) -> SitePrediction:
-        """Mean and calibrated spread of m opinions (n, 151); of one, a part of the DOS itself is its spread."""
-        if not opinions:
+    def _joined(self, z: np.ndarray, opinions: _Opinions, method: str) -> SitePrediction:
+        """Mean and calibrated spread of the opinions; of one, a part of the DOS itself is its spread."""
+        voices, weights = opinions.weighted()
+        if not len(voices):
             nothing = np.zeros((len(z), MODEL_GRID.size), dtype=np.float32)
-            return SitePrediction(nothing, nothing, nothing > 0, np.full(len(z), np.nan), reason)
-        together = np.stack(opinions)
-        mean = together.mean(0)
-        spread = together.std(0) if len(together) > 1 else np.maximum(mean, 1e-3)  # never sure, not even of a gap
+            return SitePrediction(nothing, nothing, nothing > 0, np.full(len(z), np.nan), opinions.reason)
+        mean = np.tensordot(weights, voices, 1)
+        spread = np.sqrt(np.tensordot(weights, (voices - mean) ** 2, 1))
+        if len(voices) == 1:
+            spread = np.maximum(mean, 1e-3)  # never sure, not even of a gap
         known = self.tables["support"].numpy()[z] >= MIN_LABELS
-        calibration = self.calibration(method)
+        alone = "tight-binding" if opinions.bound else "features"
+        calibration = self.calibration(method if opinions.bound and opinions.networks else alone)
         slope, offset = calibration["error"]
         error = offset + slope * relative_spread(mean, spread, known)
         error[~known.any(axis=1)] = np.nan
+        gap = float(np.mean(opinions.gaps)) if opinions.gaps else float("nan")
         return SitePrediction(mean, spread * calibration["spread"], known, error, "", gap)
 
     def save(self, path: str | Path) -> None:
         """Save as one safetensors file (networks in half precision), atomically."""
         tensors = {f"members.nets.{k}": v.half() for k, v in self.members.state_dict().items()}
+        tensors |= {f"correctors.nets.{k}": v.half() for k, v in self.correctors.state_dict().items()}
         for i, model in enumerate(self.tight_binding):
             tensors.update({f"tight_binding.{i}.{k}": v.half() for k, v in model.state_dict().items()})
         told: dict[str, Any] = {"kind": "predictor", "config": asdict(self.config), "info": self.info}
@@ -285,10 +334,11 @@ class DOSPredictor:
         tensors, header = load_tensors(path)
         if header.get("kind") != "predictor":
             raise ValueError(f"{path} holds no predictor (kind: {header.get('kind')}): give the path of one")
-        tables = {k: v for k, v in tensors.items() if not k.startswith(("members.", "tight_binding."))}
+        tables = {k: v for k, v in tensors.items() if not k.startswith(("members.", "correctors.", "tight_binding."))}
         try:
             config = PredictorConfig(**header["config"])
             named = {"baseline", "support", *(("input_mean", "input_std") if config.members else ())}
+            named |= {"dos_mean", "dos_std"} if config.correctors else set()
             if tables.keys() != named:
                 raise ValueError(f"it has the tables {sorted(tables)}")
             _check_tables(tables, header["info"])
@@ -297,6 +347,7 @@ class DOSPredictor:
             with without_values():
                 predictor = cls(config, tables, header["info"], models)
             fill(predictor.members, _part("members.nets.", tensors))
+            fill(predictor.correctors, _part("correctors.nets.", tensors))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             told = f"the header of {path} does not describe its own tensors ({error}): fetch or train it again"
             raise ValueError(told) from error
@@ -307,6 +358,7 @@ def _check_tables(tables: Mapping[str, Tensor], info: Any) -> None:
     """Raise ``ValueError`` unless the tables have their shapes, and the calibrations are numbers."""
     inputs, grid = NUM_FEATURES + MODEL_GRID.size, (MAX_ATOMIC_NUMBER + 1, MODEL_GRID.size)
     shapes = {"baseline": grid, "support": grid, "input_mean": (inputs,), "input_std": (inputs,)}
+    shapes |= {"dos_mean": grid[1:], "dos_std": grid[1:]}
     if wrong := [name for name, table in tables.items() if tuple(table.shape) != shapes[name]]:
         raise ValueError(f"the table {wrong[0]} has the shape {tuple(tables[wrong[0]].shape)}")
     if not all(table.is_floating_point() for name, table in tables.items() if name != "support"):

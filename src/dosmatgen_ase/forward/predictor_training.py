@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +28,11 @@ from dosmatgen_ase.forward.predictor import (
     network_inputs,
     relative_spread,
 )
+from dosmatgen_ase.forward.tight_binding.graph import crystal_graph
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
+from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
 from dosmatgen_ase.forward.tight_binding.training import TightBindingTraining, fit, labelled_crystals, new_model
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
-
-if TYPE_CHECKING:
-    pass
 
 COVERAGE = 0.68  # share of the computed values within the calibrated spread, as for one standard deviation
 
@@ -47,7 +47,7 @@ class Role(NamedTuple):
 
 # All models differ by seed. The judge shares neither labels nor CHGNet's features with the ranker.
 ROLES = {
-    "predictor": Role(None, PredictorConfig(), 2),
+    "predictor": Role(None, PredictorConfig(correctors=3), 2),
     "ranker": Role(0, PredictorConfig(), 1),
     "judge": Role(1, PredictorConfig(members=0), 1),
 }
@@ -90,13 +90,16 @@ def train_predictor(
     fold: int | None = None,
     config: PredictorConfig | None = None,
     tight_binding: Sequence[TightBinding] = (),
+    unseen: Mapping[int, np.ndarray] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> DOSPredictor:
     """Train networks on the labels of split `train`; `val` picks the epoch, `test` is not looked at.
 
     The loss is each site's normalised L1 over its known bins, softened by 1 state/eV x bin so that nearly empty sites
-    do not rule it; a site weighs 1 / sqrt(sites of its cell).
+    do not rule it; a site weighs 1 / sqrt(sites of its cell). Correctors learn from the errors of models that have not
+    seen the crystal (stacking; D. H. Wolpert, Neural Networks 5, 241 (1992)): on what it was trained on, a
+    tight-binding model leaves hardly anything to correct.
 
     Parameters
     ----------
@@ -105,13 +108,15 @@ def train_predictor(
     fold : 0 or 1 to train and validate on that half of the formulas only (`data.formula_fold`); all by default
     config : `PredictorConfig()` by default
     tight_binding : models trained on the same labels (`train_tight_binding`) that join the networks
+    unseen : row of a training label -> its tight-binding DOS (n, 151) by models that were not trained on it
+        (`unseen_dos`); needed where there are correctors
     seed : of initial weights, dropout and order
     progress : show a progress bar
 
     Raises
     ------
     ValueError
-        If `features` does not match `labels`, or no training or validation label is left.
+        If `features` does not match `labels`, no training or validation label is left, or `unseen` lacks some.
     """
     config = config or PredictorConfig()
     if len(features) != len(labels):
@@ -120,20 +125,59 @@ def train_predictor(
     baseline, support = element_tables(labels, train_rows)
     tables = {"baseline": baseline, "support": support}
     info: dict[str, Any] = {"fold": fold, "seed": seed, "train_structures": len(train_rows)}
+    parts = [_training_sites(baseline, labels, features, rows) for rows in (train_rows, val_rows)]
+    if config.members:
+        tables |= {"input_mean": parts[0].inputs.mean(0), "input_std": parts[0].inputs.std(0) + 1e-3}
+        info["descriptor"] = "CHGNet 0.3.0"
+    if config.correctors:
+        if lacking := sorted(set(train_rows.tolist()) - (unseen or {}).keys()):
+            raise ValueError(f"correctors need the unseen DOS of all training labels: {len(lacking)} are missing")
+        dos = [torch.from_numpy(np.concatenate([(unseen or {})[i] for i in train_rows.tolist()])).float()]
+        dos.append(torch.from_numpy(np.concatenate(_mean_dos(tight_binding, labels, val_rows))))
+        tables |= {"dos_mean": dos[0].mean(0), "dos_std": dos[0].std(0) + 1e-3}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not that of any GPU
-        if config.members:
-            train, val = (_training_sites(baseline, labels, features, rows) for rows in (train_rows, val_rows))
-            tables |= {"input_mean": train.inputs.mean(0), "input_std": train.inputs.std(0) + 1e-3}
-            info["descriptor"] = "CHGNet 0.3.0"
         predictor = DOSPredictor(config, tables, info, tight_binding)
         if config.members:
-            train, val = (part._replace(inputs=predictor._standardised(part.inputs)) for part in (train, val))
-        for net in predictor.members:
-            _fit(net, train, val, config, progress)
+            train, val = (part._replace(inputs=predictor.standardised(part.inputs)) for part in parts)
+            for net in predictor.members:
+                _fit(net, train, val, config, progress)
+        if config.correctors:
+            train, val = (part.around(start, predictor) for part, start in zip(parts, dos, strict=True))
+            for net in predictor.correctors:
+                _fit(net, train, val, config, progress)
     predictor.members.eval()
+    predictor.correctors.eval()
     calibrate(predictor, labels, features, val_rows)
     return predictor
+
+
+def unseen_dos(
+    labels: SiteDOSLabels, features: Sequence[np.ndarray | str], halves: Sequence[TightBinding]
+) -> dict[int, np.ndarray]:
+    """Tight-binding DOS (n, 151) of every training label by the model of the other half of the formulas, by row.
+
+    Parameters
+    ----------
+    labels : all labels
+    features : what `site_features` returned for ``labels.atoms(i)``, in order
+    halves : the model trained on fold 0, and that trained on fold 1
+    """
+    found: dict[int, np.ndarray] = {}
+    for fold, model in enumerate(halves):
+        rows, _ = training_rows(labels, features, 1 - fold)
+        found.update(zip(rows.tolist(), _mean_dos([model], labels, rows), strict=True))
+    return found
+
+
+def _mean_dos(models: Sequence[TightBinding], labels: SiteDOSLabels, rows: np.ndarray) -> list[np.ndarray]:
+    """Mean over models of the DOS (n, 151) of labelled crystals, float32."""
+    atoms = [labels.atoms(i) for i in rows.tolist()]
+    by_model = []
+    for model in models:
+        graphs = [crystal_graph(one, model.config.cutoff) for one in atoms]
+        by_model.append([found.dos.sum(1) for found in predict_crystals(model, graphs)])
+    return [np.mean(parts, 0) for parts in zip(*by_model, strict=True)]
 
 
 def training_rows(
@@ -200,13 +244,17 @@ def train_tight_binding(
 
 
 class _Sites(NamedTuple):
-    """Labelled sites as tensors: inputs (s, 536), offset, dos and known (s, 151), weight (s,)."""
+    """Labelled sites as tensors: inputs (s, 536 or 687), offset, dos and known (s, 151), weight (s,)."""
 
     inputs: Tensor
     offset: Tensor
     dos: Tensor
     known: Tensor
     weight: Tensor
+
+    def around(self, dos: Tensor, predictor: DOSPredictor) -> _Sites:
+        """The same sites as correctors see them, which start at this DOS (s, 151)."""
+        return self._replace(inputs=predictor.standardised(self.inputs, dos), offset=inverse_softplus(dos))
 
     def loss(self, net: nn.Module, rows: Tensor) -> Tensor:
         """Weighted mean of the softened normalised L1 over these sites."""
@@ -399,25 +447,30 @@ def _train_predictors(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     labels = load_site_dos(label_directory, origins=ORIGINS)
     features = site_features([labels.atoms(i) for i in range(len(labels))], progress=progress)
+
+    @cache
+    def bound(name: str, k: int) -> TightBinding:
+        """Tight-binding model number k of a role; those of the halves serve the predictor's correctors, too."""
+        return train_tight_binding(
+            label_directory,
+            labels,
+            features,
+            fold=ROLES[name].fold,
+            settings=settings,
+            seed=seed + list(ROLES).index(name) + len(ROLES) * k,
+            directory=Path(runs) / f"{name}_{k}" if runs is not None else None,
+            device=device,
+            progress=progress,
+        )
+
     figures = {}
     for number, (name, role) in enumerate(ROLES.items()):
         if name not in paths:
             continue
-        models = [
-            train_tight_binding(
-                label_directory,
-                labels,
-                features,
-                fold=role.fold,
-                settings=settings,
-                seed=seed + number + len(ROLES) * k,
-                directory=Path(runs) / f"{name}_{k}" if runs is not None else None,
-                device=device,
-                progress=progress,
-            )
-            for k in range(role.tight_binding)
-        ]
+        models = [bound(name, k) for k in range(role.tight_binding)]
         chosen: dict[str, Any] = {"fold": role.fold, "config": role.config, "seed": seed + number}
+        if role.config.correctors:
+            chosen["unseen"] = unseen_dos(labels, features, [bound(half, 0) for half in ("ranker", "judge")])
         predictor = train_predictor(labels, features, **chosen, tight_binding=models, progress=progress)
         predictor.save(paths[name])
         splits = [split for split in ("val", "test") if (labels.split == split).any()]

@@ -56,6 +56,7 @@ class TightBindingConfig:
     message : numbers that a neighbour tells per radial function
     cutoff : of bonds, Angstrom
     dropout : probability in the networks of the levels and of what neighbours tell
+    site_dropout : of the numbers that a site keeps, the same for all its bonds
     """
 
     width: int = 128
@@ -65,14 +66,18 @@ class TightBindingConfig:
     message: int = 12
     cutoff: float = 6.0
     dropout: float = 0.2
+    site_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         for name, highest in (("width", 1024), ("hidden", 2048), ("site_hidden", 2048), ("rounds", 4), ("message", 64)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
                 raise ValueError(f"{name}={value!r} must be a whole number from 1 to {highest}")
-        if not 1 <= self.cutoff <= 8 or not 0 <= self.dropout < 1:
-            raise ValueError(f"cutoff={self.cutoff} A must lie in 1 to 8, dropout={self.dropout} in 0 to 1")
+        if not 1 <= self.cutoff <= 8:
+            raise ValueError(f"cutoff={self.cutoff} A must lie in 1 to 8")
+        for name in ("dropout", "site_dropout"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value!r} must be at least 0 and less than 1")
 
 
 class MatrixElements(NamedTuple):
@@ -138,6 +143,7 @@ class TightBinding(nn.Module):
         self.heard = nn.ModuleList(
             _mlp(RADIAL * config.message, 128, config.width, config.dropout) for _ in range(config.rounds)
         )
+        self.forget = nn.Dropout(config.site_dropout)
         self.level = nn.Embedding(NUM_ELEMENTS, 3)
         self.onsite = _mlp(wide, config.site_hidden, 3, config.dropout, start=0.0)
         self.moment = _mlp(wide, 64, 1)
@@ -167,6 +173,7 @@ class TightBinding(nn.Module):
             message = (near[:, :, None] * told[j][:, None]).flatten(1)
             around = message.new_zeros(len(z), message.shape[1]).index_add(0, i, message)
             site = torch.cat([site, hear(around)], -1)
+        site = self.forget(site)
         pair = self.left(site)[i] + self.right(site)[j] + self.distance(radial)
         factor, field = self.integrals(pair).split(NUM_INTEGRALS, -1)
         # Harrison's integrals reach one shell of neighbours only; beyond, and to zero at the cutoff, they are screened.
