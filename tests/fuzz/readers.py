@@ -238,7 +238,7 @@ def arrays() -> Files:
     found = [computed(atoms) for atoms in crystals()]
     for atoms in crystals():
         (work / f"{atoms.info['material_id']}.json").touch()
-    candidates = [labels._Candidate(a.info["material_id"], a, "train", 1) for a in crystals()]
+    candidates = [labels.Candidate(a.info["material_id"], a, "train", 1) for a in crystals()]
     shard = labels._pack(folder, work, candidates, found, {}, {"recipe": np.int16(labels.RECIPE)})
     return {
         **{name: (folder / name).read_bytes() for name in ("hull.npz", "index.npz", "piece.npz", "pseudo.npz")},
