@@ -481,6 +481,63 @@ def test_a_program_ends_with_a_parent_that_was_killed(stand_in: Any, tmp_path: P
     pytest.fail("pw.x went on")
 
 
+WRAPPED = """
+from pathlib import Path
+from ase.build import bulk
+from dosmatgen_ase.dft.espresso import compute_dos
+from dosmatgen_ase.dft.settings import EspressoSettings
+compute_dos(bulk("Si"), EspressoSettings(launcher={launcher!r}), directory=Path({folder!r}))
+"""
+
+
+def wrapper(tmp_path: Path) -> str:
+    """A launcher that stays, and does not pass on how it is ended."""
+    (tmp_path / "launch").write_text('#!/bin/sh\n"$@"\nexit 1\n')
+    (tmp_path / "launch").chmod(0o755)
+    return str(tmp_path / "launch")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("number", [9, 15])
+def test_what_a_launcher_started_ends_with_a_parent_that_was_killed(stand_in: Any, tmp_path: Path, number: int) -> None:
+    stand_in(f"echo $$ > {tmp_path}/pid.part; mv {tmp_path}/pid.part {tmp_path}/pid; exec sleep 60")
+    code = WRAPPED.format(launcher=wrapper(tmp_path), folder=str(tmp_path / "run"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as parent:
+        while not (tmp_path / "pid").exists():
+            assert parent.poll() is None
+            time.sleep(0.02)
+        parent.send_signal(number)
+    status = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    for _ in range(500):
+        if not status.exists() or status.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail("pw.x went on")
+
+
+def test_what_a_launcher_started_is_ended_from_another_thread(stand_in: Any, tmp_path: Path) -> None:
+    """Also where the launcher then says that it failed: that is no failure of the structure."""
+    stand_in(f"echo $$ > {tmp_path}/pid.part; mv {tmp_path}/pid.part {tmp_path}/pid; exec sleep 60")
+    stop = Event()
+
+    def watch() -> None:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.01)
+        stop.set()
+
+    Thread(target=watch, daemon=True).start()
+    with pytest.raises(InterruptedCalculation, match="stopped by signal 9"):
+        compute_in(SILICON, EspressoSettings(launcher=wrapper(tmp_path)), tmp_path / "run", stop)
+    for _ in range(500):
+        try:
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    pytest.fail("pw.x went on")
+
+
 def test_an_error_ends_the_whole_run(stand_in: Any, tmp_path: Path) -> None:
     stand_in("exec sleep 60")
     (tmp_path / "out").mkdir()

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from dosmatgen_ase.dft.settings import EspressoSettings
 _CRASHES = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL)  # of a program's own making
 _BANNERS = {"pw.x": "Program PWSCF", "projwfc.x": "Program PROJWFC"}  # the first that they print
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")  # of this machine, not of the structure
+_GRACE = 2.0  # seconds in which a launcher may end what it has started
 _PATIENCE = 10.0  # seconds by the clock for one of CPU time, before a calculation counts as hanging
 
 
@@ -76,20 +77,21 @@ class Programs:
             # In a session of its own: what a launcher starts ends with it, and Ctrl-C reaches us alone.
             process = subprocess.Popen(
                 command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                start_new_session=True, preexec_fn=partial(_confine, math.ceil(limit)),
+                start_new_session=True, preexec_fn=partial(_confine, math.ceil(limit), not self.settings.launcher),
             )  # fmt: skip
             try:
+                guard = _guard(process.pid) if self.settings.launcher else contextlib.nullcontext()
                 self._stand_back(process.pid)
-                while process.poll() is None and not self.stop.is_set() and time.monotonic() < deadline:
-                    self.stop.wait(0.02)
+                with guard:
+                    self._wait(process, deadline)
             finally:
                 unfinished = process.poll() is None
                 if unfinished:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                    self._end(process)
         text, code = log.read_text(errors="replace"), process.returncode
-        # A launcher tells of a signal as a shell does.
-        ended_by = code - 128 if self.settings.launcher and code - 128 in signal.valid_signals() else max(-code, 0)
+        # A launcher tells of a signal as a shell does; what it says when it is ended itself is its own affair.
+        told = code - 128 if self.settings.launcher and code - 128 in signal.valid_signals() else max(-code, 0)
+        ended_by = signal.SIGKILL if unfinished else told
         too_slow = (unfinished and not self.stop.is_set()) or ended_by == signal.SIGXCPU
         if ended_by and not too_slow and ended_by not in _CRASHES:
             raise InterruptedCalculation(f"{program} ({name}) was stopped by signal {ended_by}", log)
@@ -107,6 +109,21 @@ class Programs:
             raise ElectronicStructureError(f"{program} ({name}) failed: {' '.join(told[0].split())}", log)
         return text
 
+    def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> None:
+        """Wait until it ends, is to be stopped, or is late."""
+        while process.poll() is None and not self.stop.is_set() and time.monotonic() < deadline:
+            self.stop.wait(0.02)
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """End a program and what it has started; a launcher is asked first, as it knows of processes elsewhere."""
+        if self.settings.launcher:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
     def _stand_back(self, pid: int) -> None:
         with contextlib.suppress(OSError):  # it may have ended, or there are no groups
             if self.settings.nice:
@@ -119,9 +136,23 @@ class Programs:
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _confine(cpu_seconds: int) -> None:
-    """End this process with its parent, and by SIGXCPU after so much CPU time."""
-    if _LIBC is not None:
+@contextlib.contextmanager
+def _guard(group: int) -> Iterator[None]:
+    """End a launcher, and what it started, with this process: a shell waits until the pipe to it is closed."""
+    ends = f"read -r _; kill -s TERM -- -{group}; sleep {_GRACE}; kill -s KILL -- -{group}"
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(
+        ["sh", "-c", ends], stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
+    ) as shell:
+        try:
+            yield
+        finally:
+            shell.kill()
+
+
+def _confine(cpu_seconds: int, with_parent: bool) -> None:
+    """End this process with its parent, if it is to, and by SIGXCPU after so much CPU time."""
+    if _LIBC is not None and with_parent:
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that made it ends
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     soft = cpu_seconds if hard == resource.RLIM_INFINITY else min(cpu_seconds, hard)
