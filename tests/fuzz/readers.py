@@ -239,7 +239,12 @@ def arrays() -> Files:
     for atoms in crystals():
         (work / f"{atoms.info['material_id']}.json").touch()
     candidates = [labels.Candidate(a.info["material_id"], a, "train", 1) for a in crystals()]
-    shard = labels._pack(folder, work, candidates, found, {}, {"recipe": np.int16(labels.RECIPE)})
+    told = {
+        "recipe": np.int16(labels.RECIPE),
+        "origin": np.full(len(found), "given"),
+        "parent": np.full(len(found), ""),
+    }
+    shard = labels._pack(folder, work, candidates, found, {}, told)
     return {
         **{name: (folder / name).read_bytes() for name in ("hull.npz", "index.npz", "piece.npz", "pseudo.npz")},
         "shard.npz": shard.read_bytes(),
@@ -294,13 +299,15 @@ def read_pseudo_labels(path: Path) -> None:
 
 def read_shard(path: Path) -> None:
     """As training and ``dosmatgen label`` do."""
-    from dosmatgen_ase.data import load_shell_dos, load_site_dos
+    from dosmatgen_ase.data import load_bands, load_shell_dos, load_site_dos
     from dosmatgen_ase.dft.labels import _LabelSet
 
     labels = load_site_dos(path.parent)
     load_shell_dos(path.parent, labels)
     for i in range(len(labels)):
         labels.atoms(i)
+    for bands in load_bands(path.parent).values():
+        bands.dos()
     _LabelSet.read(path.parent, 4)
 
 
