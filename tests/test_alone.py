@@ -110,6 +110,14 @@ def test_an_npz_takes_no_more_memory_than_it_holds(tmp_path: Path) -> None:
         write_npz(path, values=array)
         with pytest.raises(ValueError, match="values has the shape"):
             read_npz(path, wanted)
+    for order in "<>":
+        names = np.array(["a", "bc"], dtype=f"{order}U2")
+        write_npz(path, names=names)
+        assert read_npz(path, {"names": ("U", 1)})["names"].tolist() == ["a", "bc"]
+        names.view(f"{order}u4")[1] = 0x110000
+        write_npz(path, names=names)
+        with pytest.raises(ValueError, match="names is damaged: it holds what is no character"):
+            read_npz(path, {"names": ("U", 1)})
     np.savez(path, values=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="Python objects"):
         read_npz(path, wanted)

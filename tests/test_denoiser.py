@@ -405,3 +405,11 @@ def broken(**changes: object) -> Atoms:
 def test_what_is_not_a_crystal_is_refused(atoms: object, error: type[Exception], fragment: str) -> None:
     with pytest.raises(error, match=fragment):
         check_atoms(atoms, "template")
+
+
+def test_a_cell_that_is_not_finite_is_no_error_of_the_network(tiny_config: DenoiserConfig) -> None:
+    """As weights may make one that are finite and absurd: the screen then rejects the crystal."""
+    cell = torch.eye(3)[None] * 3
+    cell[0, 0, 0] = torch.nan
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    pair_features(cell, torch.tensor([[[0.0, 0, 0], [0.5, 0.5, 0.5]]]), mask, tiny_config.num_radial, 6.0)

@@ -293,6 +293,14 @@ def doscar_line(number: int, text: str) -> bytes:
     return "\n".join([*LINES[:number], text, *LINES[number + 1 :]]).encode()
 
 
+@pytest.mark.parametrize("before", [b"\n", b"\r\n", b"\n \n"])
+def test_blank_lines_above_a_doscar_are_passed_over(before: bytes, tmp_path: Path) -> None:
+    plain, later = tmp_path / "DOSCAR", tmp_path / "DOSCAR.later"
+    plain.write_bytes(DOSCAR.encode())
+    later.write_bytes(before + DOSCAR.encode())
+    assert np.array_equal(TargetDOS.from_file(later).values, TargetDOS.from_file(plain).values)
+
+
 CASTEP = (
     "Number of k-points 1\nNumber of spin components 1\nNumber of electrons 2.0\nNumber of eigenvalues 2\n"
     "Fermi energies (in atomic units) 0.0\nUnit cell vectors\n1 0 0\n0 1 0\n0 0 1\nK-point 1 0 0 0 1.0\n"

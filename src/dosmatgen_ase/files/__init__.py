@@ -13,6 +13,7 @@ import math
 import os
 import re
 import struct
+import sys
 import tempfile
 import tokenize
 import zipfile
@@ -459,7 +460,12 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) ->
     if dtype.hasobject or math.prod(shape) * dtype.itemsize > member.file_size or min(shape, default=0) < 0:
         raise ValueError(f"{name} is damaged or holds Python objects: its header says {shape} of {dtype}")
     with archive.open(member) as stream:
-        return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+        array = np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+    if array.dtype.kind == "U" and array.dtype.itemsize:
+        codes = np.ascontiguousarray(array).view(np.dtype("u4").newbyteorder(array.dtype.byteorder))
+        if codes.max(initial=0) > sys.maxunicode:
+            raise ValueError(f"{name} is damaged: it holds what is no character")
+    return array
 
 
 def read_records(path: Path) -> dict[str, dict[str, Any]]:

@@ -99,7 +99,7 @@ def pair_features(cell: Tensor, frac_coords: Tensor, mask: Tensor, num_radial: i
     real = mask[:, first] & mask[:, second]
     longest = (vectors.norm(dim=-1) * real).amax(1)
     heights = 1 / torch.linalg.inv(cell).norm(dim=1)  # distance between lattice planes, per axis
-    reach = torch.floor(cutoff / heights.amin(0) + 0.5).clamp(max=MAX_IMAGES).long().tolist()
+    reach = torch.floor(cutoff / heights.amin(0) + 0.5).nan_to_num(0.0).clamp(max=MAX_IMAGES).long().tolist()
     images = torch.cartesian_prod(*(torch.arange(-r, r + 1, device=device, dtype=cell.dtype) for r in reach))
     translations = images @ cell  # (B, M, 3)
     which, image = torch.nonzero(translations.norm(dim=-1) < cutoff + longest[:, None], as_tuple=True)

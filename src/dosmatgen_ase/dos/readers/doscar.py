@@ -32,14 +32,14 @@ def read_doscar(content: Content, request: Request) -> TargetDOS:
     """Read the total DOS or one site's."""
     try:
         return _densities(content).target(request.site)
-    except ValueError as error:
+    except (IndexError, ValueError) as error:
         raise unreadable(content.name, error) from None
 
 
 def _densities(content: Content) -> Densities:
     if content.data.count(b"\n") > _MAX_LINES:
         raise ValueError(f"it has more than {_MAX_LINES:,} lines")
-    lines = content.data.decode("utf-8", errors="replace").splitlines()
+    lines = content.data.decode("utf-8", errors="replace").lstrip().splitlines()  # an editor may leave blank lines
     num_ions, sections, headers = int(lines[0].split()[1]), [], list[re.Match[str]]()
     start = 5
     while start < len(lines) and lines[start].strip():
