@@ -177,11 +177,12 @@ def against_vasp(labels: SiteDOSLabels, path: Path) -> list[dict[str, Any]]:
 
 
 def recipes_in(directory: Path) -> set[int]:
-    """Recipes of the shards."""
+    """Recipes of the shards of known crystals."""
     recipes = set()
     for path in directory.glob("*.npz"):
         with np.load(path, allow_pickle=False) as shard:
-            recipes.add(int(shard["recipe"]) if "recipe" in shard else 1)
+            if "origin" not in shard or (shard["origin"] == "given").any():
+                recipes.add(int(shard["recipe"]) if "recipe" in shard else 1)
     return recipes
 
 

@@ -86,9 +86,9 @@ def load_bands(directory: str | Path) -> dict[str, MeshBands]:
 
     Examples
     --------
-    >>> bands = load_bands("data/site_dos")["mp-1550"]  # doctest: +SKIP
+    >>> bands = load_bands("data/site_dos")["mp-1700-r1"]  # doctest: +SKIP
     >>> bands.energies.shape  # spins, k-points, bands  # doctest: +SKIP
-    (1, 20, 12)
+    (1, 76, 5)
     """
     shards = [(read_shard(path), path) for path in shard_paths(directory)]
     if not shards:
