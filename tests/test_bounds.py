@@ -101,11 +101,11 @@ HEAD = b'Lattice="3 0 0 0 3 0 0 0 3" Properties=species:S:1:pos:R:3'
 
 
 @pytest.mark.parametrize(
-    "lines", [[b"999999999999\n", b"a comment\n"], [b"1\n", HEAD, b"Cu 0 0 0\n", b" 100000000\n", HEAD]]
+    "lines", [[b"999999999999\n", b"a comment\n"], [b"1\n", HEAD, b"Cu 0 0 0\n", b" 2776141\n", HEAD]]
 )
 def test_a_frame_of_more_atoms_than_any_file_holds_is_refused(lines: list[bytes], tmp_path: Path) -> None:
     """ASE reads as many lines as the head tells, at the end of the file too: hours."""
-    with pytest.raises(ValueError, match="a frame tells 10 million atoms or more"):
+    with pytest.raises(ValueError, match="a frame tells a million atoms or more"):
         check_extxyz(lines)
     check_extxyz([b"2\n", HEAD, b"Cu 0 0 0\n", b"99999999\n"])  # a last line is no head
 
@@ -195,7 +195,7 @@ def test_a_head_that_tells_many_atoms_takes_no_memory(tmp_path: Path) -> None:
     """Readers of some formats make room for as many."""
     cell = "".join(f"H0({i},{i}) = 3 A\n" for i in (1, 2, 3))
     head = "Number of particles = {}\nA = 1.0 Angstrom\n" + cell + ".NO_VELOCITY.\nentry_count = 3\n63.5\nCu\n0 0 0\n"
-    for count, told in ((99_999_999, "asks for too much memory"), (1, "")):
+    for count, told in ((99_999_999, "it asks for more memory than a file of its size needs"), (1, "")):
         (tmp_path / "a.cfg").write_text(head.format(count))
         before = resource.getrlimit(resource.RLIMIT_AS)
         done = CliRunner().invoke(

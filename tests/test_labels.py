@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -257,7 +258,11 @@ def test_a_run_killed_between_packing_and_clearing_makes_no_doubles(
         with pytest.raises(KeyboardInterrupt):
             label(crystals(3), tmp_path / "shards")
     assert len(list((tmp_path / "shards" / "unpacked").glob("*.json"))) == 3
-    assert label(crystals(3), tmp_path / "shards") == LabelReport([], 0, {}, {}, 3)
+    (tmp_path / "shards" / ".20260101T000000-00000000.npz.part").write_bytes(b"half a shard")
+    with (tmp_path / "shards" / ".another.npz.part").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # a run with another folder of work writes it
+        assert label(crystals(3), tmp_path / "shards") == LabelReport([], 0, {}, {}, 3)
+    assert [path.name for path in (tmp_path / "shards").glob(".*.part")] == [".another.npz.part"]
     assert not list((tmp_path / "shards" / "unpacked").glob("*.json"))
 
 

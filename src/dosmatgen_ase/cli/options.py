@@ -363,11 +363,9 @@ def _frames(path: Path) -> Any:
     try:
         with _bounded_memory(path):
             return read(path)
-    except MemoryError as error:
-        told = str(error) or "a file of its size does not need so much"
-        raise ValueError(
-            f"it asks for too much memory ({told}); does its head tell the right number of atoms?"
-        ) from None
+    except MemoryError:
+        told = "it asks for more memory than a file of its size needs: does its head tell the right number of atoms?"
+        raise ValueError(told) from None
 
 
 def read_structure(path: Path) -> Any:

@@ -36,7 +36,7 @@ from dosmatgen_ase.dft.order import Candidate, in_order, spacegroup
 from dosmatgen_ase.dft.pseudopotentials import has_recipe_pseudopotentials, without_pseudopotential
 from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import RECIPE, EspressoSettings
-from dosmatgen_ase.files import output_folder, write_npz
+from dosmatgen_ase.files import output_folder, remove_parts, write_npz
 from dosmatgen_ase.limits import MAX_ATOMS
 
 SHARD_SIZE = 100  # labels that are packed at a time
@@ -134,6 +134,7 @@ def label(
     with _alone_in(work):
         recipe, labelled, candidates = _survey(structures, folder, settings, split, table)
         _tidy(work, labelled.done)
+        remove_parts(folder)
         left = _Unpacked.read(work, candidates)
         _check_ids(candidates, {**labelled.crystal, **left.crystal}, folder)
         _check_origin(candidates, labelled.origin, origin, folder)

@@ -61,6 +61,18 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that exists and has space") from error
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what killed runs of `write_atomic` left in a folder; what is being written stays."""
+    for part in folder.glob(".*.part"):
+        with contextlib.suppress(OSError):  # it has gone meanwhile, or is no file of ours
+            descriptor = os.open(part, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()  # a writer that has opened it meanwhile sees that it is gone
+            finally:
+                os.close(descriptor)
+
+
 def _is_at(descriptor: int, path: Path) -> bool:
     """Whether an open file still has this name."""
     try:
@@ -288,7 +300,7 @@ def _check_poscar(lines: Iterable[bytes]) -> None:
 _COLUMNS = re.compile(rb"Properties\s*=\s*[^\n]*?:[A-Za-z]:\d{5,}")
 
 
-_MANY = re.compile(rb"\s*[+-]?[\d_]{8,}\s*")
+_MANY = re.compile(rb"\s*[+-]?[\d_]{7,}\s*")
 
 
 def check_extxyz(lines: Iterable[bytes]) -> None:
@@ -297,7 +309,7 @@ def check_extxyz(lines: Iterable[bytes]) -> None:
     Raises
     ------
     ValueError
-        If it tells more than 9,999 columns of one property, or 10 million atoms.
+        If it tells more than 9,999 columns of one property, or a million atoms.
     """
     before: bytes | None = None
     for line in lines:
@@ -306,7 +318,7 @@ def check_extxyz(lines: Iterable[bytes]) -> None:
             raise ValueError("its Properties tell more than 9,999 columns")
         counted = line if before is None else before if head else b""  # the first line, or that above a head
         if _MANY.fullmatch(counted):
-            raise ValueError("a frame tells 10 million atoms or more")
+            raise ValueError("a frame tells a million atoms or more")
         before = line
 
 
