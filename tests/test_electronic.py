@@ -886,7 +886,9 @@ def test_silicon_has_eight_electrons_and_a_gap(tmp_path: Path) -> None:
     assert bands is not None
     assert len(bands.counts) == result.num_kpoints
     assert ((bands.energies[0] < 1e-3).sum(1) + bands.below == 4).all(), "eight electrons at every k-point"
-    assert bands.energies[0, 0, 3 - bands.below] == pytest.approx(0, abs=1e-3), "the top is at Gamma"
+    # The zero is the top of the interpolated bands, which rise a little between the points of the mesh.
+    assert bands.energies[0, 0, 3 - bands.below] == pytest.approx(0, abs=0.03), "the top is at Gamma"
+    assert bands.energies[0, 0, 3 - bands.below] == bands.energies[0, :, 3 - bands.below].max()
     assert np.ptp(bands.energies[0, 0, 1:4]) < 1e-3, "and threefold"
 
 
