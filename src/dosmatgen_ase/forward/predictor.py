@@ -263,18 +263,21 @@ class DOSPredictor:
             offset = inverse_softplus(baseline[torch.from_numpy(np.concatenate(kinds))])
             x = self.standardised(inputs)
             found = torch.stack([softplus(net(x) + offset) for net in self.members])
-            rows = found.split([len(z) for z in kinds], 1)
-            for i, part in zip(readable, rows, strict=True):
+            counts = [len(z) for z in kinds]
+            for i, part in zip(readable, found.split(counts, 1), strict=True):
                 opinions[i].networks = list(part.numpy())
-            if not self.correctors or not (both := [k for k, i in enumerate(readable) if opinions[i].bound]):
-                return
-            counts = [len(kinds[k]) for k in both]
-            chosen = torch.cat([part for k, part in enumerate(inputs.split([len(z) for z in kinds])) if k in set(both)])
-            dos = torch.from_numpy(np.concatenate([np.mean(opinions[readable[k]].bound, 0) for k in both]))
-            x, offset = self.standardised(chosen, dos), inverse_softplus(dos)
-            corrected = torch.stack([softplus(net(x) + offset) for net in self.correctors]).mean(0)
-            for k, part in zip(both, corrected.split(counts), strict=True):
-                opinions[readable[k]].corrected = part.numpy()
+            seen = zip(readable, inputs.split(counts), strict=True)
+            both = [(opinions[i], part) for i, part in seen if opinions[i].bound]
+            if self.correctors and both:
+                self._correct(both)
+
+    def _correct(self, both: Sequence[tuple[_Opinions, Tensor]]) -> None:
+        """Fill in what correctors make of the tight-binding DOS of crystals, given with their inputs (n, 536)."""
+        dos = torch.from_numpy(np.concatenate([np.mean(one.bound, 0) for one, _ in both]))
+        x, offset = self.standardised(torch.cat([part for _, part in both]), dos), inverse_softplus(dos)
+        corrected = torch.stack([softplus(net(x) + offset) for net in self.correctors]).mean(0)
+        for (one, _), part in zip(both, corrected.split([len(part) for _, part in both]), strict=True):
+            one.corrected = part.numpy()
 
     def _by_tight_binding(self, atoms_list: Sequence[Atoms], opinions: Sequence[_Opinions], progress: bool) -> None:
         """Fill in the DOS by each model, why there is none, and the mean gap."""

@@ -124,14 +124,11 @@ def train_stages(
     for number, stage in enumerate(recipe.stages, start=1):
         folder = out / f"stage_{number}"
         weights = folder / "weights.safetensors"
-        if _is_done(folder, stage.training):
-            header = load_model(weights)[1]
-        else:
+        if not _is_done(folder, stage.training):
             dataset = dataset_of(stage)
             metadata = {"structures": stage.structures, "data": counts_of(dataset)}
             train(stage.training, dataset, folder, init=init, device=device, metadata=metadata, progress=progress)
-            header = load_model(weights)[1]
-        told.append(_told(folder, header))
+        told.append(_told(folder))
         init = weights
     model, header = load_model(weights)
     stages = [{k: v for k, v in one.items() if k != "curve"} for one in told]
@@ -160,8 +157,9 @@ def _is_done(folder: Path, config: TrainingConfig) -> bool:
     return bool(training == json.loads(json.dumps({"steps": config.steps, "config": asdict(config)})))
 
 
-def _told(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+def _told(folder: Path) -> dict[str, Any]:
     """What the record tells of a stage."""
+    header = load_model(folder / "weights.safetensors")[1]
     state = load_tensors(folder / "state.safetensors")[1]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     every = max(1, -(-len(lines) // CURVE))
