@@ -16,17 +16,22 @@ from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBinding
 from dosmatgen_ase.plotting import plot_bands
 
 
-@pytest.fixture(scope="module")
-def predictor() -> DOSPredictor:
-    torch.set_num_threads(1)
+def random_model() -> TightBinding:
+    """A tight-binding model of random weights, always the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         levels = torch.tensor(start_levels(np.tile([-6.0, -2.0, -1.0], (95, 1))))
         model = TightBinding(TightBindingConfig(width=16, hidden=16, site_hidden=16), levels)
         for weight in model.parameters():
             torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def predictor() -> DOSPredictor:
+    torch.set_num_threads(1)
     tables = {"baseline": torch.ones(95, 151), "support": torch.full((95, 151), 9, dtype=torch.int16)}
-    return DOSPredictor(PredictorConfig(members=0), tables, {}, [model])
+    return DOSPredictor(PredictorConfig(members=0), tables, {}, [random_model()])
 
 
 def test_bands_have_the_symmetry_of_the_crystal_and_join_at_special_points(predictor: DOSPredictor) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from test_bands import random_model
 from typer.testing import CliRunner
 
 from dosmatgen_ase.cli import app
@@ -18,8 +19,6 @@ from dosmatgen_ase.dos import normalised_l1_arrays
 from dosmatgen_ase.forward import disagreement as module
 from dosmatgen_ase.forward.disagreement import disagreement
 from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig
-from dosmatgen_ase.forward.tight_binding.basis import start_levels
-from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
 
 CRYSTALS = {"al": bulk("Al"), "ni": bulk("Ni"), "cu": bulk("Cu")}
 
@@ -39,15 +38,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        levels = torch.tensor(start_levels(np.tile([-6.0, -2.0, -1.0], (95, 1))))
-        model = TightBinding(TightBindingConfig(width=16, hidden=16, site_hidden=16), levels)
-        for weight in model.parameters():
-            torch.nn.init.normal_(weight, std=0.1)
         tables = {
             "baseline": torch.ones(95, 151), "support": torch.full((95, 151), 9, dtype=torch.int16),
             "input_mean": torch.zeros(536), "input_std": torch.ones(536),
         }  # fmt: skip
-        predictor = DOSPredictor(PredictorConfig(hidden=4, depth=1, members=1), tables, {}, [model])
+        predictor = DOSPredictor(PredictorConfig(hidden=4, depth=1, members=1), tables, {}, [random_model()])
     path = tmp_path_factory.mktemp("weights") / "predictor.safetensors"
     predictor.save(path)
     return path

@@ -446,17 +446,22 @@ def test_what_was_interrupted_is_tried_again(stand_in: Any, tmp_path: Path) -> N
         assert runs(tmp_path) == attempt
 
 
-def test_a_running_program_can_be_ended_from_another_thread(stand_in: Any, tmp_path: Path) -> None:
-    stand_in(f"echo $$ > {tmp_path}/pid.part; mv {tmp_path}/pid.part {tmp_path}/pid; exec sleep 60")
+def once_running(folder: Path) -> Event:
+    """An event that another thread sets as soon as the program has written its number into the folder."""
     stop = Event()
 
     def watch() -> None:
-        while not (tmp_path / "pid").exists():
+        while not (folder / "pid").exists():
             time.sleep(0.01)
         stop.set()
 
-    watcher = Thread(target=watch, daemon=True)
-    watcher.start()
+    Thread(target=watch, daemon=True).start()
+    return stop
+
+
+def test_a_running_program_can_be_ended_from_another_thread(stand_in: Any, tmp_path: Path) -> None:
+    stand_in(f"echo $$ > {tmp_path}/pid.part; mv {tmp_path}/pid.part {tmp_path}/pid; exec sleep 60")
+    stop = once_running(tmp_path)
     with pytest.raises(InterruptedCalculation, match="stopped by signal 9"):
         compute_in(SILICON, EspressoSettings(), tmp_path / "run", stop)
     with pytest.raises(ProcessLookupError):
@@ -519,14 +524,7 @@ def test_what_a_launcher_started_ends_with_a_parent_that_was_killed(stand_in: An
 def test_what_a_launcher_started_is_ended_from_another_thread(stand_in: Any, tmp_path: Path) -> None:
     """Also where the launcher then says that it failed: that is no failure of the structure."""
     stand_in(f"echo $$ > {tmp_path}/pid.part; mv {tmp_path}/pid.part {tmp_path}/pid; exec sleep 60")
-    stop = Event()
-
-    def watch() -> None:
-        while not (tmp_path / "pid").exists():
-            time.sleep(0.01)
-        stop.set()
-
-    Thread(target=watch, daemon=True).start()
+    stop = once_running(tmp_path)
     with pytest.raises(InterruptedCalculation, match="stopped by signal 9"):
         compute_in(SILICON, EspressoSettings(launcher=wrapper(tmp_path)), tmp_path / "run", stop)
     for _ in range(500):
