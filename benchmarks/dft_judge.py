@@ -1,13 +1,14 @@
 """The round trip under real DFT: what a user gets for a DOS, relaxed, against the DOS that was asked for.
 
-    python benchmarks/dft_judge.py             # 24 targets of `test`; Quantum ESPRESSO, an hour and a half on one core
+    python benchmarks/dft_judge.py             # 24 targets of `test`; Quantum ESPRESSO, two hours on one core
     python benchmarks/dft_judge.py --jobs 2
 
-Per target the crystals of four arms (`ARMS`). Every site with its DOS: the first of 20 draws by the predictor that
-ships, beside one draw without a DOS. One random site with its DOS and its element, all else free: the same two. A draw
-that is not ranked is the first that the screen accepts and whose elements are all among the labels, for others have no
-pseudopotential. All are relaxed with CHGNet, their symmetry is refined, and their site DOS computed as the labels were.
-Everything is kept under `runs/dft_judge/`, so that an interrupted run goes on.
+Per target the crystals of six arms (`ARMS`), two of each mode: the best of 40 draws by the predictor that ships, and
+one draw. Every site with its DOS, beside a draw without a DOS. One random site with its DOS and its element, all else
+free, beside a draw without the DOS. Every site with its DOS and its element, beside a draw of the same, for the
+first 16 targets. A draw that is not ranked is the first that the screen accepts and whose elements are all among the
+labels, for others have no pseudopotential. All are relaxed with CHGNet, their symmetry is refined, and their site DOS
+computed as the labels were. Everything is kept under `runs/dft_judge/`, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are load
 import ase.io
 import numpy as np
 import torch
-from _common import JUDGE, ROOT, add_options, add_split, results_folder, sampler_config, split_of
+from _common import ROOT, add_options, add_split, results_folder, sampler_config, split_of
 from _draws import METRICS, MODES, crystal_figures, generate
 from _stats import interval, mean_of, ratio_of_means
 from _tables import text, write_results
@@ -36,17 +38,19 @@ from round_trip import Library
 from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import reduced_formula, screen
-from dosmatgen_ase.data import load_site_dos
+from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
 from dosmatgen_ase.dft.batch import compute_many
 from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import COMPARABLE, RECIPE, EspressoSettings
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files import write_extxyz
 from dosmatgen_ase.forward.predictor import MIN_LABELS, DOSPredictor, default_predictor
+from dosmatgen_ase.generate.sampler import SamplerConfig
 from dosmatgen_ase.judge.metrics import site_distances
 from dosmatgen_ase.judge.ranking import score
 from dosmatgen_ase.judge.relaxation import relax, symmetrized
 from dosmatgen_ase.model.checkpoint import load_model
+from dosmatgen_ase.model.conditioning import ConditionalDenoiser
 from dosmatgen_ase.plotting import plot_dos
 
 MEAN = "per-element mean"
@@ -65,15 +69,26 @@ ARMS = {
     "unconditional": Arm("unconditional", False),
     "site with DOS, ranked": Arm("site with DOS", True),
     "site without DOS": Arm("site without DOS", False),
+    "species with DOS, ranked": Arm("species with DOS", True),
+    "species with DOS, one draw": Arm("species with DOS", False),
 }
 TABLES = {  # by what is judged: arms, and ratios of rows
     "all sites": (tuple(ARMS)[:2], [("unconditional", "conditional, ranked"), ("conditional, ranked", MEAN)]),
     "one site, its element pinned": (
-        tuple(ARMS)[2:],
+        tuple(ARMS)[2:4],
         [("site with DOS, ranked", "site without DOS"), ("site with DOS, ranked", MEAN)],
     ),
+    "all sites, their elements pinned": (
+        tuple(ARMS)[4:],
+        [("species with DOS, ranked", "species with DOS, one draw"), ("species with DOS, ranked", MEAN)],
+    ),
 }
-BAR = {"unconditional / conditional, ranked": 3.0, f"site with DOS, ranked / {MEAN}": 0.7}
+RANKED = tuple(name for name, arm in ARMS.items() if arm.ranked)
+BAR = {
+    "unconditional / conditional, ranked": 3.0,
+    f"site with DOS, ranked / {MEAN}": 0.8,
+    "species with DOS, ranked / species with DOS, one draw": 0.9,
+}
 SYMMETRY = 0.1  # Angstrom: relaxation leaves that much; a crystal without symmetry costs ten times the k-points
 INSULATOR = 3.0  # eV
 CLASSES = ("metal", "semiconductor", "insulator")
@@ -178,9 +193,10 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [f"| DFT | {' | '.join(names.values())} |", "|--|" + "--:|" * len(names)]
         lines += [f"| {row} | {' | '.join(text(figures[m]) for m in names)} |" for row, figures in table.items()]
         lines.append("")
-    lines += ["| forward model, all sites | raw | relaxed |", "|--|--:|--:|"]
-    for arm, figures in report["forward"].items():
-        lines.append(f"| {arm} | {text(figures['raw'])} | {text(figures['relaxed'])} |")
+    columns = list(report["promises"][RANKED[0]])[:-1]  # without the figures of each target
+    lines += [f"| promised and computed | {' | '.join(columns)} |", "|--|" + "--:|" * len(columns)]
+    for arm, figures in report["promises"].items():
+        lines.append(f"| {arm} | {' | '.join(text(figures[c]) for c in columns)} |")
     lines += ["", "| gap class of the target | generated: " + " | ".join(CLASSES) + " |", "|--|" + "--:|" * 3]
     for one in CLASSES:
         lines.append(f"| {one} | " + " | ".join(str(report["gap_classes"][one][other]) for other in CLASSES) + " |")
@@ -195,8 +211,9 @@ def markdown(report: dict[str, Any]) -> str:
         "energies known to every row of a table. Retrieval (the nearest label to each site) and the per-element mean "
         "compare labels with labels. The predictor's own error on "
         f"the crystals generated for {error['targets']} targets is {text(error)} in the mean, on the targets' "
-        f"own crystals {report['predictor_error_on_labels']:.2f}. The forward model of the third table is the judge "
-        "of the round trip, whose labels the predictor that picked has seen; DFT is independent. "
+        f"own crystals {report['predictor_error_on_labels']:.2f}. *Promised and computed*: distance of the ranked "
+        "picks by the predictor that picked them, on the draw and on the relaxed crystal, by its two kinds of model "
+        "alone, by the worst of the three, and by DFT. "
         f"Of the picks with every site given, {own_formula(report)}. "
         f"Left out: {', '.join(report['failed']) or 'none'}.",
     ]
@@ -225,25 +242,104 @@ def plot(targets: list[Target], computed: list[Made], l1: list[float], path: Pat
     figure.savefig(path, dpi=150)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Generate, pick, relax, compute, compare, write."""
-    parser = argparse.ArgumentParser(description="DOS round trip judged by Quantum ESPRESSO.")
-    add_options(parser)
-    add_split(parser)
-    parser.add_argument("--judge", type=Path, default=JUDGE)
-    add_targets(parser, 24)
-    parser.add_argument("--max-atoms", type=int, default=6, help="largest target: what DFT costs")
-    parser.add_argument("--candidates", type=int, default=20)
-    parser.add_argument("--jobs", type=int, default=1, help="structures computed at a time")
-    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "dft_judge")
-    options = parser.parse_args(arguments)
+def drawn_and_relaxed(
+    targets: Sequence[Target], model: ConditionalDenoiser, predictor: DOSPredictor, folder: Path, options: Any
+) -> tuple[dict[tuple[str, str], tuple[Atoms, Atoms]], list[str]]:
+    """Crystals by target and arm, as drawn and as relaxed; and which are missing, and why."""
+    config = sampler_config(options)
+    made: dict[tuple[str, str], tuple[Atoms, Atoms]] = {}
+    failed: list[str] = []
+    for number, t in enumerate(tqdm(targets, unit="target", desc="generate and relax")):
+        for k, (name, arm) in enumerate(ARMS.items()):
+            if MODES[arm.mode].species == "all" and number >= options.pinned_targets:
+                continue
 
-    torch.set_num_threads(1)
-    model, header = load_model(options.weights)
-    judge, predictor = DOSPredictor.load(options.judge), default_predictor()
-    config, split = sampler_config(options), split_of(options)
-    labels = load_site_dos(ROOT / "data" / "site_dos")
-    library = Library(labels.select(labels.split == "train"))
+            def drawn(t: Target = t, arm: Arm = arm) -> list[Atoms]:
+                found = generate(model, t, options.candidates, config, 1.0, options.seed, [arm.mode])
+                return pick(arm, t, found, predictor)
+
+            first = kept(folder / f"{t.key}-{k}.extxyz", drawn)
+            after = kept(folder / f"{t.key}-{k}-relaxed.extxyz", partial(settled, first))
+            if first:
+                made[t.material_id, name] = first[0], after[0]
+            else:
+                failed.append(f"{name} of {t.material_id} (no draw was fit)")
+    return made, failed
+
+
+def computed(
+    crystals: Mapping[tuple[str, str], tuple[Atoms, Atoms]], targets: Sequence[Target], folder: Path, jobs: int
+) -> tuple[dict[tuple[str, str], Made], list[str]]:
+    """What DFT says of the relaxed crystals, and where it failed."""
+    order, keys = list(ARMS), {t.material_id: t.key for t in targets}
+    results = compute_many(
+        {f"{keys[name]}-{order.index(arm)}": relaxed for (name, arm), (_, relaxed) in crystals.items()},
+        folder / "dft",
+        EspressoSettings(time_limit=TIME_LIMIT),
+        workers=jobs,
+        progress=True,
+    )
+    made: dict[tuple[str, str], Made] = {}
+    failed: list[str] = []
+    for (key, pair), result in zip(crystals.items(), results.values(), strict=True):
+        if isinstance(result, ElectronicStructure):
+            made[key] = Made(*pair, *on_grid(result), result.band_gap)
+        else:
+            failed.append(f"{key[1]} of {key[0]} (DFT failed)")
+    return made, failed
+
+
+def promises(
+    targets: Sequence[Target], made: Mapping[tuple[str, str], Made], predictor: DOSPredictor
+) -> dict[str, dict[str, Any]]:
+    """Distance of the ranked picks as predicted, before and after relaxation, and by DFT, over the same energies."""
+    found = {}
+    for arm in RANKED:
+        which = MODES[ARMS[arm].mode].judged
+        some = [t for t in targets if (t.material_id, arm) in made]
+        picks = [made[t.material_id, arm] for t in some]
+        rows: dict[str, list[float]] = {}
+        for state, method in (("raw", "all"), *(("relaxed", m) for m in predictor.methods)):
+            predictions = predictor.predict_arrays([getattr(m, state) for m in picks], method=method)
+            rows[state if method == "all" else f"relaxed, {method}"] = [
+                np.nan if p.reason else crystal_figures(p.mean, t, which, m.known)["l1 mean"]
+                for p, t, m in zip(predictions, some, picks, strict=True)
+            ]
+        rows["worst kind"] = np.max([row for name, row in rows.items() if name != "raw"], axis=0).tolist()
+        rows["DFT"] = [
+            crystal_figures(m.values, t, which, m.known)["l1 mean"] for t, m in zip(some, picks, strict=True)
+        ]
+        found[arm] = {name: interval(np.array(row), mean_of) for name, row in rows.items()}
+        found[arm]["per_target"] = {t.material_id: [row[i] for row in rows.values()] for i, t in enumerate(some)}
+    return found
+
+
+def gap_classes(targets: Sequence[Target], made: Mapping[tuple[str, str], Made], gaps: Mapping[str, float]) -> Any:
+    """How often each class of the target's gap became each class of its pick's."""
+    confusion = {one: dict.fromkeys(CLASSES, 0) for one in CLASSES}
+    for t in targets:
+        if found := made.get((t.material_id, RANKED[0])):
+            confusion[gap_class(gaps[t.material_id])][gap_class(found.band_gap)] += 1
+    return confusion
+
+
+def errors(
+    targets: Sequence[Target], made: Mapping[tuple[str, str], Made], predictor: DOSPredictor
+) -> tuple[dict[str, Any], float]:
+    """Error of the predictor, on all that was generated and on the targets' own crystals."""
+    own: dict[str, list[float]] = {}  # by target: its crystals are no independent draws
+    predictions = predictor.predict_arrays([m.relaxed for m in made.values()])
+    for (name, _), m, p in zip(made, made.values(), predictions, strict=True):
+        if not p.reason:
+            own.setdefault(name, []).append(float(site_distances(p.mean, m.values, m.known)["l1"]))
+    predictions = predictor.predict_arrays([t.atoms for t in targets])
+    on_labels = [site_distances(p.mean, t.dos, t.known)["l1"] for t, p in zip(targets, predictions, strict=True)]
+    return interval(np.array([np.mean(x) for x in own.values()]), mean_of), float(np.mean(on_labels))
+
+
+def targets_of(labels: SiteDOSLabels, parser: argparse.ArgumentParser, options: Any) -> tuple[list[Target], Any]:
+    """The targets, and their gaps by id."""
+    split = split_of(options)
     as_computed = labels.recipe >= COMPARABLE  # an earlier recipe would count as a distance
     small = np.flatnonzero((labels.split == split) & (labels.num_atoms <= options.max_atoms) & as_computed)
     if not small.size:
@@ -252,71 +348,46 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         )
     rows = drawn_rows(labels, small, options)
     targets = [Target.from_label(labels, row, options.seed) for row in rows]
-    gaps = {t.material_id: float(labels.band_gap[row]) for t, row in zip(targets, rows, strict=True)}
-    settings = (header["sha256"], predictor.info, asdict(config), options.candidates, options.seed, RECIPE)
-    folder = options.cache / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    return targets, {t.material_id: float(labels.band_gap[row]) for t, row in zip(targets, rows, strict=True)}
 
-    raw: dict[tuple[str, str], Atoms] = {}
-    relaxed: dict[tuple[str, str], Atoms] = {}
-    failed: list[str] = []
-    for t in tqdm(targets, unit="target", desc="generate and relax"):
-        for k, (name, arm) in enumerate(ARMS.items()):
 
-            def drawn(t: Target = t, arm: Arm = arm) -> list[Atoms]:
-                made = generate(model, t, options.candidates, config, 1.0, options.seed, [arm.mode])
-                return pick(arm, t, made, predictor)
+def options_of(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, Any]:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="DOS round trip judged by Quantum ESPRESSO.")
+    add_options(parser)
+    add_split(parser)
+    add_targets(parser, 24)
+    parser.add_argument("--pinned-targets", type=int, default=16, help="of these, with the elements of all sites")
+    parser.add_argument("--max-atoms", type=int, default=6, help="largest target: what DFT costs")
+    parser.add_argument("--candidates", type=int, default=40)
+    parser.add_argument("--jobs", type=int, default=1, help="structures computed at a time")
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "dft_judge")
+    return parser, parser.parse_args(arguments)
 
-            first = kept(folder / f"{t.key}-{k}.extxyz", drawn)
-            after = kept(folder / f"{t.key}-{k}-relaxed.extxyz", partial(settled, first))
-            if first:
-                raw[t.material_id, name], relaxed[t.material_id, name] = first[0], after[0]
-            else:
-                failed.append(f"{name} of {t.material_id} (no draw was fit)")
-    order, keys = list(ARMS), {t.material_id: t.key for t in targets}
-    results = compute_many(
-        {f"{keys[material_id]}-{order.index(arm)}": atoms for (material_id, arm), atoms in relaxed.items()},
-        folder / "dft",
-        EspressoSettings(time_limit=TIME_LIMIT),
-        workers=options.jobs,
-        progress=True,
-    )
-    made: dict[tuple[str, str], Made] = {}
-    for key, result in zip(relaxed, results.values(), strict=True):
-        if isinstance(result, ElectronicStructure):
-            made[key] = Made(raw[key], relaxed[key], *on_grid(result), result.band_gap)
-        else:
-            failed.append(f"{key[1]} of {key[0]} (DFT failed)")
 
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Generate, pick, relax, compute, compare, write."""
+    parser, options = options_of(arguments)
+    torch.set_num_threads(1)
+    model, header = load_model(options.weights)
+    predictor, config = default_predictor(), sampler_config(options)
+    labels = load_site_dos(ROOT / "data" / "site_dos")
+    library = Library(labels.select(labels.split == "train"))
+    targets, gaps = targets_of(labels, parser, options)
+    folder = options.cache / version_of(header["sha256"], predictor, config, options)
+    crystals, missing = drawn_and_relaxed(targets, model, predictor, folder, options)
+    made, failed = computed(crystals, targets, folder, options.jobs)
     whole = {
         title: [t for t in targets if all((t.material_id, arm) in made for arm in arms)]
         for title, (arms, _) in TABLES.items()
     }
-    table = {title: rows_of(title, some, made, library) for title, some in whole.items()}
-    (main_arm, other), full = TABLES["all sites"][0], whole["all sites"]
-
-    def by_judge(arm: str, state: str) -> dict[str, Any]:
-        predictions = judge.predict_arrays([getattr(made[t.material_id, arm], state) for t in full])
-        pairs = zip(predictions, full, strict=True)
-        l1 = [np.nan if p.reason else site_distances(p.mean, t.dos, t.known)["l1"] for p, t in pairs]
-        return interval(np.array(l1), mean_of)
-
-    confusion = {one: dict.fromkeys(CLASSES, 0) for one in CLASSES}
-    for t in full:
-        confusion[gap_class(gaps[t.material_id])][gap_class(made[t.material_id, main_arm].band_gap)] += 1
-    predictions = predictor.predict_arrays([m.relaxed for m in made.values()])
-    own: dict[str, list[float]] = {}  # by target: its crystals are no independent draws
-    for (material_id, _), m, p in zip(made, made.values(), predictions, strict=True):
-        if not p.reason:
-            own.setdefault(material_id, []).append(float(site_distances(p.mean, m.values, m.known)["l1"]))
-    on_labels = [
-        site_distances(p.mean, t.dos, t.known)["l1"]
-        for t, p in zip(full, predictor.predict_arrays([t.atoms for t in full]), strict=True)
-    ]
+    table = {title: rows_of(title, some, made, library) for title, some in whole.items() if some}
+    error, on_labels = errors(whole["all sites"], made, predictor)
     report = {
         "weights": header["sha256"],
         "predictor": predictor.info,
-        "split": split,
-        "targets": len(full),
+        "split": split_of(options),
+        "targets": len(whole["all sites"]),
         "target_ids": [t.material_id for t in targets],
         "max_atoms": options.max_atoms,
         "candidates": options.candidates,
@@ -324,35 +395,45 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "seed": options.seed,
         "bar": BAR,
         "tables": {title: summary(title, rows) for title, rows in table.items()},
-        "forward": {arm: {state: by_judge(arm, state) for state in ("raw", "relaxed")} for arm in (main_arm, other)},
-        "gap_classes": confusion,
-        "predictor_error": interval(np.array([np.mean(x) for x in own.values()]), mean_of),
-        "predictor_error_on_labels": float(np.mean(on_labels)),
-        "failed": failed,
-        "per_target": {
-            title: {
-                t.material_id: {
-                    "target": t.atoms.get_chemical_formula(),
-                    **{
-                        arm: {
-                            "formula": made[t.material_id, arm].relaxed.get_chemical_formula(),
-                            "l1": table[title][arm][i]["l1"],
-                        }
-                        for arm in arms
-                    },
-                }
-                for i, t in enumerate(whole[title])
-            }
-            for title, (arms, _) in TABLES.items()
-        },
+        "promises": promises(targets, made, predictor),
+        "gap_classes": gap_classes(whole["all sites"], made, gaps),
+        "predictor_error": error,
+        "predictor_error_on_labels": on_labels,
+        "failed": missing + failed,
+        "per_target": {title: per_target(title, whole[title], made, rows) for title, rows in table.items()},
     }
     out = results_folder(options)
     tables = markdown(report)
     print(tables)
     write_results(out, "dft_judge", report, tables)
-    l1 = [f["l1"] for f in table["all sites"][main_arm]]
-    plot(full, [made[t.material_id, main_arm] for t in full], l1, out / "dft_judge.png")
+    l1 = [f["l1"] for f in table["all sites"][RANKED[0]]]
+    plot(whole["all sites"], [made[t.material_id, RANKED[0]] for t in whole["all sites"]], l1, out / "dft_judge.png")
     return report
+
+
+def version_of(weights: str, predictor: DOSPredictor, config: SamplerConfig, options: Any) -> str:
+    """Name of the folder of what these models and settings made."""
+    settings = (weights, predictor.info, asdict(config), options.candidates, options.seed, RECIPE)
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+
+
+def per_target(
+    title: str, targets: Sequence[Target], made: Mapping[tuple[str, str], Made], rows: dict[str, Any]
+) -> dict[str, Any]:
+    """Formulas and distances of one table, target by target."""
+    return {
+        t.material_id: {
+            "target": t.atoms.get_chemical_formula(),
+            **{
+                arm: {
+                    "formula": made[t.material_id, arm].relaxed.get_chemical_formula(),
+                    "l1": rows[arm][i]["l1"],
+                }
+                for arm in TABLES[title][0]
+            },
+        }
+        for i, t in enumerate(targets)
+    }
 
 
 if __name__ == "__main__":

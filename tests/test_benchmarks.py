@@ -361,8 +361,9 @@ def test_the_dft_judge_runs_and_counts(
     monkeypatch.setattr(dft_judge, "compute_many", engine)
     monkeypatch.setattr(dft_judge, "relax", lambda atoms: atoms.copy())
     monkeypatch.setattr(_stats, "bootstrap_interval", partial(bootstrap_interval, samples=20))
-    files = [f"--weights={folder}/generator.safetensors", f"--judge={folder}/judge.safetensors"]
-    small = ["--val", "--num-targets=2", "--candidates=2", "--num-steps=2", f"--cache={tmp_path}/kept"]
+    files = [f"--weights={folder}/generator.safetensors"]
+    small = ["--val", "--num-targets=2", "--pinned-targets=1", "--candidates=2", "--num-steps=2"]
+    small.append(f"--cache={tmp_path}/kept")
     report = dft_judge.main([*files, *small, f"--out={tmp_path}"])
     assert report["targets"] == 2
     found = {title: {r: f["l1"]["value"] for r, f in rows.items()} for title, rows in report["tables"].items()}
@@ -371,6 +372,14 @@ def test_the_dft_judge_runs_and_counts(
     assert everywhere["unconditional"] == pytest.approx(1.1, abs=1e-3)
     assert one_site["site with DOS, ranked"] == pytest.approx(2.1, abs=1e-3)
     assert one_site["site with DOS, ranked / site without DOS"] == pytest.approx(2.1 / 3.1, abs=1e-3)
+    pinned = found["all sites, their elements pinned"]
+    assert pinned["species with DOS, ranked / species with DOS, one draw"] == pytest.approx(4.1 / 5.1, abs=1e-3)
+    assert {title: len(rows) for title, rows in report["per_target"].items()} == dict(
+        zip(found, (2, 2, 1), strict=True)
+    )
+    promised = report["promises"]["site with DOS, ranked"]
+    assert promised["DFT"]["value"] == pytest.approx(2.1, abs=1e-3)
+    assert len(promised["per_target"]) == 2
     assert sum(sum(row.values()) for row in report["gap_classes"].values()) == 2
     assert "| unconditional |" in (tmp_path / "dft_judge.md").read_text()
 
