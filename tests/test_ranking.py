@@ -17,7 +17,7 @@ from dosmatgen_ase.dos import MODEL_GRID, normalised_l1
 from dosmatgen_ase.forward.predictor import SitePrediction
 from dosmatgen_ase.generate.generator import RejectedError
 from dosmatgen_ase.judge import ranking as ranking_module
-from dosmatgen_ase.judge.ranking import Ranking, best, predicted_distance, predicted_for_targets, score
+from dosmatgen_ase.judge.ranking import Ranking, best, predicted_distance, predicted_for_targets, score, score_and_relax
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -208,6 +208,44 @@ def test_there_must_be_something_to_rank_by(generator: DOSGenerator, tmp_path: P
         Ranking(distance=0)
     with pytest.raises(ValueError, match="not negative"):
         Ranking(energy=-1)
+
+
+class _Counting(LennardJones):
+    """Counts the crystals that are relaxed with it, by element."""
+
+    def __init__(self) -> None:
+        super().__init__(sigma=2.3, epsilon=0.4, rc=6.0)
+        self.seen: list[str] = []
+
+    def calculate(self, atoms: Atoms | None = None, *rest: Any, **more: Any) -> None:
+        assert atoms is not None
+        if self.seen[-1:] != [name := str(atoms.symbols)]:
+            self.seen.append(name)
+        super().calculate(atoms, *rest, **more)
+
+
+def test_of_many_draws_the_best_are_relaxed_and_ranked_again(copper: TargetDOS) -> None:
+    draws = [bulk(symbol, "fcc", a=4.0) for symbol in ("Ne", "Na", "Al", "Ag", "Xe", "K", "Cu", "Pb")]
+    in_order = [str(atoms.symbols) for atoms in score(draws, {0: copper})]
+    engine = _Counting()
+    kept = score_and_relax(draws, 1, {0: copper}, relax=engine, accepts=lambda atoms: True)
+    assert set(engine.seen) == set(in_order[: ranking_module.RELAXED])
+    assert len(kept) == ranking_module.RELAXED
+    again = [str(atoms.symbols) for atoms in score(kept, {0: copper})]
+    assert [str(atoms.symbols) for atoms in kept] == again  # by the DOS of the relaxed crystals
+    assert all("relaxation" in atoms.info for atoms in kept)
+
+
+def test_more_draws_are_relaxed_where_the_best_are_refused_or_alike(copper: TargetDOS) -> None:
+    draws = [*(bulk("Cu") for _ in range(8)), *(bulk(symbol, "fcc", a=4.0) for symbol in ("Ag", "Al", "Pb"))]
+    engine = _Counting()
+    kept = score_and_relax(draws, 1, {0: copper}, relax=engine, accepts=lambda atoms: atoms.symbols[0] != "Cu")
+    assert {str(atoms.symbols) for atoms in kept} == {"Ag", "Al", "Pb"}
+    two = score_and_relax(draws, 2, {0: copper}, relax=_Counting(), accepts=lambda atoms: True)
+    assert {str(atoms.symbols) for atoms in best(two, 2)} > {"Cu"}
+    broken = score_and_relax(draws, 1, {0: copper}, relax=_Broken(), accepts=lambda atoms: True)
+    assert len(broken) == len(draws)  # none held together: all were tried
+    assert score_and_relax([], 1, {0: copper}, relax=_Broken(), accepts=lambda atoms: True) == []
 
 
 class _Broken(LennardJones):

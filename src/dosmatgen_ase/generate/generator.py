@@ -151,7 +151,8 @@ class DOSGenerator:
         oversample : int
             Draw so many times ``n`` and return the best, by the DOS predicted for them (`ranking`).
         relax : ASE calculator, "chgnet", or the path or name of a MACE model, optional
-            Relax what was drawn (`relaxation.relax`), then rank. What is fixed stays; fixed sites hold the cell, too.
+            Relax what was drawn (`relaxation.relax`), then rank. Of many draws, the best are relaxed, four for each
+            that is wanted, and ranked again. What is fixed stays; fixed sites hold the cell, too.
         trust_model : bool
             Load the file of a MACE model for `relax`. It is a pickle, which may run any code: trust its maker.
         ranking : Ranking, optional
@@ -189,7 +190,8 @@ class DOSGenerator:
         oversample, wanted = whole_number(oversample, "oversample", 1), 1 if n is None else n
         request = Request.of(dos, chosen)
         if ranked := oversample > 1 or relax is not None or ranking is not None:
-            from dosmatgen_ase.judge.ranking import best, score  # brings CHGNet, which plain generation does without
+            # They bring CHGNet, which plain generation does without.
+            from dosmatgen_ase.judge.ranking import best, score, score_and_relax
 
             targets, total = request.site_targets, request.total_target
             # Errors come before the work.
@@ -206,12 +208,13 @@ class DOSGenerator:
             warnings.warn(f"{error}. The {len(ordered)} others are ranked.", stacklevel=2)
         if ranked:
             held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
-            held["trust_model"] = trust_model
+            held |= {"relax": relax, "trust_model": trust_model, "ranking": ranking, "progress": progress}
             with cpu_threads(self.threads):
-                scored = score(ordered, targets, total, ranking=ranking, relax=relax, progress=progress, **held)
-            new = [atoms for atoms in scored if not_new(request, atoms) is None]  # some relax into known ones
-            if len(new) < min(wanted, len(scored)):
-                told = f"only {len(new)} of {len(scored)} structures are new after relaxation"
+                new = score_and_relax(
+                    ordered, wanted, targets, total, accepts=lambda atoms: not_new(request, atoms) is None, **held
+                )  # some relax into known ones
+            if len(new) < min(wanted, len(ordered)):
+                told = f"only {len(new)} of {len(ordered)} structures are new after relaxation"
                 failure = RejectedError(f"{told}; raise oversample, or allow known crystals")
                 failure.structures = new
                 raise failure
