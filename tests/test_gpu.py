@@ -21,6 +21,7 @@ from test_training import CONFIG, bulk_dataset
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
 from dosmatgen_ase.crystals.batch import CrystalBatch
+from dosmatgen_ase.forward.predictor import DOSPredictor
 from dosmatgen_ase.generate import generator as generator_module
 from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS, load_model
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser, DOSCondition
@@ -183,6 +184,15 @@ def test_deterministic_algorithms_give_the_same_bits(device: str, tiny_weights: 
     command = [sys.executable, "-c", TWICE, device, str(tiny_weights)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout == "the same\n", done.stderr
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_forward_model_gives_the_same_dos(device: str) -> None:
+    crystals = [bulk("Cu"), bulk("NaCl", "rocksalt", a=5.6), bulk("Fe"), bulk("Si", cubic=True)]
+    on_cpu = DOSPredictor.load().predict_arrays(crystals)
+    for mine, other in zip(DOSPredictor.load().to(device).predict_arrays(crystals), on_cpu, strict=True):
+        assert np.abs(mine.mean - other.mean).sum() < 1e-3 * other.mean.sum()
+        assert mine.gap == pytest.approx(other.gap, abs=1e-3)
 
 
 @no_cuda

@@ -122,7 +122,7 @@ def _dataset(
         path = Path(pseudo_labels)
         if pseudo_labels == "auto":
             path = out / f"{PREDICTED[kind]}.npz"
-            _predict_once(path, structures.select(dataset.dos_index < 0), predictor)
+            _predict_once(path, structures.select(dataset.dos_index < 0), predictor, device)
         if not path.is_file():
             raise FileNotFoundError(f"no pseudo-labels at {path}: give a file, or 'auto' to make it")
         dataset = CrystalDataset.join(structures, labels, load_pseudo_labels(path))
@@ -143,15 +143,15 @@ def _check_folder(ctx: typer.Context, out: Path) -> None:
         output(ctx, "out", (path.suffix,), path=path, marks=(b'"gradient_norm": ', b'"stages": ['))
 
 
-def _predict_once(path: Path, structures: Structures, predictor: Path | None) -> None:
-    """Write the predicted DOS of structures, unless they are there."""
+def _predict_once(path: Path, structures: Structures, predictor: Path | None, device: str) -> None:
+    """Write the predicted DOS of structures, unless they are there; tight binding on the device."""
     from dosmatgen_ase.files import exclusive
     from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
     from dosmatgen_ase.forward.pseudo_labels import write_pseudo_labels
 
     with exclusive(path):
         if not path.exists():
-            forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR)
+            forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR).to(device)
             tell(f"predicting the DOS of {len(structures)} structures (once; kept in {path})", err=True)
             write_pseudo_labels(path, structures, forward, cache=path.with_name("chgnet_features"))
 

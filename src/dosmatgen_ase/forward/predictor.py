@@ -205,6 +205,12 @@ class DOSPredictor:
         """What `predict_arrays` can be asked for."""
         return METHODS if self.members and self.tight_binding else ("all", METHODS[1 if self.tight_binding else 2])
 
+    def to(self, device: str | torch.device) -> DOSPredictor:
+        """Have the tight-binding models compute on a device; the networks are quick anywhere. Returns itself."""
+        for model in self.tight_binding:
+            model.to(device)
+        return self
+
     def standardised(self, inputs: Tensor, dos: Tensor | None = None) -> Tensor:
         """Inputs (s, 536) of networks as they see them; with the tight-binding DOS (s, 151) those of correctors."""
         made = (inputs - self.tables["input_mean"]) / self.tables["input_std"]

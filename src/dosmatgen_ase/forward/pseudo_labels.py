@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,9 +12,6 @@ from dosmatgen_ase.files import write_npz
 from dosmatgen_ase.forward.features import cached_site_features
 from dosmatgen_ase.forward.predictor import DOSPredictor
 from dosmatgen_ase.limits import MAX_ATOMS
-
-if TYPE_CHECKING:
-    pass
 
 
 def pseudo_labels(
