@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,6 +140,14 @@ def judge_candidates(
         ranked=by_mode(ranked.astype(np.float16)),
         supported=by_mode(supported),
     )
+
+
+def cache_folder(options: argparse.Namespace, settings: str) -> Path:
+    """Folder for what these settings make with the weights and predictors of the command line."""
+    key = hashlib.sha256(settings.encode())
+    for path in (options.weights, options.judge, options.predictor):
+        key.update(path.read_bytes())
+    return options.cache / key.hexdigest()[:16]
 
 
 def cached(path: Path, make: Callable[[], Candidates]) -> Candidates:

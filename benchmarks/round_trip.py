@@ -16,11 +16,11 @@ Candidates and predictions are kept per target under `runs/round_trip/`, so that
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,16 @@ from _common import (
     sampler_config,
     split_of,
 )
-from _draws import MODES, Candidates, cached, candidate_figures, crystal_figures, generate, judge_candidates
+from _draws import (
+    MODES,
+    Candidates,
+    cache_folder,
+    cached,
+    candidate_figures,
+    crystal_figures,
+    generate,
+    judge_candidates,
+)
 from _stats import interval, ratio_of_means, ratios, share_of_gain, summarise
 from _tables import text, write_results
 from _targets import Target, add_targets, drawn_rows
@@ -47,13 +56,18 @@ from tqdm import tqdm
 
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
-from dosmatgen_ase.forward.predictor import SitePrediction
+from dosmatgen_ase.forward.predictor import DOSPredictor
 from dosmatgen_ase.forward.predictor_training import element_tables
 from dosmatgen_ase.judge.metrics import nearest_sites
 from dosmatgen_ase.model.checkpoint import load_model
+from dosmatgen_ase.model.conditioning import ConditionalDenoiser
 from dosmatgen_ase.plotting import plot_dos
 
-PAIRS = [tuple(MODES)[i : i + 2] for i in (0, 2, 4)]
+TABLES = {  # by what is judged: modes with the DOS and without
+    "all sites": ("conditional", "unconditional"),
+    "one site, its element pinned": ("site with DOS", "site without DOS"),
+    "all sites, all elements pinned": ("species with DOS", "species without DOS"),
+}
 BAR = {"conditional / unconditional": 0.40, "true element": 0.50, "judge / per-element mean": 0.75}
 
 
@@ -81,6 +95,56 @@ class Library:
         """Distances of the nearest sites' own DOS, over the bins known in both."""
         rows = self.nearest(target, 1.0)
         return crystal_figures(self.values[rows], target, known=self.known[rows])
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """How candidates are drawn."""
+    return {
+        "sampler": asdict(sampler_config(options)),
+        "guidance_scale": options.guidance_scale,
+        "seed": options.seed,
+    }
+
+
+def drawn_and_judged(
+    targets: Sequence[Target],
+    model: ConditionalDenoiser,
+    judge: DOSPredictor,
+    ranker: DOSPredictor,
+    options: argparse.Namespace,
+) -> list[Candidates]:
+    """Candidates of each target in all modes."""
+    config = sampler_config(options)
+    folder = cache_folder(options, json.dumps([settings_of(options), options.candidates, list(MODES)]))
+
+    def judged(target: Target) -> Candidates:
+        made = generate(model, target, options.candidates, config, options.guidance_scale, options.seed)
+        return judge_candidates(made, judge, ranker)
+
+    return [cached(folder / f"{t.key}.npz", partial(judged, t)) for t in tqdm(targets, unit="target")]
+
+
+def tables_of(
+    targets: Sequence[Target], found: Sequence[Candidates], library: Library, judge: DOSPredictor
+) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """Figures of the modes and of the baselines, target by target, for each of `TABLES`."""
+    floor = judge.predict_arrays([t.atoms for t in targets])
+
+    def baselines(which: str) -> dict[str, list[dict[str, float]]]:
+        means = [crystal_figures(library.element_mean[t.atoms.numbers], t, which) for t in targets]
+        true = [crystal_figures(p.mean, t, which) for t, p in zip(targets, floor, strict=True)]
+        return {"per-element mean": means, "judge on the true structure": true}
+
+    everywhere = {"retrieval": [library.retrieve(t) for t in targets], **baselines("all")}
+    return {
+        title: {name: [mode_figures(t, c, name) for t, c in zip(targets, found, strict=True)] for name in pair} | others
+        for (title, pair), others in zip(TABLES.items(), (everywhere, baselines("site"), baselines("all")), strict=True)
+    }
+
+
+def supported_share(found: Sequence[Candidates], mode: int) -> float:
+    """Share of the sites of accepted candidates whose element the judge knows."""
+    return float(np.concatenate([np.ravel(c.supported[mode][c.accepted[mode]]) for c in found]).mean())
 
 
 def ranked_picks(table: dict[str, list[dict[str, float]]], on: str, off: str) -> dict[str, Any]:
@@ -205,8 +269,8 @@ def plot_overlays(targets: list[Target], found: list[Candidates], distances: Seq
     figure.savefig(path, dpi=150)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Generate, judge, compare and write the results."""
+def options_of(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, Any]:
+    """The command line."""
     parser = argparse.ArgumentParser(description="DOS round trip on held-out formulas.")
     add_options(parser)
     add_split(parser)
@@ -218,50 +282,22 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     if options.num_targets < 1 or options.candidates < 1:
         parser.error("--num-targets and --candidates must be at least 1")
+    return parser, options
 
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Generate, judge, compare and write the results."""
+    parser, options = options_of(arguments)
     torch.set_num_threads(1)
     model, header = load_model(options.weights)
     judge, ranker = load_predictors(parser, options)
-    config, split = sampler_config(options), split_of(options)
-    labels = load_site_dos(ROOT / "data" / "site_dos")
+    labels, split = load_site_dos(ROOT / "data" / "site_dos"), split_of(options)
     library = Library(labels.select(labels.split == "train"))
     rows = drawn_rows(labels, np.flatnonzero(labels.split == split), options)
     targets = [Target.from_label(labels, row, options.seed) for row in rows]
-
-    settings = {"sampler": asdict(config), "guidance_scale": options.guidance_scale, "seed": options.seed}
-    key = hashlib.sha256(json.dumps([settings, options.candidates, list(MODES)]).encode())
-    for path in (options.weights, options.judge, options.predictor):
-        key.update(path.read_bytes())
-    folder = options.cache / key.hexdigest()[:16]
-
-    def candidates_of(target: Target) -> Candidates:
-        made = generate(model, target, options.candidates, config, options.guidance_scale, options.seed)
-        return judge_candidates(made, judge, ranker)
-
-    found = [cached(folder / f"{t.key}.npz", lambda t=t: candidates_of(t)) for t in tqdm(targets, unit="target")]
-    floor: list[SitePrediction] = judge.predict_arrays([t.atoms for t in targets])
-
-    def baselines(which: str) -> dict[str, list[dict[str, float]]]:
-        means = [crystal_figures(library.element_mean[t.atoms.numbers], t, which) for t in targets]
-        true = [crystal_figures(p.mean, t, which) for t, p in zip(targets, floor, strict=True)]
-        return {"per-element mean": means, "judge on the true structure": true}
-
-    modes = {name: [mode_figures(t, c, name) for t, c in zip(targets, found, strict=True)] for name in MODES}
-    everywhere = {"retrieval": [library.retrieve(t) for t in targets], **baselines("all")}
-    tables = {
-        title: ({on: modes[on], off: modes[off], **others}, (on, off))
-        for title, (on, off), others in zip(
-            ("all sites", "one site, its element pinned", "all sites, all elements pinned"),
-            PAIRS,
-            (everywhere, baselines("site"), baselines("all")),
-            strict=True,
-        )
-    }
-    whole = tables["all sites"][0]
-
-    def share(field: str, mode: int) -> float:
-        return float(np.concatenate([np.ravel(getattr(c, field)[mode][c.accepted[mode]]) for c in found]).mean())
-
+    found = drawn_and_judged(targets, model, judge, ranker, options)
+    tables = tables_of(targets, found, library, judge)
+    whole = tables["all sites"]
     report = {
         "weights": header["sha256"],
         "judge": judge.info,
@@ -270,16 +306,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "targets": len(targets),
         "target_ids": [t.material_id for t in targets],
         "candidates": options.candidates,
-        **settings,
+        **settings_of(options),
         "bar": BAR,
         "judge_ratio": ratios(whole, "judge on the true structure", "per-element mean")["l1 mean"],
         "accepted": {m: float(np.mean([c.accepted[i] for c in found])) for i, m in enumerate(MODES)},
-        "supported": {m: share("supported", i) for i, m in enumerate(MODES)},
+        "supported": {m: supported_share(found, i) for i, m in enumerate(MODES)},
         "tables": {
-            title: summarise(table) | {f"{on} / {off}": ratios(table, on, off)}
-            for title, (table, (on, off)) in tables.items()
+            title: summarise(tables[title]) | {f"{on} / {off}": ratios(tables[title], on, off)}
+            for title, (on, off) in TABLES.items()
         },
-        "ranked_picks": {title: ranked_picks(table, *pair) for title, (table, pair) in tables.items()},
+        "ranked_picks": {title: ranked_picks(tables[title], *pair) for title, pair in TABLES.items()},
         "elements": element_shares(targets, found, library),
         "per_target": {
             t.material_id: {"formula": t.atoms.get_chemical_formula(), **{k: v[i]["l1 mean"] for k, v in whole.items()}}
