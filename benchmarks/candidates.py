@@ -11,12 +11,12 @@ Draws and predictions are kept per target under `runs/candidates/`, so that an i
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ from _common import (
     sampler_config,
     split_of,
 )
-from _draws import Candidates, cached, judge_candidates
+from _draws import Candidates, cache_folder, cached
 from _stats import interval, mean_of, ratio_of_means
 from _tables import text, write_results
-from _targets import Target, add_targets, drawn_rows, rng_for
-from constraints import draws, request
+from _targets import Target, add_targets, drawn_rows
+from constraints import judged_draws, request
 from cost import PUBLISHED_CALLS, PublishedNetwork, cpu_seconds, published_call
 from matplotlib.figure import Figure
 from torch import nn
@@ -46,10 +46,12 @@ from tqdm import tqdm
 
 from dosmatgen_ase.data import load_site_dos
 from dosmatgen_ase.files import write_atomic
+from dosmatgen_ase.forward.predictor import DOSPredictor, SitePrediction
 from dosmatgen_ase.generate.generator import DOSGenerator
 from dosmatgen_ase.judge.metrics import site_distances
 
 NUMBERS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+GIVEN = {"all": "every site given", "site": "one site given"}
 
 
 def first_of(order: np.ndarray, values: np.ndarray, k: int) -> float:
@@ -84,6 +86,60 @@ def published_seconds(network: nn.Module, calls: int = 5) -> float:
     call = published_call(4, 16, network)
     call()
     return float(np.median([cpu_seconds(call) for _ in range(calls)])) * PUBLISHED_CALLS / 16
+
+
+def drawn_and_timed(
+    targets: list[Target],
+    generator: DOSGenerator,
+    judge: DOSPredictor,
+    ranker: DOSPredictor,
+    options: argparse.Namespace,
+) -> tuple[dict[str, list[Candidates]], list[float]]:
+    """Candidates of each target for each of `GIVEN`; mean CPU seconds of them, and of one by the published sampler."""
+    network = PublishedNetwork().eval()
+    folder = cache_folder(options, repr((asdict(sampler_config(options)), options.candidates, options.seed)))
+    kept = folder / "seconds.json"  # what the draws cost when they were made, for those that are read back
+
+    def timed(target: Target, which: str) -> Candidates:
+        start = time.process_time()
+        wanted = request(target.targets(which), num_atoms=len(target.atoms))
+        found = judged_draws(generator, wanted, target, options.candidates, judge, ranker, options)
+        spent = json.loads(kept.read_text()) if kept.exists() else {}
+        # Side by side, as the speed of a machine changes with what else it does.
+        spent[f"{target.key} {which}"] = [time.process_time() - start, published_seconds(network)]
+        write_atomic(kept, json.dumps(spent).encode())
+        return found
+
+    found = {
+        which: [
+            cached(folder / f"{t.key}-{which}.npz", partial(timed, t, which))
+            for t in tqdm(targets, unit="target", desc=title)
+        ]
+        for which, title in GIVEN.items()
+    }
+    spent = json.loads(kept.read_text())
+    return found, np.mean([spent[f"{t.key} {which}"] for t in targets for which in GIVEN], axis=0).tolist()
+
+
+def figures(
+    targets: list[Target], found: list[Candidates], floors: list[SitePrediction], which: str, numbers: list[int]
+) -> dict[str, Any]:
+    """Means over targets of `curves`, of the judge's floor on the true structures, and of the gain; one of `GIVEN`."""
+    table = [curves(t, c, which, numbers) for t, c in zip(targets, found, strict=True)]
+    values = {name: np.array([row[name] for row in table]) for name in ("picked", "oracle")}
+    floor = []
+    for t, true in zip(targets, floors, strict=True):
+        sites = t.sites(which)
+        floor.append(float(site_distances(true.mean[sites], t.dos[sites], t.known)["l1"]))
+    twenty = numbers.index(min(20, numbers[-1]))
+    gain = {name: v[:, 0].mean() - v[:, twenty].mean() for name, v in values.items()}
+    return {
+        **{name: [interval(v[:, i], mean_of) for i in range(len(numbers))] for name, v in values.items()},
+        "floor": interval(np.array(floor), mean_of),
+        "of": numbers[twenty],
+        "gain": interval(values["picked"][:, [twenty, 0]], ratio_of_means),
+        "share_of_oracle": float(gain["picked"] / gain["oracle"]) if gain["oracle"] else 0.0,
+    }
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -134,8 +190,8 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Draw, rank, judge, draw the curve."""
+def options_of(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, Any]:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Match against the number of candidates.")
     add_options(parser)
     add_split(parser)
@@ -144,58 +200,21 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--max-atoms", type=int, default=8)
     parser.add_argument("--candidates", type=int, default=1000)
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "candidates")
-    options = parser.parse_args(arguments)
+    return parser, parser.parse_args(arguments)
 
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Draw, rank, judge, draw the curve."""
+    parser, options = options_of(arguments)
     torch.set_num_threads(1)
-    network = PublishedNetwork().eval()
     generator = DOSGenerator(options.weights, device="cpu")
     judge, ranker = load_predictors(parser, options)
-    config, split = sampler_config(options), split_of(options)
-    labels = load_site_dos(ROOT / "data" / "site_dos")
+    labels, split = load_site_dos(ROOT / "data" / "site_dos"), split_of(options)
     small = np.flatnonzero((labels.split == split) & (labels.num_atoms <= options.max_atoms))
     targets = [Target.from_label(labels, row, options.seed) for row in drawn_rows(labels, small, options)]
-    key = hashlib.sha256(repr((asdict(config), options.candidates, options.seed)).encode())
-    for path in (options.weights, options.judge, options.predictor):
-        key.update(path.read_bytes())
-    folder = options.cache / key.hexdigest()[:16]
-    cost = folder / "seconds.json"  # CPU time of draws and published sampler, told apart from what is read back
-
-    def draw_and_judge(target: Target, which: str) -> Candidates:
-        start = time.process_time()
-        rngs = [rng_for(options.seed, target.material_id, k) for k in range(options.candidates)]
-        size = len(target.atoms)
-        found = judge_candidates(
-            draws(generator, request(target.targets(which), num_atoms=size), size, rngs, config), judge, ranker, 1
-        )
-        spent = json.loads(cost.read_text()) if cost.exists() else {}
-        # Side by side, as the speed of a machine changes with what else it does.
-        spent[f"{target.key} {which}"] = [time.process_time() - start, published_seconds(network)]
-        write_atomic(cost, json.dumps(spent).encode())
-        return found
-
-    numbers = [k for k in NUMBERS if k <= options.candidates]
+    found, (spent, published) = drawn_and_timed(targets, generator, judge, ranker, options)
     floors = judge.predict_arrays([t.atoms for t in targets])
-    given: dict[str, dict[str, Any]] = {}
-    for which, title in (("all", "every site given"), ("site", "one site given")):
-        table, floor = [], []
-        for t, true in zip(tqdm(targets, unit="target", desc=title), floors, strict=True):
-            found = cached(folder / f"{t.key}-{which}.npz", lambda t=t, w=which: draw_and_judge(t, w))
-            table.append(curves(t, found, which, numbers))
-            sites = t.sites(which)
-            floor.append(float(site_distances(true.mean[sites], t.dos[sites], t.known)["l1"]))
-        values = {name: np.array([row[name] for row in table]) for name in ("picked", "oracle")}
-        twenty = numbers.index(min(20, numbers[-1]))
-        gain = {name: v[:, 0].mean() - v[:, twenty].mean() for name, v in values.items()}
-        given[title] = {
-            **{name: [interval(v[:, i], mean_of) for i in range(len(numbers))] for name, v in values.items()},
-            "floor": interval(np.array(floor), mean_of),
-            "of": numbers[twenty],
-            "gain": interval(values["picked"][:, [twenty, 0]], ratio_of_means),
-            "share_of_oracle": float(gain["picked"] / gain["oracle"]) if gain["oracle"] else 0.0,
-        }
-    timed = json.loads(cost.read_text())
-    own = [timed[f"{t.key} {which}"] for t in targets for which in ("all", "site")]
-    spent, published = np.mean(own, axis=0).tolist()
+    numbers = [k for k in NUMBERS if k <= options.candidates]
     seconds = spent / options.candidates
     report = {
         "weights": generator.header["sha256"],
@@ -206,9 +225,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "target_ids": [t.material_id for t in targets],
         "max_atoms": options.max_atoms,
         "seed": options.seed,
-        "sampler": asdict(config),
+        "sampler": asdict(sampler_config(options)),
         "numbers": numbers,
-        "given": given,
+        "given": {title: figures(targets, found[which], floors, which, numbers) for which, title in GIVEN.items()},
         "seconds_per_candidate": seconds,
         "published_seconds": published,
         "affordable": published / seconds,

@@ -15,11 +15,11 @@ Judged candidates are kept under `runs/constraints/`, so that an interrupted run
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from _common import (
     sampler_config,
     split_of,
 )
-from _draws import Candidates, cached, candidate_figures, judge_candidates
+from _draws import Candidates, cache_folder, cached, candidate_figures, judge_candidates
 from _stats import interval, mean_of, ratio_of_means, ratios, summarise
 from _tables import text, write_results
 from _targets import Target, add_targets, drawn_rows, rng_for
@@ -85,6 +85,7 @@ BAR = {
     "valid with pins / without": 0.9,
     "cobalt with DOS / without": 1.0,
 }
+Judged = Callable[[str, Request, Target, int], Candidates]  # from name, request, target and number of draws
 
 
 def request(dos: Any = None, **settings: Any) -> Request:
@@ -108,10 +109,50 @@ def draws(
     return [atoms for part in parts for atoms in generator._draw(wanted, [size] * len(part), part, config, guidance)[0]]
 
 
+def judged_draws(
+    generator: DOSGenerator,
+    wanted: Request,
+    target: Target,
+    count: int,
+    judge: DOSPredictor,
+    ranker: DOSPredictor,
+    options: argparse.Namespace,
+    guidance: Guidance | None = None,
+) -> Candidates:
+    """First draws for a target, as the one mode of its candidates."""
+    rngs = [rng_for(options.seed, target.material_id, k) for k in range(count)]
+    made = draws(generator, wanted, len(target.atoms), rngs, sampler_config(options), guidance)
+    return judge_candidates(made, judge, ranker, 1)
+
+
 def site_targets(target: Target, condition: Condition) -> dict[int, TargetDOS] | None:
     """What is given of a target's DOS."""
     whole = target.targets(condition.sites)
     return {i: t if condition.window is None else t.window(*condition.window) for i, t in whole.items()} or None
+
+
+def by_condition(targets: list[Target], judged: Judged) -> dict[str, list[Candidates]]:
+    """Candidates of each target under each of `CONDITIONS`."""
+    found: dict[str, list[Candidates]] = {name: [] for name in CONDITIONS}
+    for target in tqdm(targets, desc="conditions", unit="target"):
+        for i, (name, condition) in enumerate(CONDITIONS.items()):
+            wanted = request(site_targets(target, condition), num_atoms=len(target.atoms))
+            found[name].append(judged(f"condition{i}", wanted, target, condition.count))
+    return found
+
+
+def figures(targets: list[Target], found: dict[str, list[Candidates]], which: str) -> dict[str, list[dict[str, float]]]:
+    """Figures of each condition, target by target, on "all" sites or on the "site" drawn."""
+    return {
+        name: [candidate_figures(t, c, 0, t.sites(which)) for t, c in zip(targets, candidates, strict=True)]
+        for name, candidates in found.items()
+    }
+
+
+def accepted(candidates: list[Candidates]) -> str:
+    """How many of the draws of a condition are accepted."""
+    kept = np.concatenate([c.accepted[0] for c in candidates])
+    return f"{kept.sum()} of {kept.size}"
 
 
 def diversity(candidates: Candidates) -> float:
@@ -226,7 +267,7 @@ def template_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     def by_target(strength: float | None, name: str) -> np.ndarray:
         """(draws, targets)."""
-        found = {r["target"]: [] for r in rows}
+        found: dict[str, list[float]] = {r["target"]: [] for r in rows}
         for r in rows:
             if r["strength"] == strength:
                 found[r["target"]].append(r[name])
@@ -272,9 +313,7 @@ def plot_strengths(table: dict[str, Any], path: Path) -> None:
 # -- cobalt ------------------------------------------------------------------------------------------------------------
 
 
-def cobalt_table(
-    judge: DOSPredictor, judged: Callable[[str, Request, Target, int], Candidates]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def cobalt_table(judge: DOSPredictor, judged: Judged) -> tuple[dict[str, Any], dict[str, Any]]:
     """A site held as cobalt with and without the DOS of Ni in Au3Ni; the ratio of their mean distances."""
     dos = TargetDOS.from_file(ROOT / "data" / "ni_in_au3ni.npz", site=3)
     seen = dos.on_grid()
@@ -304,6 +343,25 @@ def cobalt_table(
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
+
+
+def bar_ratios(
+    one: dict[str, list[dict[str, float]]], everywhere: dict[str, list[dict[str, float]]], pins: dict[str, Any]
+) -> dict[str, Any]:
+    """Ratios that `BAR` is set for, but that of cobalt, from the figures of one site, of all sites, and of the pins."""
+    windowed = ratios(everywhere, "every site, [-2, 2] eV", "every site")
+    valid = {pin: row["valid"] for pin, row in pins.items()}
+    worst = min(PINS[1:], key=lambda pin: valid[pin]["value"])
+    return {
+        "one site, best of 50 / every site, best of 20": ratios(one, "one site", "every site")["l1 best"],
+        "window / whole range, inside the window, mean": windowed["near_gap mean"],
+        "window / whole range, inside the window, best of 20": windowed["near_gap best"],
+        "valid with pins / without": {
+            "value": valid[worst]["value"] / valid["nothing"]["value"],
+            "interval": [x / valid["nothing"]["value"] for x in valid[worst]["interval"]],
+            "worst": worst,
+        },
+    }
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -340,8 +398,8 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Measure everything and write the results."""
+def options_of(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, Any]:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Constraints on held-out formulas.")
     add_options(parser)
     add_split(parser)
@@ -352,79 +410,59 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     if options.num_targets < 1 or (options.draws is not None and options.draws < 1):
         parser.error("--num-targets and --draws must be at least 1")
+    return parser, options
 
+
+def targets_of(options: argparse.Namespace) -> list[Target]:
+    """Labels of the split that are known near the gap: else there is nothing to ask for there."""
+    labels = load_site_dos(ROOT / "data" / "site_dos")
+    near = (MODEL_GRID.energies >= NEAR_GAP[0]) & (MODEL_GRID.energies <= NEAR_GAP[1])
+    usable = (labels.split == split_of(options)) & labels.known[:, near].any(axis=1)
+    rows = drawn_rows(labels, np.flatnonzero(usable), options)
+    return [Target.from_label(labels, row, options.seed) for row in rows]
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure everything and write the results."""
+    parser, options = options_of(arguments)
     torch.set_num_threads(1)
     generator = DOSGenerator(options.weights, device="cpu")
     judge, ranker = load_predictors(parser, options)
-    config, split, seed = sampler_config(options), split_of(options), options.seed
-    labels = load_site_dos(ROOT / "data" / "site_dos")
-    near = (MODEL_GRID.energies >= NEAR_GAP[0]) & (MODEL_GRID.energies <= NEAR_GAP[1])
-    usable = (labels.split == split) & labels.known[:, near].any(axis=1)  # else there is nothing to ask for there
-    targets = [Target.from_label(labels, row, seed) for row in drawn_rows(labels, np.flatnonzero(usable), options)]
+    config, seed = sampler_config(options), options.seed
+    targets = targets_of(options)
     defaults = [asdict(WINDOW_GUIDANCE), WINDOW_TEMPERATURE]
-    key = hashlib.sha256(json.dumps([asdict(config), seed, options.draws, *defaults]).encode())
-    for path in (options.weights, options.judge, options.predictor):
-        key.update(path.read_bytes())
-    folder = options.cache / key.hexdigest()[:16]
+    folder = cache_folder(options, json.dumps([asdict(config), seed, options.draws, *defaults]))
 
     def at_most(count: int) -> int:
         return min(count, options.draws or count)
 
     def judged(name: str, wanted: Request, target: Target, count: int) -> Candidates:
-        def make() -> Candidates:
-            rngs = [rng_for(seed, target.material_id, k) for k in range(at_most(count))]
-            return judge_candidates(draws(generator, wanted, len(target.atoms), rngs, config), judge, ranker, 1)
-
+        make = partial(judged_draws, generator, wanted, target, at_most(count), judge, ranker, options)
         return cached(folder / f"{target.key}-{name}.npz", make)
 
-    found: dict[str, list[Candidates]] = {name: [] for name in CONDITIONS}
-    for target in tqdm(targets, desc="conditions", unit="target"):
-        for i, (name, condition) in enumerate(CONDITIONS.items()):
-            wanted = request(site_targets(target, condition), num_atoms=len(target.atoms))
-            found[name].append(judged(f"condition{i}", wanted, target, condition.count))
-
-    def figures(which: str) -> dict[str, list[dict[str, float]]]:
-        return {
-            name: [candidate_figures(t, c, 0, t.sites(which)) for t, c in zip(targets, candidates, strict=True)]
-            for name, candidates in found.items()
-        }
-
-    one, everywhere = figures("site"), figures("all")
+    found = by_condition(targets, judged)
+    one, everywhere = figures(targets, found, "site"), figures(targets, found, "all")
     pins = pin_table(generator, targets, at_most(10), config, seed)
     templates = template_table(template_rows(generator, targets[:20], at_most(5), config, seed))
     cobalt, cobalt_ratio = cobalt_table(judge, judged)
-    windowed = ratios(everywhere, "every site, [-2, 2] eV", "every site")
-    passed = [(name, [c.accepted[0].tolist() for c in candidates]) for name, candidates in found.items()]
-    valid = {pin: row["valid"] for pin, row in pins.items()}
-    worst = min(PINS[1:], key=lambda pin: valid[pin]["value"])
     report = {
         "weights": generator.header["sha256"],
         "judge": judge.info,
         "predictor": ranker.info,
-        "split": split,
+        "split": split_of(options),
         "targets": len(targets),
         "target_ids": [t.material_id for t in targets],
         "seed": seed,
         "sampler": asdict(config),
         "bar": BAR,
-        "accepted": {name: f"{sum(map(sum, accepted))} of {sum(map(len, accepted))}" for name, accepted in passed},
+        "accepted": {name: accepted(candidates) for name, candidates in found.items()},
         "diversity": {name: float(np.nanmean([diversity(c) for c in cs])) for name, cs in found.items()},
         "one site": summarise(one),
         "all sites": summarise(everywhere),
         "pins": pins,
         "cobalt": cobalt,
         "templates": templates,
-        "ratios": {
-            "one site, best of 50 / every site, best of 20": ratios(one, "one site", "every site")["l1 best"],
-            "window / whole range, inside the window, mean": windowed["near_gap mean"],
-            "window / whole range, inside the window, best of 20": windowed["near_gap best"],
-            "valid with pins / without": {
-                "value": valid[worst]["value"] / valid["nothing"]["value"],
-                "interval": [x / valid["nothing"]["value"] for x in valid[worst]["interval"]],
-                "worst": worst,
-            },
-            "cobalt with DOS / without": cobalt_ratio,
-        },
+        "ratios": bar_ratios(one, everywhere, pins) | {"cobalt with DOS / without": cobalt_ratio},
     }
     out = results_folder(options)
     table = markdown(report)

@@ -24,8 +24,8 @@ from _common import RESULTS, ROOT, add_options, add_predictors, load_predictors,
 from _draws import MODES, candidate_figures, generate, judge_candidates
 from _stats import interval, ratio_of_means, ratios
 from _tables import text, write_results
-from _targets import Target, in_random_order, rng_for
-from constraints import CONDITIONS, diversity, draws, request, site_targets
+from _targets import Target, in_random_order
+from constraints import CONDITIONS, diversity, judged_draws, request, site_targets
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -53,15 +53,12 @@ def measure_window(
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """Distances inside the window by scale, their ratio to those with the whole range given, and what it costs."""
-    config = sampler_config(options)
 
     def row(name: str, guidance: Guidance) -> tuple[list[dict[str, float]], float, float]:
         figures, accepted, different = [], [], []
         for t in tqdm(targets, unit="target", desc=f"{name}, guidance {guidance.scale:g}"):
             wanted = request(site_targets(t, CONDITIONS[name]), num_atoms=len(t.atoms))
-            rngs = [rng_for(options.seed, t.material_id, k) for k in range(WINDOW_DRAWS)]
-            made = draws(generator, wanted, len(t.atoms), rngs, config, guidance)
-            found = judge_candidates(made, judge, ranker, 1)
+            found = judged_draws(generator, wanted, t, WINDOW_DRAWS, judge, ranker, options, guidance)
             figures.append(candidate_figures(t, found, 0, t.sites("all")))
             accepted.append(found.accepted[0].mean())
             different.append(diversity(found))

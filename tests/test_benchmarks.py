@@ -422,7 +422,7 @@ def test_the_curve_of_candidates_runs_and_resumes(
         assert oracle == sorted(oracle, reverse=True)
         assert len(part["picked"]) == 3
     assert report["affordable"] > 1
-    monkeypatch.delattr(candidates, "draws")
+    monkeypatch.delattr(candidates, "judged_draws")
     assert candidates.main([*files, *small, f"--out={tmp_path}"]) == report
 
 
