@@ -232,14 +232,13 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The tables and how to read them."""
-    figures, rows = report["summary"], report["labels"]
+def mesh_table(report: dict[str, Any]) -> list[str]:
+    """Error by the density of the label's mesh."""
     lines = [
         "| DOS mesh, points per A^-1 | structures | sites | median | quartiles | 90 % | worst | occupied | shifted |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for level, f in figures.items():
+    for level, f in report["summary"].items():
         low, median, high = f["quartiles"]
         lines.append(
             f"| {level} | {f['structures']} | {f['sites']} | **{median:.3f}** | {low:.3f} to {high:.3f} | "
@@ -249,14 +248,20 @@ def markdown(report: dict[str, Any]) -> str:
     how = report["draw"]
     passed = sum(s["passed_over"] for s in how["strata"].values())
     current = how["drawn"] - how["of_earlier_recipes"]
-    lines += [
+    return [
+        *lines,
         "",
         "Normalised L1 of the sites to a calculation at 75 Ry with the meshes twice as dense (SCF and DOS), at sigma "
         "0.2 eV. Occupied (below the zero of energy) and shifted (after the best rigid shift): medians over "
-        f"structures. {current} of {how['drawn']} drawn labels are of recipe {how['recipe']}, {len(rows)} of them "
-        f"computed; {passed} were passed over as too costly. By cut-off, SCF mesh, DOS mesh: how far that one alone, "
-        "raised, takes a label.",
-        "",
+        f"structures. {current} of {how['drawn']} drawn labels are of recipe {how['recipe']}, {len(report['labels'])} "
+        f"of them computed; {passed} were passed over as too costly. By cut-off, SCF mesh, DOS mesh: how far that one "
+        "alone, raised, takes a label.",
+    ]
+
+
+def worst_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The labels with the largest errors, and where these come from."""
+    lines = [
         "| worst | | atoms | normalised L1 | by cut-off | SCF mesh | DOS mesh | occupied | shifted (by, eV) | "
         "most at | gap (label), eV |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -268,34 +273,47 @@ def markdown(report: dict[str, Any]) -> str:
             f"{r['l1_shifted']:.3f} ({r['shift']:+.2f}) | {r['worst_energy']:+.1f} | "
             f"{r['gap']:.2f} ({r['label_gap']:.2f}) |"
         )
-    lines += ["", "| recipe | share of the set | structures | median | quartiles |", "|---|---|---|---|---|"]
-    for recipe, row in report["recipes"].items():
+    return lines
+
+
+def recipe_table(recipes: dict[str, Any]) -> list[str]:
+    """Error by recipe, and of the set."""
+    lines = ["| recipe | share of the set | structures | median | quartiles |", "|---|---|---|---|---|"]
+    for recipe, row in recipes.items():
         low, median, high = row["quartiles"]
         lines.append(
             f"| {recipe} | {row['share']:.0%} | {row.get('structures', '')} | {median:.3f} | {low:.3f} to {high:.3f} |"
         )
-    lines += [
+    told = "Labels of the drawn structures by every recipe that computed them; all: each by its share of the set."
+    return [*lines, "", told]
+
+
+def vasp_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Elements against VASP."""
+    medians = [np.median([r[key] for r in rows]) for key in ("l1", "l1_shifted", "l1_occupied_shifted")]
+    return [
+        "| element | | shape against VASP | shifted (by, eV) | occupied, shifted |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {r['id']} | {r['formula']} | {r['l1']:.3f} | {r['l1_shifted']:.3f} ({r['shift']:+.2f}) | "
+            f"{r['l1_occupied_shifted']:.3f} |"
+            for r in rows
+        ),
         "",
-        "Labels of the drawn structures by every recipe that computed them; all: each by its share of the set.",
+        "Labels that are elements against VASP's projections (Materials Project), both with as many states in the "
+        f"energies compared. Median {medians[0]:.3f}, {medians[1]:.3f} after the best rigid shift, "
+        f"{medians[2]:.3f} in the occupied states of it: spheres that miss charge unevenly and another Fermi "
+        "level, on top of the error above.",
     ]
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The tables and how to read them."""
+    lines = [*mesh_table(report), "", *worst_table(report["labels"]), "", *recipe_table(report["recipes"])]
     if report["failed"]:
         lines += ["", "Failed: " + "; ".join(f"{name}: {reason}" for name, reason in report["failed"].items())]
     if report["vasp"]:
-        lines += ["", "| element | | shape against VASP | shifted (by, eV) | occupied, shifted |"]
-        lines.append("|---|---|---|---|---|")
-        lines += [
-            f"| {r['id']} | {r['formula']} | {r['l1']:.3f} | {r['l1_shifted']:.3f} ({r['shift']:+.2f}) | "
-            f"{r['l1_occupied_shifted']:.3f} |"
-            for r in report["vasp"]
-        ]
-        medians = [np.median([r[key] for r in report["vasp"]]) for key in ("l1", "l1_shifted", "l1_occupied_shifted")]
-        lines += [
-            "",
-            "Labels that are elements against VASP's projections (Materials Project), both with as many states in the "
-            f"energies compared. Median {medians[0]:.3f}, {medians[1]:.3f} after the best rigid shift, "
-            f"{medians[2]:.3f} in the occupied states of it: spheres that miss charge unevenly and another Fermi "
-            "level, on top of the error above.",
-        ]
+        lines += ["", *vasp_table(report["vasp"])]
     return "\n".join([*lines, ""])
 
 

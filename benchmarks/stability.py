@@ -98,6 +98,23 @@ def draw(count: int, seed: int) -> list[Atoms]:
     return made
 
 
+def real_energies(options: argparse.Namespace) -> list[tuple[ArrayLike, float | None]]:
+    """Atomic numbers and relaxed energies, eV/atom, of real crystals of split `test`."""
+    data = load_structures(ROOT / "data" / "structures.parquet", split="test")
+    rows = np.random.default_rng(options.seed).permutation(len(data))[: options.num_real].tolist()
+    real = {str(data.material_id[i]): data.atoms(i) for i in rows}
+    energies = relax_all(real, options.cache / "hull.jsonl")
+    return [(real[name].numbers, record["reached"]) for name, record in energies.items()]
+
+
+def relaxed_draws(made: Sequence[Atoms], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Records of `relax_all`, one for each draw."""
+    sha = made[0].info["dosmatgen"]["weights"][:12]
+    # The targets change as labels are added, and with them what a seed draws: the atoms belong to the name.
+    draws = {f"{options.seed}-{k}-{digest(atoms)[:12]}": atoms for k, atoms in enumerate(made)}
+    return list(relax_all(draws, options.cache / f"stability_{sha}.jsonl").values())
+
+
 def above(hull: Hull, energies: Iterable[tuple[ArrayLike, float | None]]) -> list[float]:
     """Energies above a hull, eV/atom, of (atomic numbers, eV/atom); infinite where unknown."""
     return [np.inf if (value := hull.above(*entry)) is None else value for entry in energies]
@@ -115,6 +132,37 @@ def figures(above: Sequence[float]) -> dict[str, Any]:
         "below_0.03": float((values <= BAR["real_median"]).mean()),
         "metastable": float((values <= STABLE).mean()),
         "all": values.tolist(),
+    }
+
+
+def counts(
+    made: Sequence[Atoms], done: Sequence[dict[str, Any]], after: Sequence[float], structures: Path
+) -> dict[str, Any]:
+    """How many candidates are valid, unique and new, and metastable too once relaxed, and balance common charges."""
+    known = KnownCrystals.from_file(structures)
+    relaxed = [Atoms(z, cell=cell, positions=x, pbc=True) for z, cell, x in (record["crystal"] for record in done)]
+    new = np.array([outcome.accepted for outcome in screen_many(relaxed, known=known)])
+    balance = [charge_balanced(atoms) for atoms in made]
+    return {
+        "known": len(known),
+        "valid_unique_new": float(new.mean()),
+        "valid_unique_new_metastable": float((new & (np.array(after) <= STABLE)).mean()),
+        "with_charges": sum(b is not None for b in balance),
+        "balanced": sum(b is True for b in balance),
+    }
+
+
+def cost(done: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Time of the first 50 relaxations, and why any at all did not converge."""
+    first = done[:50]
+    return {
+        "structures": len(first),
+        "cpu_seconds": sum(r["cpu"] for r in first),
+        "wall_seconds": sum(r["wall"] for r in first),
+        "median": float(np.median([r["cpu"] for r in first])),
+        "slowest": max(r["cpu"] for r in first),
+        "converged": sum(r["reason"] is None for r in first),
+        "reasons": sorted({r["reason"] for r in done if r["reason"]}),
     }
 
 
@@ -164,8 +212,8 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Measure and write the results."""
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Energy above the hull of real, generated and prototype crystals.")
     parser.add_argument("--num-real", type=int, default=200)
     parser.add_argument("--num-draws", type=int, default=100)
@@ -178,60 +226,36 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     if options.num_real < 1 or options.num_draws < 1:
         parser.error("--num-real and --num-draws must be at least 1")
+    return options
 
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure and write the results."""
+    options = options_of(arguments)
     torch.set_num_threads(1)
     hull = Hull.load(options.hull) if options.hull else load_hull()
     elemental = (hull.counts > 0).sum(1) == 1  # they say nothing of a compound, and without them there is no hull
     others = hull.without((hull.split == "test") & ~elemental)
-
-    data = load_structures(ROOT / "data" / "structures.parquet", split="test")
-    rows = np.random.default_rng(options.seed).permutation(len(data))[: options.num_real].tolist()
-    real = {str(data.material_id[i]): data.atoms(i) for i in rows}
-    energies = relax_all(real, options.cache / "hull.jsonl")
-    stood = [(real[name].numbers, record["reached"]) for name, record in energies.items()]
-
+    real = real_energies(options)
     made = draw(options.num_draws, options.seed)
     raw = above(hull, zip((atoms.numbers for atoms in made), chgnet_energies(made, progress=True), strict=True))
-    sha = made[0].info["dosmatgen"]["weights"][:12]
-    # The targets change as labels are added, and with them what a seed draws: the atoms belong to the name.
-    draws = {f"{options.seed}-{k}-{digest(atoms)[:12]}": atoms for k, atoms in enumerate(made)}
-    done = relax_all(draws, options.cache / f"stability_{sha}.jsonl")
-    after = above(hull, [(record["crystal"][0], record["reached"]) for record in done.values()])
-
-    relaxed = [Atoms(z, cell=cell, positions=x, pbc=True) for z, cell, x in (r["crystal"] for r in done.values())]
+    done = relaxed_draws(made, options)
+    after = above(hull, [(record["crystal"][0], record["reached"]) for record in done])
     prototypes = [(atoms.numbers, relax(atoms).info["relaxation"]["energy"]) for atoms in PROTOTYPES.values()]
-    known = KnownCrystals.from_file(options.structures)
-    new = np.array([outcome.accepted for outcome in screen_many(relaxed, known=known)])
-    balance = [charge_balanced(atoms) for atoms in made]
-    first = list(done.values())[:50]
     report = {
         "seed": options.seed,
         "weights": made[0].info["dosmatgen"]["weights"],
         "hull": {"formulas": len(hull.name), "relaxed": int(hull.relaxed.sum())},
         "bar": BAR,
         "rows": {
-            "real, hull": figures(above(hull, stood)),
-            "real, hull of other formulas": figures(above(others, stood)),
+            "real, hull": figures(above(hull, real)),
+            "real, hull of other formulas": figures(above(others, real)),
             "generated": figures(raw),
             "generated, relaxed": figures(after),
         },
         "prototypes": dict(zip(PROTOTYPES, above(hull, prototypes), strict=True)),
-        "candidates": {
-            "known": len(known),
-            "valid_unique_new": float(new.mean()),
-            "valid_unique_new_metastable": float((new & (np.array(after) <= STABLE)).mean()),
-            "with_charges": sum(b is not None for b in balance),
-            "balanced": sum(b is True for b in balance),
-        },
-        "relaxation": {
-            "structures": len(first),
-            "cpu_seconds": sum(r["cpu"] for r in first),
-            "wall_seconds": sum(r["wall"] for r in first),
-            "median": float(np.median([r["cpu"] for r in first])),
-            "slowest": max(r["cpu"] for r in first),
-            "converged": sum(r["reason"] is None for r in first),
-            "reasons": sorted({r["reason"] for r in done.values() if r["reason"]}),
-        },
+        "candidates": counts(made, done, after, options.structures),
+        "relaxation": cost(done),
     }
     table = markdown(report)
     print(table)

@@ -234,7 +234,7 @@ def compute(
     candidates: dict[str, Atoms] = {}
     for name, task in tasks.items():
         crystals = relaxed(outcomes[name], RELAXED * count, folder / "relaxed", name)
-        order = ranked(ranker, crystals, task.site, target.on_grid()) if crystals else []
+        order: list[int] = ranked(ranker, crystals, task.site, target.on_grid()).tolist() if crystals else []
         chosen_crystals = best([crystals[i] for i in order], count)
         # Named after themselves: with another --dft or --candidates, the best are others.
         candidates |= {f"{name}-{zlib.crc32(extxyz([atoms])):08x}": atoms for atoms in chosen_crystals}
@@ -290,8 +290,8 @@ def draw(outcomes: dict[str, Outcome], target: TargetDOS) -> bytes:
     return file.getvalue()
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Generate, judge, count, draw."""
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Crystals with the free-atom-like DOS of nickel in Au3Ni on one site.")
     parser.add_argument("--out", type=Path, required=True, help="folder for structures, report.json and figure.png")
     parser.add_argument("--candidates", type=int, default=50, help="per task (default %(default)s)")
@@ -311,22 +311,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     if options.dft < 0:
         parser.error("--dft must be at least 0")
+    return options
 
-    torch.set_num_threads(1)
-    generator = DOSGenerator(options.weights)
-    ranker, judge = DOSPredictor.load(options.predictor), DOSPredictor.load(options.judge)
-    known = KnownCrystals.from_file(options.structures, split=None) if options.structures.is_file() else None
-    target_file, engine = TARGETS[options.dense]
-    target = TargetDOS.from_file(target_file, site=NICKEL_SITE)
-    seen = target.on_grid()
-    options.out.mkdir(parents=True, exist_ok=True)
 
-    outcomes, seconds = {}, {}
+def generated(
+    generator: DOSGenerator, target: TargetDOS, options: argparse.Namespace
+) -> tuple[dict[str, list[Atoms]], dict[str, float]]:
+    """Structures of each task, and the seconds that they took; NaN for those that an earlier run had begun."""
+    structures, seconds = {}, {}
     for task in TASKS:
         print(task.title, flush=True)
         file = options.out / f"{task.name}.extxyz"
         resumed, start = file.exists(), time.perf_counter()
-        structures = generator.generate(
+        structures[task.name] = generator.generate(
             target if task.with_dos else None,
             options.candidates,
             **task.settings,
@@ -337,8 +334,23 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             out=file,
         )
         seconds[task.name] = math.nan if resumed else time.perf_counter() - start
-        outcomes[task.name] = evaluate(task, structures, seen, ranker, judge, known)
+    return structures, seconds
 
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Generate, judge, count, draw."""
+    options = options_of(arguments)
+    torch.set_num_threads(1)
+    generator = DOSGenerator(options.weights)
+    ranker, judge = DOSPredictor.load(options.predictor), DOSPredictor.load(options.judge)
+    known = KnownCrystals.from_file(options.structures, split=None) if options.structures.is_file() else None
+    target_file, engine = TARGETS[options.dense]
+    target = TargetDOS.from_file(target_file, site=NICKEL_SITE)
+    seen = target.on_grid()
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    structures, seconds = generated(generator, target, options)
+    outcomes = {task.name: evaluate(task, structures[task.name], seen, ranker, judge, known) for task in TASKS}
     if options.dft:
         settings = replace(engine, time_limit=options.time_limit)
         outcomes |= compute(outcomes, target, ranker, options.out, settings, options.dft, options.workers)
