@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import ROOT
 
 from dosmatgen_ase import __version__
 from dosmatgen_ase.files import write_atomic
+from dosmatgen_ase.provenance import commit_of
 
 
 def made_by() -> dict[str, Any]:
     """What made a result: version, commit (null outside a clone; ``-dirty`` with changes not committed), command."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     script, *options = sys.argv
-    return {"version": __version__, "commit": commit, "command": shlex.join(["python", script, *options])}
+    command = shlex.join(["python", script, *options])
+    return {"version": __version__, "commit": commit_of(Path(__file__)), "command": command}
 
 
 def write_results(folder: Path, name: str, report: dict[str, Any], markdown: str) -> None:

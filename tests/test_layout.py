@@ -15,13 +15,15 @@ import pytest
 from dosmatgen_ase.moved import MOVED
 
 PACKAGE = "dosmatgen_ase"
-SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / PACKAGE
 
 # Low to high. A file imports from its own folder and from lower ones only.
 ORDER = [
     "moved",
     "threads",
     "limits",
+    "provenance",
     "files",
     "dos",
     "parsing",

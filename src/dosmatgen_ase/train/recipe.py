@@ -7,7 +7,6 @@ A stage has a folder of its own with all that `trainer.train` keeps, so that a k
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from dosmatgen_ase.data import CrystalDataset
 from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.files.tensors import load_tensors
 from dosmatgen_ase.model.checkpoint import load_model, save_model
+from dosmatgen_ase.provenance import commit_of
 from dosmatgen_ase.train.trainer import TrainingConfig, train
 
 TABLES = ("data", "wide")
@@ -134,8 +134,9 @@ def train_stages(
     stages = [{k: v for k, v in one.items() if k != "curve"} for one in told]
     final = out / "weights.safetensors"
     save_model(final, model, {"training": header["training"], "data": header["data"], "stages": stages})
-    record = {"version": dosmatgen_ase.__version__, "commit": _commit(), "device": device, "stages": told}
-    record["weights"] = load_model(final)[1]["sha256"]
+    commit, sha256 = commit_of(Path(__file__)), load_model(final)[1]["sha256"]
+    record = {"version": dosmatgen_ase.__version__, "commit": commit, "device": device, "stages": told}
+    record["weights"] = sha256
     write_atomic(out / "record.json", (json.dumps(record, indent=1) + "\n").encode())
     return final
 
@@ -171,15 +172,3 @@ def _told(folder: Path) -> dict[str, Any]:
         "training": header["training"],
         "curve": lines[every - 1 :: every],
     }
-
-
-def _commit() -> str | None:
-    """Commit of the clone that this file belongs to; None where it is installed, in whosever repository that may be."""
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
-        described = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
