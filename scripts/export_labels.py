@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -139,9 +140,9 @@ def _band_columns(bands: MeshBands | None) -> dict[str, Any]:
 
 
 def write_table(directory: Path, path: Path) -> int:
-    """Write the parquet file, some hundred rows at a time; how many there are."""
+    """Write the parquet file, some hundred rows at a time; return how many there are."""
     schema = pa.schema([pa.field(name, column.type) for name, column in COLUMNS.items()])
-    part, count = path.with_suffix(".part"), 0
+    content, count = io.BytesIO(), 0
     batch: list[dict[str, Any]] = []
 
     def flush(writer: pq.ParquetWriter) -> None:
@@ -149,7 +150,7 @@ def write_table(directory: Path, path: Path) -> int:
         writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
         batch.clear()
 
-    with pq.ParquetWriter(part, schema, compression="zstd", compression_level=15) as writer:
+    with pq.ParquetWriter(content, schema, compression="zstd", compression_level=15) as writer:
         for row in rows(directory):
             batch.append(row)
             count += 1
@@ -157,7 +158,7 @@ def write_table(directory: Path, path: Path) -> int:
                 flush(writer)
         if batch:
             flush(writer)
-    part.replace(path)
+    write_atomic(path, content.getvalue())
     return count
 
 

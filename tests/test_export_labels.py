@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,19 @@ def test_the_documentation_tells_every_column(exported: tuple[Path, Path]) -> No
     for field in told["recordSet"][0]["field"]:
         row = next(line for line in page.splitlines() if line.startswith(f"| `{field['name']}` |"))
         assert field["description"] in row
+
+
+def test_a_failed_export_leaves_the_table_before_it(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    shards, _ = exported
+    write_table = runpy.run_path(str(ROOT / "scripts" / "export_labels.py"))["write_table"]
+    path = tmp_path / "labels.parquet"
+    assert write_table(shards, path) == 3
+    before = path.read_bytes()
+    assert pq.read_metadata(path).num_rows == 3
+    damaged = tmp_path / "site_dos"
+    shutil.copytree(shards, damaged)
+    (damaged / "3.npz").write_bytes(b"no shard")
+    with pytest.raises(ValueError, match=r"3\.npz"):
+        write_table(damaged, path)
+    assert {file.name for file in tmp_path.iterdir()} == {"labels.parquet", "site_dos"}
+    assert path.read_bytes() == before
