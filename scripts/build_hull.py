@@ -28,7 +28,9 @@ import math
 import os
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are loaded
 
@@ -112,8 +114,124 @@ def priority(crystals: Sequence[Atoms]) -> list[int]:
     return np.lexsort(cost.T[::-1]).tolist()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Find what is missing, and write the hull."""
+def name_of(atoms: Atoms) -> str:
+    """Under which its energies are kept."""
+    return str(atoms.info["material_id"])
+
+
+@dataclass(frozen=True)
+class Energies:
+    """What is known of the crystals that are no entries of `base`, and a file that is told what is found.
+
+    Attributes
+    ----------
+    crystals : list of Atoms
+    base : Hull, optional
+        The hull that they come to.
+    known : dict
+        By the name of a crystal: its energy as it stands ("static") and relaxed, eV/atom, or None where there is none.
+    file : text file
+        Open at its end.
+    """
+
+    crystals: list[Atoms]
+    base: Hull | None
+    known: dict[str, dict[str, float | None]]
+    file: TextIO
+
+    def of(self, i: int) -> dict[str, float | None]:
+        """What is known of one crystal."""
+        return self.known.get(name_of(self.crystals[i]), {})
+
+    def keep(self, i: int, kind: str, energy: float | None) -> None:
+        """Note an energy, or that there is none."""
+        name = name_of(self.crystals[i])
+        energy = None if energy is None or not np.isfinite(energy) else round(float(energy), 6)
+        self.known.setdefault(name, {})[kind] = energy
+        self.file.write(json.dumps({"id": name, kind: energy}) + "\n")
+
+    def complete(self) -> bool:
+        """Whether every crystal was asked for its energy as it stands."""
+        return all("static" in self.of(i) for i in range(len(self.crystals)))
+
+    def hull(self) -> Hull:
+        """The lowest energies that are known by now."""
+        both = np.array(
+            [[self.of(i).get(kind) for kind in ("static", "relaxed")] for i in range(len(self.crystals))], dtype=float
+        )
+        static, after = both.reshape(-1, 2).T
+        relaxed = np.isfinite(after)
+        energy = np.where(relaxed, after, static)
+        rows = np.flatnonzero(np.isfinite(energy))
+        found = [self.crystals[i] for i in rows]
+        split = [atoms.info["split"] for atoms in found]
+        made = Hull.lowest(found, split, energy[rows], relaxed[rows], [name_of(atoms) for atoms in found])
+        return made if self.base is None else self.base.joined(made)
+
+
+def crystals_of(options: argparse.Namespace, base: Hull | None) -> list[Atoms]:
+    """Crystals of the tables that are no entries of the hull, and references of the elements that both lack."""
+    named = {name_of(atoms): atoms for path in options.structures for atoms in read_crystals(path)}
+    if options.prototypes:
+        named |= {name_of(atoms): atoms for atoms in prototypes()}
+    held = set() if base is None else set(base.name.tolist())
+    crystals = [atoms for name, atoms in named.items() if name not in held]
+    present = {z for atoms in crystals for z in atoms.numbers.tolist()}
+    own = {int(atoms.numbers[0]) for atoms in crystals if len(set(atoms.numbers)) == 1}
+    own |= set() if base is None else base.elements
+    return crystals + element_references(sorted(present - own))
+
+
+def compute_as_they_stand(energies: Energies, order: Sequence[int], minutes: float) -> None:
+    """Step 1, until it is complete or the time is over."""
+    end = time.monotonic() + 60 * minutes
+    todo = [i for i in order if "static" not in energies.of(i)]
+    for start in tqdm(range(0, len(todo), CHUNK), desc="energies", unit="chunk"):
+        if time.monotonic() > end:
+            return
+        rows = todo[start : start + CHUNK]
+        for i, energy in zip(rows, chgnet_energies([energies.crystals[i] for i in rows]), strict=True):
+            energies.keep(i, "static", energy)
+        energies.file.flush()
+
+
+def relax_near_hull(energies: Energies, order: Sequence[int], options: argparse.Namespace) -> None:
+    """Step 2, until it is complete or the time is over."""
+    crystals, bound = energies.crystals, energies.hull()
+    end = time.monotonic() + 60 * options.minutes
+
+    def near(i: int) -> bool:
+        above = bound.above(crystals[i].numbers, energies.of(i)["static"])
+        # The cell of a prototype is a guess.
+        return above is not None and (above <= options.margin or crystals[i].info["split"] == "prototype")
+
+    todo = [i for i in order if to_relax(energies.of(i))]
+    for start in tqdm(range(0, len(todo), CHUNK), desc="relaxations", unit="chunk"):
+        if time.monotonic() > end:
+            return
+        rows = [i for i in todo[start : start + CHUNK] if near(i)]
+        finished = relax_each([crystals[i] for i in rows], processes=options.processes)
+        for i, atoms in zip(rows, finished, strict=True):
+            report = atoms.info["relaxation"]
+            energies.keep(i, "relaxed", report["energy"] if report["converged"] else None)
+            energies.file.flush()
+            if time.monotonic() > end:
+                return
+
+
+def write(energies: Energies, out: Path, keep: float) -> None:
+    """Step 3: the hull, without what is new and lies further above it than `keep`, eV/atom."""
+    made = energies.hull()
+    if math.isfinite(keep):
+        held = [] if energies.base is None else energies.base.name.tolist()
+        new = np.flatnonzero(~np.isin(made.name, held))
+        made = made.without(np.isin(np.arange(len(made.name)), new[made.above_itself(new) > keep]))
+    made.save(out)
+    print(f"{out}: {len(made.name)} formulas, {made.relaxed.sum()} of them relaxed")
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Rebuild or enlarge the CHGNet hull; resumable.")
     parser.add_argument("--structures", type=Path, nargs="*", default=[ROOT / "data" / "structures.parquet"])
     parser.add_argument("--prototypes", action="store_true", help="textbook compounds as well (prototypes.py)")
@@ -125,83 +243,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--energy-minutes", type=float, default=float("inf"), help="step 1 no longer than this")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="step 2 no longer than this")
     parser.add_argument("--processes", type=int, default=1)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
+
+def main(arguments: list[str] | None = None) -> None:
+    """Find what is missing, and write the hull."""
+    options = options_of(arguments)
     torch.set_num_threads(1)
     base = None if options.onto is None else Hull.load(options.onto)
-    known_names = set() if base is None else set(base.name.tolist())
-    named = {str(atoms.info["material_id"]): atoms for path in options.structures for atoms in read_crystals(path)}
-    if options.prototypes:
-        named |= {str(atoms.info["material_id"]): atoms for atoms in prototypes()}
-    crystals = [atoms for name, atoms in named.items() if name not in known_names]
-    present = {z for atoms in crystals for z in atoms.numbers.tolist()}
-    own = {int(atoms.numbers[0]) for atoms in crystals if len(set(atoms.numbers)) == 1}
-    own |= set() if base is None else base.elements
-    crystals += element_references(sorted(present - own))
-    names = [str(atoms.info["material_id"]) for atoms in crystals]
+    crystals = crystals_of(options, base)
     order = priority(crystals)
-
     options.cache.parent.mkdir(parents=True, exist_ok=True)
     known = read_records(options.cache)
-    with options.cache.open("a") as cache:
-
-        def keep(i: int, kind: str, energy: float | None) -> None:
-            energy = None if energy is None or not np.isfinite(energy) else round(float(energy), 6)
-            known.setdefault(names[i], {})[kind] = energy
-            cache.write(json.dumps({"id": names[i], kind: energy}) + "\n")
-
-        def hull() -> Hull:
-            both = np.array([[known.get(n, {}).get(k) for k in ("static", "relaxed")] for n in names], dtype=float)
-            static, after = both.reshape(-1, 2).T
-            relaxed = np.isfinite(after)
-            energy = np.where(relaxed, after, static)
-            rows = np.flatnonzero(np.isfinite(energy))
-            found = [crystals[i] for i in rows]
-            split = [atoms.info["split"] for atoms in found]
-            made = Hull.lowest(found, split, energy[rows], relaxed[rows], [names[i] for i in rows])
-            return made if base is None else base.joined(made)
-
-        cache.write("\n")  # after a torn line
+    with options.cache.open("a") as file:
+        file.write("\n")  # after a torn line
+        energies = Energies(crystals, base, known, file)
         try:
-            end = time.monotonic() + 60 * options.energy_minutes
-            todo = [i for i in order if "static" not in known.get(names[i], {})]
-            for start in tqdm(range(0, len(todo), CHUNK), desc="energies", unit="chunk"):
-                if time.monotonic() > end:
-                    break
-                rows = todo[start : start + CHUNK]
-                for i, energy in zip(rows, chgnet_energies([crystals[i] for i in rows]), strict=True):
-                    keep(i, "static", energy)
-                cache.flush()
-
-            bound, end = hull(), time.monotonic() + 60 * options.minutes
-            todo = [i for i in order if to_relax(known.get(names[i], {}))]
-            for start in tqdm(range(0, len(todo), CHUNK), desc="relaxations", unit="chunk"):
-                if time.monotonic() > end:
-                    break
-                chunk = todo[start : start + CHUNK]
-                above = [bound.above(crystals[i].numbers, known[names[i]]["static"]) for i in chunk]
-                rows = [
-                    i
-                    for i, e in zip(chunk, above, strict=True)
-                    if e is not None and (e <= options.margin or crystals[i].info["split"] == "prototype")
-                ]  # the cell of a prototype is a guess
-                finished = relax_each([crystals[i] for i in rows], processes=options.processes)
-                for i, atoms in zip(rows, finished, strict=True):
-                    report = atoms.info["relaxation"]
-                    keep(i, "relaxed", report["energy"] if report["converged"] else None)
-                    cache.flush()
-                    if time.monotonic() > end:
-                        return
+            compute_as_they_stand(energies, order, options.energy_minutes)
+            relax_near_hull(energies, order, options)
         except KeyboardInterrupt:
             print("stopped: the same command goes on from here")
         finally:
-            if base is not None or all("static" in known.get(n, {}) for n in names):  # else it would lack formulas
-                made = hull()
-                if math.isfinite(options.keep):
-                    new = np.flatnonzero(~np.isin(made.name, list(known_names)))
-                    made = made.without(np.isin(np.arange(len(made.name)), new[made.above_itself(new) > options.keep]))
-                made.save(options.out)
-                print(f"{options.out}: {len(made.name)} formulas, {made.relaxed.sum()} of them relaxed")
+            if base is not None or energies.complete():  # else it would lack formulas
+                write(energies, options.out, options.keep)
 
 
 def to_relax(record: dict[str, float | None]) -> bool:
