@@ -329,6 +329,18 @@ def test_candidates_are_kept_for_a_label_not_for_its_id_alone(labels: SiteDOSLab
     assert target.key.startswith(f"{target.material_id}-")
 
 
+def test_what_is_kept_is_found_by_settings_and_content_of_the_models(tmp_path: Path) -> None:
+    """By the SHA-256 of "sabc", as of old: candidates that were drawn before are not drawn again."""
+    files = {name: tmp_path / name for name in ("weights", "judge", "predictor")}
+    for path, content in zip(files.values(), "abc", strict=True):
+        path.write_text(content)
+    options = argparse.Namespace(cache=tmp_path, **files)
+    assert _draws.cache_folder(options, "s") == tmp_path / "cf0bbce2b0833f47"
+    assert _draws.cache_folder(options, "t") != tmp_path / "cf0bbce2b0833f47"
+    files["judge"].write_text("d")
+    assert _draws.cache_folder(options, "s") != tmp_path / "cf0bbce2b0833f47"
+
+
 def test_the_dft_judge_runs_and_counts(
     folder: Path, labels: SiteDOSLabels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
