@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from _targets import Target, drawn_rows, in_random_order
 from ase import Atoms
 from ase.build import bulk
 from round_trip import Library
+from test_training import CONFIG, bulk_dataset
 
 from dosmatgen_ase import __version__
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
@@ -34,6 +36,7 @@ from dosmatgen_ase.model.checkpoint import load_model, save_model
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser
 from dosmatgen_ase.model.denoiser import Denoiser, DenoiserConfig
 from dosmatgen_ase.model.diffusion.lattice import LatticeProcess
+from dosmatgen_ase.train.trainer import Trainer, epoch_batches
 
 ROOT = Path(__file__).parents[1]
 STEPS = SamplerConfig(num_steps=2)
@@ -404,6 +407,36 @@ def test_the_dft_judge_runs_and_counts(
 
     monkeypatch.delattr(dft_judge, "generate")  # what was made is kept
     assert dft_judge.main([*files, *small, f"--out={tmp_path}"])["per_target"] == report["per_target"]
+
+
+def test_the_training_throughput_counts_structures_and_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock by which all takes half a second."""
+    import training_throughput as throughput
+
+    def half_a_second(work: Callable[[], object], device: str) -> float:
+        work()
+        return 0.5
+
+    config = replace(CONFIG, max_pairs=16, draws_per_epoch=48)
+    monkeypatch.setattr(throughput, "seconds", half_a_second)
+    monkeypatch.setattr(throughput, "configurations", lambda: {"tiny": config})
+    monkeypatch.setattr(throughput, "MATRIX", 8)
+    monkeypatch.setattr(throughput, "WARM", 1)
+    monkeypatch.setattr(throughput.CrystalDataset, "join", lambda *_: bulk_dataset())
+    monkeypatch.setattr(throughput, "load_site_dos", lambda path: None)
+    options = ["--threads", "1", "--max-pairs=16", f"--out={tmp_path}"]
+    with pytest.raises(SystemExit, match=r"an epoch has \d+ batches, too few for 99 steps"):
+        throughput.main(["--steps=99", *options])
+    (row,) = throughput.main(["--steps=2", *options])["rows"]
+    trainer = Trainer(config, bulk_dataset())
+    sizes = [len(rows) for rows in epoch_batches(trainer.data, config, 0)][2:4]
+    assert row["structures_per_second"] == np.median(sizes) / 0.5
+    assert row["matrix_gflops"] == pytest.approx(2 * 8**3 / 0.5 / 1e9)
+    assert row["parameters"] == sum(p.numel() for p in trainer.model.parameters())
+    assert row["gflop_per_structure"] * 1e9 > 6 * 2 * row["parameters"] / 10  # each weight serves a site or a pair
+    assert "| tiny | cpu | 1 |" in (tmp_path / "training_throughput.md").read_text()
 
 
 def test_the_pick_of_k_draws_is_exact() -> None:
