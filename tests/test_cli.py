@@ -27,14 +27,16 @@ from ase.io.jsonio import read_json
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from dosmatgen_ase import cli
+from dosmatgen_ase import DOSGenerator, cli
 from dosmatgen_ase.cli import app
 from dosmatgen_ase.cli.options import SETTINGS, site_list
 from dosmatgen_ase.data import SHARD_KEYS
 from dosmatgen_ase.dos import TargetDOS, normalised_l1
+from dosmatgen_ase.files import write_extxyz
 from dosmatgen_ase.forward.bands import predict_bands
 from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig, default_predictor, predict_dos
 from dosmatgen_ase.generate.settings import GenerationSettings, described
+from dosmatgen_ase.judge.ranking import RELAXED
 from dosmatgen_ase.model.checkpoint import load_model, save_model
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser
 from dosmatgen_ase.model.denoiser import Denoiser, DenoiserConfig
@@ -542,3 +544,25 @@ def test_oversampling_keeps_the_draws_and_the_best(weights: Path, tmp_path: Path
     broken = run(*command(weights, tmp_path / "no.extxyz", "-n", 1, "--relax", "bogus"))
     assert_one_line(broken, 1, "bogus")
     assert not (tmp_path / "no.extxyz").exists()
+
+
+def test_of_many_draws_the_command_relaxes_those_that_python_does_and_goes_on(tmp_path: Path) -> None:
+    out, relaxed = tmp_path / "out.extxyz", tmp_path / "out-relaxed.extxyz"
+    wish = {"num_atoms": 2, "elements": ["Ni", "Au", "Cu"], "seed": 3}
+    options = ("--num-atoms", 2, "--elements", "Ni,Au,Cu", "--seed", 3, "-o", out)
+    arguments = ("generate", NICKEL, "--site", 3, "-n", 1, "--oversample", 6, "--relax", "chgnet", *options)
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    first = ase.io.read(relaxed, ":")
+    assert len(first) == RELAXED  # the best four of six
+    best = ase.io.read(tmp_path / "out-best.extxyz")
+    target = TargetDOS.from_file(NICKEL, site=3)
+    expected = DOSGenerator(device="cpu").generate(target, oversample=6, relax="chgnet", **wish)
+    assert (best.numbers == expected.numbers).all()
+    np.testing.assert_allclose(best.positions, expected.positions, atol=1e-6)
+    assert best.info["scores"]["score"] == pytest.approx(expected.info["scores"]["score"], abs=1e-6)
+
+    write_extxyz(relaxed, first[:2])  # as a kill leaves it
+    assert run(*arguments).exit_code == 0
+    again = ase.io.read(relaxed, ":")
+    assert [atoms.positions.tolist() for atoms in again] == [atoms.positions.tolist() for atoms in first]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dosmatgen_ase.forward.predictor import SitePrediction
 from dosmatgen_ase.generate.generator import RejectedError
 from dosmatgen_ase.judge import ranking as ranking_module
 from dosmatgen_ase.judge.ranking import Ranking, best, predicted_distance, predicted_for_targets, score, score_and_relax
+from dosmatgen_ase.judge.relaxation import relax
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -228,7 +230,7 @@ def test_of_many_draws_the_best_are_relaxed_and_ranked_again(copper: TargetDOS) 
     draws = [bulk(symbol, "fcc", a=4.0) for symbol in ("Ne", "Na", "Al", "Ag", "Xe", "K", "Cu", "Pb")]
     in_order = [str(atoms.symbols) for atoms in score(draws, {0: copper})]
     engine = _Counting()
-    kept = score_and_relax(draws, 1, {0: copper}, relax=engine, accepts=lambda atoms: True)
+    kept = score_and_relax(draws, 1, {0: copper}, relaxed=partial(relax, calculator=engine), accepts=lambda atoms: True)
     assert set(engine.seen) == set(in_order[: ranking_module.RELAXED])
     assert len(kept) == ranking_module.RELAXED
     again = [str(atoms.symbols) for atoms in score(kept, {0: copper})]
@@ -239,13 +241,22 @@ def test_of_many_draws_the_best_are_relaxed_and_ranked_again(copper: TargetDOS) 
 def test_more_draws_are_relaxed_where_the_best_are_refused_or_alike(copper: TargetDOS) -> None:
     draws = [*(bulk("Cu") for _ in range(8)), *(bulk(symbol, "fcc", a=4.0) for symbol in ("Ag", "Al", "Pb"))]
     engine = _Counting()
-    kept = score_and_relax(draws, 1, {0: copper}, relax=engine, accepts=lambda atoms: atoms.symbols[0] != "Cu")
+    kept = score_and_relax(
+        draws, 1, {0: copper}, relaxed=partial(relax, calculator=engine), accepts=lambda atoms: atoms.symbols[0] != "Cu"
+    )
     assert {str(atoms.symbols) for atoms in kept} == {"Ag", "Al", "Pb"}
-    two = score_and_relax(draws, 2, {0: copper}, relax=_Counting(), accepts=lambda atoms: True)
+    two = score_and_relax(
+        draws, 2, {0: copper}, relaxed=partial(relax, calculator=_Counting()), accepts=lambda atoms: True
+    )
     assert {str(atoms.symbols) for atoms in best(two, 2)} > {"Cu"}
-    broken = score_and_relax(draws, 1, {0: copper}, relax=_Broken(), accepts=lambda atoms: True)
+    broken = score_and_relax(
+        draws, 1, {0: copper}, relaxed=partial(relax, calculator=_Broken()), accepts=lambda atoms: True
+    )
     assert len(broken) == len(draws)  # none held together: all were tried
-    assert score_and_relax([], 1, {0: copper}, relax=_Broken(), accepts=lambda atoms: True) == []
+    assert (
+        score_and_relax([], 1, {0: copper}, relaxed=partial(relax, calculator=_Broken()), accepts=lambda atoms: True)
+        == []
+    )
 
 
 class _Broken(LennardJones):

@@ -199,7 +199,7 @@ def _ranked(
     """Relax, if asked, and rank the structures drawn into `out`; return the best."""
     from dosmatgen_ase.files import read_structures
     from dosmatgen_ase.generate.generator import not_new
-    from dosmatgen_ase.judge.ranking import best, score
+    from dosmatgen_ase.judge.ranking import best, score_and_relax
     from dosmatgen_ase.judge.relaxation import relax_into
 
     drawn = read_structures(files.stream, format="extxyz")
@@ -208,13 +208,23 @@ def _ranked(
     drawn = [atoms for atoms in drawn if atoms.info["dosmatgen"]["index"] < draws]
     rejected = sum(atoms.info["dosmatgen"].get("attempt", 0) for atoms in drawn)
     tell(f"{len(drawn)} crystals drawn; rejected by the screen and drawn again: {rejected}", err=True)
-    if files.relaxed is not None and options.relax is not None:
-        held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
-        drawn = relax_into(files.relaxed, drawn, options.relax, progress=True, trust_model=options.trust_model, **held)
     sites, total = request.site_targets, request.total_target
     progress = options.relax is not None or len(drawn) > MANY
-    scored = score(drawn, sites, total, predictor=forward, ranking=ranking, progress=progress)
-    return best([atoms for atoms in scored if not_new(request, atoms) is None], n)  # some relax into known ones
+    chosen: list[Atoms] = []
+
+    def relaxed(part: list[Atoms]) -> list[Atoms]:
+        assert files.relaxed is not None
+        assert options.relax is not None
+        held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
+        chosen.extend(part)  # the file goes on from what it holds
+        done = relax_into(files.relaxed, chosen, options.relax, progress=True, trust_model=options.trust_model, **held)
+        return done[-len(part) :]
+
+    found = score_and_relax(
+        drawn, n, sites, total, accepts=lambda atoms: not_new(request, atoms) is None,  # some relax into known ones
+        relaxed=None if files.relaxed is None else relaxed, predictor=forward, ranking=ranking, progress=progress,
+    )  # fmt: skip
+    return best(found, n)
 
 
 def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking) -> None:

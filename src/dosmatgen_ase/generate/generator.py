@@ -11,6 +11,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -192,6 +193,7 @@ class DOSGenerator:
         if ranked := oversample > 1 or relax is not None or ranking is not None:
             # They bring CHGNet, which plain generation does without.
             from dosmatgen_ase.judge.ranking import best, score, score_and_relax
+            from dosmatgen_ase.judge.relaxation import relax as relax_atoms
 
             targets, total = request.site_targets, request.total_target
             # Errors come before the work.
@@ -208,10 +210,11 @@ class DOSGenerator:
             warnings.warn(f"{error}. The {len(ordered)} others are ranked.", stacklevel=2)
         if ranked:
             held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
-            held |= {"relax": relax, "trust_model": trust_model, "ranking": ranking, "progress": progress}
+            work = partial(relax_atoms, calculator=relax, progress=progress, trust_model=trust_model, **held)
+            how: dict[str, Any] = {"ranking": ranking, "progress": progress, "relaxed": None if relax is None else work}
             with cpu_threads(self.threads):
                 new = score_and_relax(
-                    ordered, wanted, targets, total, accepts=lambda atoms: not_new(request, atoms) is None, **held
+                    ordered, wanted, targets, total, accepts=lambda atoms: not_new(request, atoms) is None, **how
                 )  # some relax into known ones
             if len(new) < min(wanted, len(ordered)):
                 told = f"only {len(new)} of {len(ordered)} structures are new after relaxation"

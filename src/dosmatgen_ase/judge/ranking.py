@@ -170,7 +170,7 @@ def score_and_relax(
     total: TargetDOS | None = None,
     *,
     accepts: Callable[[Atoms], bool],
-    relax: Any = None,
+    relaxed: Callable[[list[Atoms]], list[Atoms]] | None = None,
     **how: Any,
 ) -> list[Atoms]:
     """Score candidates; of many that are to be relaxed, relax the best ones and score these again.
@@ -180,27 +180,29 @@ def score_and_relax(
 
     Parameters
     ----------
-    candidates, sites, total, relax : as `score`
+    candidates, sites, total : as `score`
     wanted : int
         How many are needed.
     accepts : callable
         Of a crystal, relaxed where that is asked: whether it counts.
+    relaxed : callable, optional
+        Relaxes crystals and returns them in their order.
     **how
         Other arguments of `score`.
 
     Returns
     -------
     list of Atoms
-        Those that are accepted and, with `relax`, relaxed; best first. Raises as `score`.
+        Those that are accepted and, with `relaxed`, relaxed; best first. Raises as `score`.
     """
-    if relax is None or not candidates:
-        return [atoms for atoms in score(candidates, sites, total, relax=relax, **how) if accepts(atoms)]
+    if relaxed is None or not candidates:
+        return [atoms for atoms in score(candidates, sites, total, **how) if accepts(atoms)]
     part = RELAXED * wanted
     draws = score(candidates, sites, total, **how) if len(candidates) > part else list(candidates)
     found: list[Atoms] = []
     for start in range(0, len(draws), part):
-        relaxed = score(draws[start : start + part], sites, total, relax=relax, **how)
-        found += [atoms for atoms in relaxed if accepts(atoms)]
+        again = score(relaxed(draws[start : start + part]), sites, total, **how)
+        found += [atoms for atoms in again if accepts(atoms)]
         whole = [atoms for atoms in found if atoms.info["scores"]["score"] is not None]
         if len(list(islice(_unlike(whole), wanted))) == wanted:
             break
