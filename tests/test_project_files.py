@@ -212,7 +212,7 @@ def test_every_library_that_the_source_imports_is_declared() -> None:
 
 RESULTS = {path.stem: path for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))}
 # Of the readers of DFT output, of the labels, of the predictors, and of the search: no generator has a part in them.
-WITHOUT_GENERATOR = {"electronic", "label_error", "predictor", "search"}
+WITHOUT_GENERATOR = {"electronic", "label_error", "predictor", "search", "training_throughput"}
 JUDGED = {"candidates", "constraints", "round_trip"}  # by the predictor that judges
 
 
