@@ -77,7 +77,13 @@ def read_crystals(path: Path) -> list[Atoms]:
 
 
 def element_references(missing: Iterable[int]) -> list[Atoms]:
-    """Crystals of these elements: ASE's reference states, and molecules on a hexagonal lattice for hydrogen."""
+    """Crystals of these elements: ASE's reference states, and molecules on a hexagonal lattice for hydrogen.
+
+    Raises
+    ------
+    SystemExit
+        For an element of which ASE builds none, such as nitrogen.
+    """
     found = []
     for z in missing:
         symbol = chemical_symbols[z]
@@ -87,7 +93,11 @@ def element_references(missing: Iterable[int]) -> list[Atoms]:
             frac_coords = [(x, y, z + sign * half / c) for x, y, z in sites for sign in (-1, 1)]
             atoms = Atoms("H4", scaled_positions=frac_coords, cell=[a, a, c, 90, 90, 120], pbc=True)
         else:
-            atoms = bulk(symbol)
+            try:
+                atoms = bulk(symbol)
+            except ValueError:
+                told = f"the structures hold {symbol}, but no crystal of it alone, and ASE builds none"
+                raise SystemExit(f"{told}: add one to the structures, or build --onto a hull that has it") from None
         atoms.info = {"material_id": f"reference-{symbol}", "split": "element"}
         found.append(atoms)
     return found

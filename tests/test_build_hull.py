@@ -131,3 +131,10 @@ def test_cheap_crystals_of_few_elements_come_first_and_rare_elements_last() -> N
     numbers = [1, 2, 3, 1_200_000, 4, 1_200_001]
     crystals = [Atoms(f, info={"material_id": f"mp-{n}"}) for f, n in zip(formulas, numbers, strict=True)]
     assert [formulas[i] for i in priority(crystals)] == ["Cu4", "Na20Cl20", "NaClO3", "KClO3", "Na2Cl2O6", "XeF2"]
+
+
+def test_an_element_without_a_crystal_is_told_with_the_way_out() -> None:
+    references = runpy.run_path(str(ROOT / "scripts" / "build_hull.py"))["element_references"]
+    assert [atoms.get_chemical_formula() for atoms in references([1, 29])] == ["H4", "Cu"]
+    with pytest.raises(SystemExit, match=r"hold N, but no crystal of it alone.*add one"):
+        references([29, 7])
