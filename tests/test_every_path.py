@@ -13,6 +13,8 @@ from ase.build import bulk
 from typer.models import ArgumentInfo
 from typer.testing import CliRunner
 
+import dosmatgen_ase.retrieval.query
+import dosmatgen_ase.train.recipe  # noqa: F401 -- both bind what is replaced below, which must not be the replacement
 from dosmatgen_ase import TargetDOS
 from dosmatgen_ase.cli import app
 
