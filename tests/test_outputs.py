@@ -318,6 +318,32 @@ def test_no_command_overwrites_its_input(command: list[str], tmp_path: Path, mon
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+DRAWN, RELAXED = b'2\nLattice="1" dosmatgen="{}"\n', b'2\nLattice="1" dosmatgen="{}" relaxation="{}"\n'
+COMPUTED = b'{"format": "dosmatgen_ase.compute_many", "result": {"sites": []}}'
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "content"),
+    [
+        (["relax", "{salt}", "-o", "{out}"], "a.extxyz", DRAWN),
+        (["search", "{dos}", "-o", "{out}"], "a.extxyz", DRAWN),
+        (["search", "{dos}", "-o", "{out}"], "a.extxyz", RELAXED),
+        (["search", "{dos}", "-o", "{out}"], "a.json", DRAWN),
+        (["predict", "{salt}", "--out", "{folder}"], "salt.json", COMPUTED),
+    ],
+    ids=["relax drawn", "search drawn", "search relaxed", "search database", "predict computed"],
+)
+def test_no_command_replaces_the_work_of_another(command: list[str], name: str, content: bytes, tmp_path: Path) -> None:
+    names = {"dos": tmp_path / "dos.json", "salt": tmp_path / "salt.cif", "out": tmp_path / name, "folder": tmp_path}
+    names["dos"].write_text(json.dumps(TARGET.to_dict()))
+    ase.io.write(names["salt"], SALT)
+    names["out"].write_bytes(content)
+    result = run(*[part.format(**names) for part in command])
+    assert result.exit_code == 1, result.output
+    assert f"{name} exists and holds something else: choose another name, or give --overwrite" in result.stderr
+    assert names["out"].read_bytes() == content
+
+
 def test_pictures_are_known_again(tmp_path: Path) -> None:
     for name in ("a.png", "a.pdf", "a.svg", "a.PNG"):
         plot_dos(TARGET, path=tmp_path / name)

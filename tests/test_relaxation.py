@@ -553,7 +553,8 @@ def test_the_command_holds_cell_and_sites_and_reads_files_that_carry_energies(tm
     ase.io.write(tmp_path / "start.extxyz", oxide)
     start = ase.io.read(tmp_path / "start.extxyz")
     for option in (["--fixed-cell"], ["--fixed-sites", "1"]):
-        result = CliRunner().invoke(app, ["relax", str(tmp_path / "start.extxyz"), "-o", str(out), *option])
+        line = ["relax", str(tmp_path / "start.extxyz"), "-o", str(out), "--overwrite", *option]
+        result = CliRunner().invoke(app, line)
         assert result.exit_code == 0, result.output
         held = ase.io.read(out)
         assert np.allclose(held.cell, start.cell, atol=1e-8)
@@ -594,11 +595,32 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_in_the_file(
     relaxed.clear()
     assert len(relax_into(out, structures, "emt")) == 4
     assert relaxed == []
-    relax_into(out, structures[1:], "emt")  # other structures, other limits: made anew
+    before = out.read_bytes()
+    assert len(relax_into(out, structures[:2], "emt")) == 2
+    assert (relaxed, out.read_bytes()) == ([], before), "what it holds beyond these stays"
+    for others, limits in ((structures[1:], {}), (structures, {"fmax": 0.01}), ([*structures[:2], bulk("Au")], {})):
+        with pytest.raises(FileExistsError, match=r"holds [24] structures of another run, which would be lost: choose"):
+            relax_into(out, others, "emt", **limits)
+    assert (relaxed, out.read_bytes()) == ([], before)
+    relax_into(out, structures[1:], "emt", fmax=0.01, overwrite=True)
     assert relaxed == [3.6, 3.7, 3.8]
-    relaxed.clear()
-    relax_into(out, structures[1:], "emt", fmax=0.01)
-    assert relaxed == [3.6, 3.7, 3.8]
+
+
+def test_the_command_loses_no_structures_of_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relaxation, "load_calculator", lambda *_: EMT())
+    monkeypatch.chdir(tmp_path)
+    for name in ("Cu", "Au"):
+        ase.io.write(f"{name}.cif", bulk(name))
+    line = ["relax", "--calculator", "emt"]
+    assert CliRunner().invoke(app, [*line, "Cu.cif", "Au.cif"]).exit_code == 0
+    before = Path("relaxed.extxyz").read_bytes()
+    refused = CliRunner().invoke(app, [*line, "Au.cif"])
+    assert refused.exit_code == 1
+    assert "relaxed.extxyz holds 2 structures of another run" in refused.stderr
+    assert CliRunner().invoke(app, [*line, "Cu.cif"]).exit_code == 0, "it is there already"
+    assert Path("relaxed.extxyz").read_bytes() == before
+    assert CliRunner().invoke(app, [*line, "Au.cif", "--overwrite"]).exit_code == 0
+    assert [str(atoms.symbols) for atoms in ase.io.read("relaxed.extxyz", ":")] == ["Au"]
 
 
 def test_symmetry_within_the_tolerance_is_made_exact_and_no_other() -> None:

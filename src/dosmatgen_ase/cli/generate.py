@@ -216,8 +216,9 @@ def _ranked(
         assert files.relaxed is not None
         assert options.relax is not None
         held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
+        held |= {"trust_model": options.trust_model, "overwrite": True}  # of this request, whose draws are kept
         chosen.extend(part)  # the file goes on from what it holds
-        done = relax_into(files.relaxed, chosen, options.relax, progress=True, trust_model=options.trust_model, **held)
+        done = relax_into(files.relaxed, chosen, options.relax, progress=True, **held)
         return done[-len(part) :]
 
     found = score_and_relax(

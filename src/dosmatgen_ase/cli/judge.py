@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from dosmatgen_ase.dos import TargetDOS
 
+PREDICTION = "dosmatgen_ase.predict_dos"
+"""Format of a prediction, by which it is told from a result of DFT: the one may be replaced by another, DFT not."""
+
 
 @app.command()
 def relax(
@@ -58,16 +61,17 @@ def relax(
     With CHGNet the table also has the energy above the hull, made by the same potential. A run that was killed goes on
     where it stopped: give the same command again. Atoms that a file marks as fixed stay, and the cell with them.
     """
-    from dosmatgen_ase.files import STRUCTURES, stream_of, write_structures
+    from dosmatgen_ase.files import STRUCTURES, keeps_info, stream_of, write_structures
+    from dosmatgen_ase.files import read_structures as read
     from dosmatgen_ase.judge.relaxation import check_trust, relax_into
     from dosmatgen_ase.judge.stability import in_words, load_hull
 
     check_trust(calculator, trust_model)
     stream = stream_of(out)
-    output(ctx, "out", STRUCTURES, path=stream, marks=(b"relaxation=",))
+    output(ctx, "out", STRUCTURES, path=stream, marks=(b"relaxation=",), ours=False)
     named = read_structures(files)
     if out != stream:
-        output(ctx, "out", STRUCTURES, count=len(named), marks=(b"relaxation",))
+        output(ctx, "out", STRUCTURES, count=len(named), marks=(b"relaxation",), ours=not keeps_info(out))
     limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "processes": jobs}
     limits["trust_model"] = trust_model
     held: dict[str, Any] = {
@@ -76,7 +80,9 @@ def relax(
     }
     warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
     with resumable(lambda: f"what is relaxed is kept in {stream}"):
-        relaxed = relax_into(stream, list(named.values()), calculator, **limits, **held, progress=True)
+        relaxed = relax_into(
+            stream, list(named.values()), calculator, **limits, **held, progress=True, overwrite=overwrite
+        )
     hull = load_hull() if calculator == "chgnet" else None
     table = Table("structure", "formula", "steps", "eV/atom", "above hull", "moved, A", "outcome")
     for name, atoms in zip(named, relaxed, strict=True):
@@ -87,8 +93,10 @@ def relax(
             atoms.info["energy_above_hull"] = above
         figures = str(told["steps"]), energy, in_words(above), f"{told['rmsd']:.2f}"
         table.add_row(name, atoms.get_chemical_formula(), *figures, told["reason"] or "converged")
-    for path in {stream, out}:
-        write_structures(path, relaxed)
+    if len(read(stream, format="extxyz")) <= len(relaxed):  # else it holds more of this run than was asked for
+        write_structures(stream, relaxed)
+    if out != stream:
+        write_structures(out, relaxed)
     show(table)
     if all(atoms.info["relaxation"]["energy"] is None for atoms in relaxed):
         raise RuntimeError("no structure could be relaxed: the table has the reasons")
@@ -119,7 +127,7 @@ def predict(
     named = read_structures(files)
     output_folder(out)
     for name in named:
-        output(ctx, "out", (".json",), path=out / f"{name}.json")
+        output(ctx, "out", (".json",), path=out / f"{name}.json", marks=(PREDICTION.encode(),), ours=False)
         for ending in (".json", ".png") if bands else ():
             output(
                 ctx, "out", (ending,), path=out / f"{name}_bands{ending}", marks=(b"BandStructure", b"bandstructure")
@@ -136,7 +144,8 @@ def predict(
             table.add_row(name, "", atoms.get_chemical_formula(), "", "", told)
             continue
         total = None if None in sites else TargetDOS.sum_of([dos for dos in sites if dos])
-        record = {"sites": [dos and dos.to_dict() for dos in sites], "total": total and total.to_dict()}
+        record: dict[str, Any] = {"format": PREDICTION, "sites": [dos and dos.to_dict() for dos in sites]}
+        record["total"] = total and total.to_dict()
         write_atomic(out / f"{name}.json", json.dumps(record).encode())
         if bands:
             _write_bands(atoms, out / f"{name}_bands")

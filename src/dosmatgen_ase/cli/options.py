@@ -287,6 +287,7 @@ def output(
     path: Path | None = None,
     count: int = 1,
     marks: Sequence[bytes] = (),
+    ours: bool = True,
     continued: bool = False,
 ) -> None:
     """Check before the work that an output can be written and replaces no file of the user.
@@ -303,6 +304,9 @@ def output(
         Number of structures; several in POSCAR format become numbered files.
     marks : sequence of bytes
         By which a file is known as made by this command, beside the name of the package.
+    ours : bool
+        Whether the name of the package is enough. It is not where other commands write such files, too, and their work
+        would be lost.
     continued : bool
         Whoever writes it looks at what it holds, and goes on from there.
     """
@@ -321,7 +325,7 @@ def output(
         others += [Path(v) for v in given if name != option and isinstance(v, str | Path) and v]
     overwrite = continued or bool(ctx.params.get("overwrite"))
     for file in written_files(path, count) if endings == STRUCTURES else [path]:
-        check_output(file, inputs=others, marks=(MARK, *marks), overwrite=overwrite)
+        check_output(file, inputs=others, marks=(MARK, *marks) if ours else marks, overwrite=overwrite)
 
 
 def figure(value: float | None) -> str:

@@ -189,6 +189,11 @@ def structure_format(path: Path) -> str:
     raise ValueError(f"cannot write {path}: its name must end in {', '.join(STRUCTURES[:-1])} or {STRUCTURES[-1]}")
 
 
+def keeps_info(path: Path) -> bool:
+    """Whether a file of structures keeps their ``info``, and so tells which command made it."""
+    return structure_format(path) not in (".cif", ".vasp")
+
+
 def stream_of(path: Path) -> Path:
     """Return the extxyz file that grows while structures are made: the file itself, or the one beside it."""
     return path if structure_format(path) in STREAMS else path.with_name(f"{path.stem or path.name}.extxyz")

@@ -137,24 +137,26 @@ def relax_into(
     processes: int = 1,
     progress: bool = False,
     trust_model: bool = False,
+    overwrite: bool = False,
 ) -> list[Atoms]:
     """Do what :func:`relax` does and keep it in an extxyz file as it comes: the same call goes on from there.
 
     The file is replaced every few seconds and at the end, however that comes. What it holds is taken for done as far as
-    it was made of the same structures, in the same order, with the same calculator and limits; the rest is replaced.
-    Errors as in :func:`relax`, and ``OSError`` if the file cannot be written, or another run is writing it.
+    it was made of the same structures, in the same order, with the same calculator and limits. Other structures in it
+    are replaced with `overwrite` only. If it holds all that are asked for, and more, it stays as it is.
+
+    Errors as in :func:`relax`, ``FileExistsError`` if other structures would be lost, and ``OSError`` if the file
+    cannot be written, or another run is writing it.
     """
     limits = (fmax, max_steps, time_limit)
     structures = hold(structures, fixed_sites)
     settings = (str(calculator), *limits, *(["fixed cell"] if fixed_cell else []))
     origins = [_origin(atoms, settings) for atoms in structures]
     with exclusive(path):
-        done: list[Atoms] = []
-        with contextlib.suppress(*DAMAGE):  # not there, or not ours
-            for atoms, origin in zip(read_structures(path, format="extxyz"), origins, strict=False):
-                if atoms.info["relaxation"]["of"] != origin:
-                    break
-                done.append(atoms)
+        done, others = _begun(path, origins)
+        if others and not overwrite:
+            fix = "choose another file (-o), or overwrite it (--overwrite)"
+            raise FileExistsError(f"{path} holds {others} structures of another run, which would be lost: {fix}")
         start, saved = len(done), time.monotonic()
         bar = tqdm(total=len(structures), initial=start, disable=not progress, unit="structure", desc="relax")
         try:
@@ -172,6 +174,20 @@ def relax_into(
             if len(done) > start:
                 write_extxyz(path, done)
         return done
+
+
+def _begun(path: Path, origins: Sequence[str]) -> tuple[list[Atoms], int]:
+    """What a file holds of a run, and the number of other structures that going on would replace."""
+    done: list[Atoms] = []
+    held: list[Atoms] = []
+    with contextlib.suppress(*DAMAGE):  # not there, or no structures
+        held = read_structures(path, format="extxyz")
+    for atoms, origin in zip(held, origins, strict=False):
+        told = atoms.info.get("relaxation")
+        if not isinstance(told, dict) or told.get("of") != origin:
+            break
+        done.append(atoms)
+    return done, len(held) - len(done) if len(done) < len(origins) else 0
 
 
 def _origin(atoms: Atoms, settings: tuple[Any, ...]) -> str:
