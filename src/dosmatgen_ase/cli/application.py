@@ -18,6 +18,7 @@ from dosmatgen_ase import __version__
 from dosmatgen_ase.cli import leave
 
 USAGE, INTERRUPTED = 2, 130  # exit codes
+ROOM, NAMED = 28, 5  # characters of a reason that a table takes; names that a line below it takes
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError)  # what the library raises
 
 
@@ -89,6 +90,26 @@ def show(*tables: Table) -> None:
 def tell(line: str, *, err: bool = False) -> None:
     """Print a line that may hold names of files."""
     typer.echo(printable(line), err=err)
+
+
+class Reasons:
+    """Reasons of failures, for which a column has no room: they are told below the table, each with whom it hit."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+
+    def cell(self, name: str, reason: str) -> str:
+        """What the table has: a short reason itself."""
+        if len(reason) <= ROOM:
+            return reason
+        self._names.setdefault(" ".join(reason.split()), []).append(name)
+        return "see below"
+
+    def tell(self) -> None:
+        """One line for each reason."""
+        for reason, names in self._names.items():
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            tell(f"{', '.join(names[:NAMED])}{more}: {reason}")
 
 
 @contextlib.contextmanager

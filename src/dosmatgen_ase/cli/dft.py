@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from dosmatgen_ase.cli.application import app, printable, resumable, show, tell
+from dosmatgen_ase.cli.application import Reasons, app, printable, resumable, show, tell
 from dosmatgen_ase.cli.options import (
     PICTURES,
     Data,
@@ -56,15 +56,16 @@ def dft(
     for name in named if out.is_dir() else ():
         output(ctx, "out", (".json",), path=out / f"{name}.json", marks=(b'"failed"',))
     results = compute_many(named, out, settings, workers=jobs, progress=True)
-    table = Table("structure", "formula", "gap, eV", "moment, mu_B", "k-points", "outcome")
+    table, reasons = Table("structure", "formula", "gap, eV", "moment, mu_B", "k-points", "outcome"), Reasons()
     for name, result in results.items():
         formula = named[name].get_chemical_formula()
         if isinstance(result, ElectronicStructure):
             moment = f"{result.magnetic_moment:.2f}" if result.spin_polarised else ""
             table.add_row(name, formula, f"{result.band_gap:.2f}", moment, str(result.num_kpoints), "done")
         else:
-            table.add_row(name, formula, "", "", "", str(result))
+            table.add_row(name, formula, "", "", "", reasons.cell(name, str(result)))
     show(table)
+    reasons.tell()
     if not any(isinstance(result, ElectronicStructure) for result in results.values()):
         raise RuntimeError(f"no structure could be computed: {out}/*.json have the reasons")
 

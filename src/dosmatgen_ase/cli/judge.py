@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from dosmatgen_ase.cli.application import app, resumable, show, tell
+from dosmatgen_ase.cli.application import Reasons, app, resumable, show, tell
 from dosmatgen_ase.cli.options import (
     PICTURES,
     Overwrite,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
     from dosmatgen_ase.dos import TargetDOS
+    from dosmatgen_ase.judge.stability import Hull
 
 PREDICTION = "dosmatgen_ase.predict_dos"
 """Format of a prediction, by which it is told from a result of DFT: the one may be replaced by another, DFT not."""
@@ -64,7 +66,7 @@ def relax(
     from dosmatgen_ase.files import STRUCTURES, keeps_info, stream_of, write_structures
     from dosmatgen_ase.files import read_structures as read
     from dosmatgen_ase.judge.relaxation import check_trust, relax_into
-    from dosmatgen_ase.judge.stability import in_words, load_hull
+    from dosmatgen_ase.judge.stability import load_hull
 
     check_trust(calculator, trust_model)
     stream = stream_of(out)
@@ -84,7 +86,22 @@ def relax(
             stream, list(named.values()), calculator, **limits, **held, progress=True, overwrite=overwrite
         )
     hull = load_hull() if calculator == "chgnet" else None
-    table = Table("structure", "formula", "steps", "eV/atom", "above hull", "moved, A", "outcome")
+    table, reasons = _relaxed_table(named, relaxed, hull)
+    if len(read(stream, format="extxyz")) <= len(relaxed):  # else it holds more of this run than was asked for
+        write_structures(stream, relaxed)
+    if out != stream:
+        write_structures(out, relaxed)
+    show(table)
+    reasons.tell()
+    if all(atoms.info["relaxation"]["energy"] is None for atoms in relaxed):
+        raise RuntimeError("no structure could be relaxed: the reasons stand above")
+
+
+def _relaxed_table(named: Iterable[str], relaxed: list[Atoms], hull: Hull | None) -> tuple[Table, Reasons]:
+    """What became of each structure, whose energy above the hull is written into its info."""
+    from dosmatgen_ase.judge.stability import in_words
+
+    table, reasons = Table("structure", "formula", "steps", "eV/atom", "above hull", "moved, A", "outcome"), Reasons()
     for name, atoms in zip(named, relaxed, strict=True):
         told = atoms.info["relaxation"]
         energy = "" if told["energy"] is None else f"{told['energy']:.3f}"
@@ -92,14 +109,9 @@ def relax(
         if above is not None:
             atoms.info["energy_above_hull"] = above
         figures = str(told["steps"]), energy, in_words(above), f"{told['rmsd']:.2f}"
-        table.add_row(name, atoms.get_chemical_formula(), *figures, told["reason"] or "converged")
-    if len(read(stream, format="extxyz")) <= len(relaxed):  # else it holds more of this run than was asked for
-        write_structures(stream, relaxed)
-    if out != stream:
-        write_structures(out, relaxed)
-    show(table)
-    if all(atoms.info["relaxation"]["energy"] is None for atoms in relaxed):
-        raise RuntimeError("no structure could be relaxed: the table has the reasons")
+        outcome = reasons.cell(name, told["reason"] or "converged")
+        table.add_row(name, atoms.get_chemical_formula(), *figures, outcome)
+    return table, reasons
 
 
 @app.command()
@@ -133,6 +145,7 @@ def predict(
                 ctx, "out", (ending,), path=out / f"{name}_bands{ending}", marks=(b"BandStructure", b"bandstructure")
             )
     table = Table("structure", "site", "element", "states below 0 eV", "band centre, eV", "expected error")
+    reasons = Reasons()
     first: tuple[str, list[TargetDOS | None]] | None = None
     for name, atoms in named.items():
         try:
@@ -141,7 +154,7 @@ def predict(
             raise
         except Exception as error:  # noqa: BLE001 -- whatever a structure raises is its own failure, and ends no run
             told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            table.add_row(name, "", atoms.get_chemical_formula(), "", "", told)
+            table.add_row(name, "", atoms.get_chemical_formula(), "", "", reasons.cell(name, told))
             continue
         total = None if None in sites else TargetDOS.sum_of([dos for dos in sites if dos])
         record: dict[str, Any] = {"format": PREDICTION, "sites": [dos and dos.to_dict() for dos in sites]}
@@ -149,16 +162,12 @@ def predict(
         write_atomic(out / f"{name}.json", json.dumps(record).encode())
         if bands:
             _write_bands(atoms, out / f"{name}_bands")
+        _add_sites(table, name, atoms, sites)
         first = first or (name, sites)
-        for i, dos in enumerate(sites):
-            figures = ("unknown", "", "")
-            if dos is not None:
-                error_expected = figure(dos.provenance["expected_distance"])
-                figures = (f"{dos.total_states(hi=0.0):.2f}", f"{dos.band_centre():.2f}", error_expected)
-            table.add_row(name if i == 0 else "", str(i), atoms.symbols[i], *figures)
     show(table)
+    reasons.tell()
     if first is None:
-        raise RuntimeError("no structure could be predicted: the table has the reasons")
+        raise RuntimeError("no structure could be predicted: the reasons stand above")
     name, sites = first
     known = {i: dos for i, dos in enumerate(sites) if dos is not None}
     tell(f"results: {out}/NAME.json, as in dosmatgen dos {out}/{name}.json --site {min(known)}")
@@ -167,6 +176,16 @@ def predict(
 
         plot_dos(list(known.values()), [f"site {i}" for i in known], path=plot)
         tell(f"picture: {plot}")
+
+
+def _add_sites(table: Table, name: str, atoms: Atoms, sites: list[TargetDOS | None]) -> None:
+    """One row for each site, also where its DOS is unknown."""
+    for i, dos in enumerate(sites):
+        figures = ("unknown", "", "")
+        if dos is not None:
+            error_expected = figure(dos.provenance["expected_distance"])
+            figures = (f"{dos.total_states(hi=0.0):.2f}", f"{dos.band_centre():.2f}", error_expected)
+        table.add_row(name if i == 0 else "", str(i), atoms.symbols[i], *figures)
 
 
 def _write_bands(atoms: Atoms, stem: Path) -> None:
