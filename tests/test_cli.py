@@ -263,7 +263,7 @@ GENERATE: list[tuple[Callable[[Path, Path], list[object]], int, str]] = [
     (lambda tmp, w: [NICKEL, "--fixed-species", "0=Xx"], 1, "not an element"),
     (lambda tmp, w: [NICKEL, "--elements", "Ni", "--exclude-elements", "Ni"], 1, "leave no element"),
     (lambda tmp, w: [NICKEL, "--composition", "NiAu3", "--num-atoms", 5], 1, "contradicts composition"),
-    (lambda tmp, w: [NICKEL, "--site", 3, "--on-sites", 6, "--num-atoms", 4], 1, "names site 6"),
+    (lambda tmp, w: [NICKEL, "--site", 3, "--on-sites", 6, "--num-atoms", 4], 1, "sites (--on-sites) names site 6"),
     (lambda tmp, w: [NICKEL, "--site", 3, "--fixed-cell"], 1, "needs a template"),
     (lambda tmp, w: [NICKEL, "--site", 3, "--window", 2, -2], 1, "a window needs lo < hi"),
     (lambda tmp, w: [NICKEL, "--site", 3, "--window", 50, 60], 1, "holds no known energy"),
@@ -316,6 +316,35 @@ def test_other_commands_fail_in_one_line_too(tmp_path: Path) -> None:
     assert_one_line(run("train", "--config", config, "--data", tmp_path), 1, "no structures at")
     assert_one_line(run("train", "--config", config, "--device", "abacus"), 1, "device='abacus' cannot be used here")
     assert_one_line(run("train-predictor", "--data", tmp_path), 1, "no label shards")
+
+
+def test_a_folder_and_an_accident_of_a_reader_are_told_as_such(tmp_path: Path) -> None:
+    assert_one_line(run("dos", tmp_path), 1, f"{tmp_path} is a folder, not a file: give the path of")
+    assert_one_line(run("predict", tmp_path), 1, f"{tmp_path} is a folder, not a file: give files that ASE reads")
+    assert_one_line(run("report", tmp_path), 1, f"{tmp_path} is a folder, not a result")
+    columns = written(tmp_path, "dos.dat", "# a b\n1.0 2.0\n2.0 3.0\n")
+    found = run("predict", columns)
+    assert_one_line(found, 1, "dos.dat holds no structures that ASE reads: ")
+    assert "object has no attribute" not in found.stderr
+    assert_one_line(run("report", columns), 1, "workflows/inverse_design_*.py write it")
+
+
+def test_dos_and_search_tell_what_is_probably_wrong(tmp_path: Path) -> None:
+    cell = written(tmp_path, "cell.dat", "# E-E_F DOS\n" + "".join(f"{e / 10} 4\n" for e in range(-100, 30)))
+    for command in ("dos", "search"):
+        told = run(command, cell)
+        assert "warning: the site DOS holds 40 states" in told.stderr, told.stderr
+        assert "--kind total" in told.stderr
+    assert "warning" not in run("dos", NICKEL, "--site", 3).stderr
+
+
+def test_search_says_when_nothing_is_near(tmp_path: Path) -> None:
+    peaks = TargetDOS.from_peaks([(-9.0, 3.0, 0.2), (3.0, 6.0, 0.2)], window=(-10, 5))
+    odd = written(tmp_path, "odd.json", json.dumps(peaks.to_dict()))
+    assert "none of these has this DOS: even the nearest" in run("search", odd, "-n", 1).stdout
+    found = run("search", NICKEL, "--site", 3, "-n", 1).stdout
+    assert "none of these" not in found
+    assert "0 is the same DOS, 1 an error as large as the target" in found
 
 
 def test_debug_lets_the_traceback_through() -> None:

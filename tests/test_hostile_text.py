@@ -98,6 +98,9 @@ REFUSED: list[tuple[str | bytes, str]] = [
     ("E (K),DOS\n0,1\n1,2\n", "energies in 'K'"),
     # zeros that are neither the Fermi level nor the valence band
     ("# energies relative to the vacuum level\n-6 1\n-5 1\n", r"vacuum.*efermi= \(--efermi\).*--reference"),
+    ("# E-Evac (eV)  DOS\n-6 1\n-5 1\n", r"another zero of energy \(Evac\): give the Fermi level"),
+    ("energy_vs_vacuum,TDOS\n-6,1\n-5,1\n", r"another zero of energy \(vacuum\)"),
+    ("# E - E_{vac}\n-6 1\n-5 1\n", "another zero of energy"),
     ("# zero is the HOMO\n-6 1\n-5 1\n", "another zero of energy"),
     ("# zero at midgap\n-6 1\n-5 1\n", "another zero of energy"),
     ("# E vs. SHE\n-6 1\n-5 1\n", "another zero of energy"),
@@ -125,7 +128,7 @@ STATED: list[tuple[str, dict[str, Any], str]] = [
     ("0 1\n1 2\n", {"spin": "separate"}, "needs two columns of DOS"),
     ("0 1 1\n1 2 2\n", {"spin": "one", "columns": (0, 1, 2)}, 'spin="one" goes with one column'),
     ("0 1\n0 1.5\n1 2\n1 2.5\n", {"spin": "summed"}, "is there twice"),
-    ("0 1\n1 2\n", {"reference": "vacuum"}, "reference must be 'fermi' or 'vbm'"),
+    ("0 1\n1 2\n", {"reference": "vacuum"}, r"reference must be 'fermi' or 'vbm', not 'vacuum': .*--efermi"),
     ("0 1\n1 2\n", {"kind": "atom"}, "kind must be 'site' or 'total'"),
     ("0 1\n1 2\n", {"units": "K"}, "units must be eV, meV, Ry or Ha"),
     ("0 1\n1 2\n", {"efermi": float("nan")}, "efermi must be an energy"),

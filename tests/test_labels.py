@@ -109,7 +109,7 @@ def test_labels_are_packed_with_what_failed_and_nothing_is_done_twice(tmp_path: 
         "ce": "Ce is a lanthanide",
         "zn": f"no pseudopotential for Zn in {tmp_path}/upf: it must hold one UPF file per element",
         "thin": "more than 60 A^3 per atom",
-        "gas": "it is not periodic in three directions: set atoms.pbc = True",
+        "gas": "it has no cell, as a molecule has none: give a crystal, with three lattice vectors",
     }
     assert report.failed == {"x-6": "the SCF calculation did not converge"}
     assert (report.labels, report.done_before, len(report.shards)) == (7, 0, 1)

@@ -85,7 +85,7 @@ def test_features_do_not_depend_on_the_batch_rotation_or_supercell() -> None:
     [
         (Atoms("H", cell=[30, 30, 30], pbc=True), "isolated"),
         (Atoms("Cu4", positions=np.zeros((4, 3)), cell=[1, 1, 1], pbc=True), "collapsed"),
-        (Atoms("Cu", cell=[0, 0, 0], pbc=True), "without volume"),
+        (Atoms("Cu", cell=[0, 0, 0], pbc=True), "has no cell"),
         (Atoms("Cu", positions=[[np.nan] * 3], cell=[3, 3, 3], pbc=True), "not finite"),
         (Atoms("Cu", cell=[3, 3, 3]), "not periodic"),
         (Atoms(cell=[3, 3, 3], pbc=True), "no atoms"),

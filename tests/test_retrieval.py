@@ -296,7 +296,7 @@ def test_left_handed_cells_are_turned(predictor: Path) -> None:
         ([], "no crystal"),
         ([bulk("Cu")], "has no name"),
         ([named(bulk("Cu"), "x"), named(bulk("Ag"), "x")], "two crystals are named x"),
-        ([named(Atoms("Cu"), "alone")], "alone cannot be indexed: it is not periodic"),
+        ([named(Atoms("Cu"), "alone")], "alone cannot be indexed: it has no cell"),
         ([named(Atoms("Cu2", positions=[(0, 0, 0), (0, 0, 0.1)], cell=[4] * 3, pbc=True), "two")], "two cannot be"),
     ],
 )

@@ -101,7 +101,7 @@ BROKEN: dict[str, tuple[Atoms, str]] = {
     "infinite position": (Atoms("H", positions=[[np.inf, 0, 0]], cell=CUBE, pbc=True), "not finite"),
     "molecule": (Atoms("H", cell=CUBE), "not periodic"),
     "slab": (Atoms("H", cell=CUBE, pbc=(True, True, False)), "not periodic"),
-    "no cell": (Atoms("H", pbc=True), "without volume"),
+    "no cell": (Atoms("H", pbc=True), "has no cell, as a molecule"),
     "flat cell": (crystal([[3, 0, 0], [0, 3, 0], [3, 3, 0]], [[0, 0, 0]]), "without volume"),
     "disordered": (alloy(), "disordered"),
     "no element": (Atoms("X", cell=CUBE, pbc=True), "outside H to Pu"),

@@ -333,6 +333,31 @@ def test_units_of_the_header_and_of_the_caller(tmp_path: Path) -> None:
     assert per_ev.values == pytest.approx(BOTH, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("header", "kind"),
+    [
+        ("E-E_F (eV) DOS (states/eV/cell)", "total"),
+        ("# DOS per unit cell", "total"),
+        ("# states/eV/f.u.", "total"),
+        ("E-E_F (eV) PDOS (states/eV/cell)", "site"),
+        ("# states/eV/cell, Ni d", "site"),
+        ("# O with a vac nearby, cellulose", "site"),
+        ("# states/eV/atom", "site"),
+    ],
+)
+def test_what_the_header_counts_states_per(header: str, kind: str, tmp_path: Path) -> None:
+    target = read(tmp_path, f"# {header.removeprefix('# ')}\n-1 1\n0 2\n1 1\n", "dos.dat")
+    assert target.kind == kind
+    assert any("counted per cell" in step for step in target.provenance["steps"]) == (kind == "total")
+    assert read(tmp_path, f"# {header}\n-1 1\n0 2\n1 1\n", "dos.dat", kind="site").kind == "site"
+
+
+@pytest.mark.parametrize(("units", "told"), [("Ry", True), ("eV", False), (None, False)])
+def test_a_fermi_level_beside_other_units_is_told_to_be_in_ev(units: str | None, told: bool, tmp_path: Path) -> None:
+    target = read(tmp_path, "-0.5 1\n-0.4 2\n0 1\n", "dos.dat", efermi=-0.3, units=units)
+    assert any("efermi -0.3 in eV" in sentence for sentence in target.provenance["assumed"]) == told
+
+
 def test_smearing_and_a_spin_drawn_downwards_are_told_apart(tmp_path: Path) -> None:
     """An isolated level by Methfessel-Paxton of order 1 is negative by 6.6 % of its area; a spin is so by all of it."""
     x = (ENERGIES + 3.0) / 0.3

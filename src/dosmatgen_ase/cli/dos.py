@@ -10,7 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from dosmatgen_ase.cli.application import app, printable, show, tell
-from dosmatgen_ase.cli.options import PICTURES, DosFile, OptionGroup, Overwrite, TargetOptions, output, with_options
+from dosmatgen_ase.cli.options import (
+    PICTURES,
+    DosFile,
+    OptionGroup,
+    Overwrite,
+    TargetOptions,
+    output,
+    tell_doubts,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from dosmatgen_ase.dos import TargetDOS
@@ -32,6 +41,7 @@ def dos(
 
     output(ctx, "plot", PICTURES)
     target = options.read(dos_file)
+    tell_doubts(target)
     seen = target.on_grid()
     energies, steps = target.energies, np.diff(target.energies)
     uniform = np.allclose(steps, steps[0], rtol=1e-3)

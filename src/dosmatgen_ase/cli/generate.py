@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dosmatgen_ase.cli.application import app, printable, resumable, show, tell
 from dosmatgen_ase.cli.options import (
+    DISTANCE,
     PICTURES,
     Device,
     DosFile,
@@ -239,7 +240,8 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
             atoms.info["frame"] = frame
         write_structures(files.best, found)
     known = default_index()
-    table = Table(title=printable(f"{len(found)} structures in {files.best}, best first"))
+    order = "best first" if files.best != files.out else "in this table best first"
+    table = Table(title=printable(f"{len(found)} structures in {files.best}, {order}"))
     energies = ranking.energy > 0
     for name in ("frame", "formula", "sites", "atoms", "Å³/atom", "distance", "error"):
         left = name in ("formula", "sites")
@@ -257,12 +259,11 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
         table.add_row(str(atoms.info["frame"]), atoms.get_chemical_formula(), given, *figures)
     show(table)
     typer.echo("frame: place in the file, as in ase.io.read(file, frame); sites: those with the DOS")
-    typer.echo(
-        "distance: normalised L1 to the target of the DOS that a forward model predicts; error: its expected error"
-    )
+    typer.echo(f"distance: {DISTANCE}, of the DOS that a forward model predicts; error: its expected error")
     if energies:
         typer.echo("hull: eV/atom above the hull")
-    typer.echo(f"known: which of {len(known)} known crystals it is, if any")
+    later = "" if files.relaxed else ", and may relax into one"
+    typer.echo(f"known: which of {len(known)} known crystals it is; new: none of these, but others may know it{later}")
     _show_nearest(request)
     if request.settings.seed is None and found:
         tell(f"seed: {found[0].info['dosmatgen']['seed']} (--seed gives the same structures again)")
@@ -281,7 +282,10 @@ def _show_nearest(request: Request) -> None:
     for atoms in hits:
         told = atoms.info["search"]
         what = f"{told['material_id']} {atoms.get_chemical_formula()}, distance {figure(told['distance'])}"
-        typer.echo(f"nearest known crystal: {what} ({told['source']})")
+        whose = " of the allowed elements" if settings.elements or settings.exclude_elements else ""
+        pinned = settings.fixed_species or settings.composition or settings.template is not None
+        free = "; what is pinned does not count here" if pinned else ""
+        typer.echo(f"nearest known crystal{whose}: {what} ({told['source']}{free})")
 
 
 def _draw(found: list[Atoms], plot: Path, request: Request, forward: DOSPredictor) -> None:

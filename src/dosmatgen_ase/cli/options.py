@@ -17,6 +17,7 @@ import typer
 
 from dosmatgen_ase.cli.application import tell
 from dosmatgen_ase.generate.settings import GenerationSettings, described
+from dosmatgen_ase.limits import MAX_ATOMS
 from dosmatgen_ase.parsing import names_from_text, numbers_from_text, pins_from_text
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ DosFile = Annotated[
     ),
 ]
 PICTURES = (".png", ".pdf", ".svg")
+DISTANCE = "normalised L1 to the target, 0 is the same DOS, 1 an error as large as the target"
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files that this command did not write.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is one.")]
 Data = Annotated[Path, typer.Option(help="Folder with structures.parquet and site_dos/*.npz.")]
@@ -123,12 +125,17 @@ class TargetOptions:
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Zero of the energies, if the file does not say: fermi or vbm.", rich_help_panel=TARGET_PANEL
+            help="What the zero of the energies is, if the file does not say: fermi or vbm. For any other zero, as the "
+            "vacuum, give --efermi.",
+            rich_help_panel=TARGET_PANEL,
         ),
     ] = None
     efermi: Annotated[
         float | None,
-        typer.Option(help="Energy (eV) of a text file that becomes zero.", rich_help_panel=TARGET_PANEL),
+        typer.Option(
+            help="Energy of a text file that becomes zero, in eV whatever --units says: its Fermi level.",
+            rich_help_panel=TARGET_PANEL,
+        ),
     ] = None
     align: Annotated[
         bool,
@@ -167,7 +174,10 @@ class TargetOptions:
     ] = None
     kind: Annotated[
         str | None,
-        typer.Option(help="Kind of the DOS, if the file does not say: site or total.", rich_help_panel=TARGET_PANEL),
+        typer.Option(
+            help="Whose DOS it is, if the file does not say: site, or total (of the cell).",
+            rich_help_panel=TARGET_PANEL,
+        ),
     ] = None
     window: Annotated[
         tuple[float, float] | None,
@@ -201,6 +211,14 @@ class TargetOptions:
         if assumed := target.provenance.get("assumed"):
             tell(f"{dos_file}: assumed: {'; '.join(assumed)} (see --help: {TARGET_PANEL})", err=True)
         return target
+
+
+def tell_doubts(target: TargetDOS) -> None:
+    """Say on the standard error what is probably wrong with a target, as `generate` does."""
+    from dosmatgen_ase.dos.checks import doubts
+
+    for doubt in doubts(target, (1, MAX_ATOMS if target.kind == "total" else 1)):
+        tell(f"warning: {doubt}", err=True)
 
 
 @dataclass(frozen=True)
@@ -374,13 +392,15 @@ def _frames(path: Path) -> Any:
 
 def read_structure(path: Path) -> Any:
     """Read the template. Of several structures it is the last, as in ASE; a line says so."""
+    from dosmatgen_ase.files import no_file, reason_of
+
     if not path.is_file():
-        raise FileNotFoundError(f"no template {path}: give a file that ASE reads (CIF, POSCAR, extxyz, ...)")
+        raise FileNotFoundError(f"{no_file(path, 'template')}: give a file that ASE reads (CIF, POSCAR, extxyz, ...)")
     try:
         frames = _frames(path)
         last = frames[-1]
     except Exception as error:
-        raise ValueError(f"template {path} is not a structure that ASE reads: {error}") from error
+        raise ValueError(f"template {path} is not a structure that ASE reads: {reason_of(error)}") from error
     if len(frames) > 1:
         tell(f"template {path}: {last.get_chemical_formula()}, the last of {len(frames)} structures", err=True)
     return last
@@ -396,14 +416,16 @@ def single_table(paths: Sequence[Path]) -> Path | None:
 
 def read_structures(files: Sequence[Path]) -> dict[str, Atoms]:
     """Every structure of the files, named ``STEM`` or, where a file has many, ``STEM-0000``, ``STEM-0001``, ..."""
+    from dosmatgen_ase.files import no_file, reason_of
+
     found: dict[str, Atoms] = {}
     for path in files:
         if not path.is_file():
-            raise FileNotFoundError(f"no file {path}: give files that ASE reads (CIF, POSCAR, extxyz, ...)")
+            raise FileNotFoundError(f"{no_file(path)}: give files that ASE reads (CIF, POSCAR, extxyz, ...)")
         try:
             frames = _frames(path)
         except Exception as error:
-            raise ValueError(f"{path} holds no structures that ASE reads: {error}") from error
+            raise ValueError(f"{path} holds no structures that ASE reads: {reason_of(error)}") from error
         stem = re.sub(r"[^\w+-]+", "_", path.stem)
         for i, atoms in enumerate(frames):
             name = stem if len(frames) == 1 else f"{stem}-{i:04d}"

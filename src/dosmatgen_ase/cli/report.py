@@ -15,7 +15,12 @@ from dosmatgen_ase.cli.options import Overwrite, output
 def report(
     ctx: typer.Context,
     result: Annotated[
-        Path, typer.Argument(metavar="RESULT", help="result.json of an inverse-design run.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="RESULT",
+            help="result.json of an inverse-design run, as write_result and workflows/inverse_design_*.py write it.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="HTML file. Default: report.html beside RESULT.")

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dosmatgen_ase.cli.application import app, resumable, show, tell
 from dosmatgen_ase.cli.options import (
+    DISTANCE,
     PICTURES,
     DosFile,
     OptionGroup,
@@ -23,6 +24,7 @@ from dosmatgen_ase.cli.options import (
     output,
     read_structures,
     single_table,
+    tell_doubts,
     with_options,
 )
 from dosmatgen_ase.parsing import names_from_text, numbers_from_text
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 DRAWN = 3  # crystals in the picture
 FILTERS = "Which crystals"
+FAR = 0.64
+"""Median distance of a site from the mean DOS of its element (docs/benchmarks/predictor.md)."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,8 @@ def search(
     output(ctx, "plot", PICTURES)
     sites = [None] if site is None else numbers_from_text(site)
     targets = [replace(reading, site=i).read(dos_file) for i in sites]
+    for target in dict.fromkeys(targets):
+        tell_doubts(target)
     from dosmatgen_ase.retrieval.index import DOSIndex, default_index
     from dosmatgen_ase.retrieval.query import search as run
 
@@ -123,8 +129,12 @@ def search(
     if not hits:
         raise ValueError(f"none of the {len(known)} known crystals passes the filters: loosen them")
     show(hit_table(hits, f"nearest of {len(known)} known crystals"))
-    typer.echo("distance: normalised L1 to the target; error: its expected error, 0 where all of the DOS is computed")
+    typer.echo(f"distance: {DISTANCE}; error: its expected error, 0 where all of the DOS is computed")
     typer.echo("gap: eV; hull: eV/atom above the hull, as given with the crystals")
+    nearest = hits[0].info["search"]["distance"]
+    if nearest > FAR and any(target.total_states() > 0 for target in targets):
+        told = f"even the nearest is no nearer than the mean DOS of an element usually is to one of its sites ({FAR})"
+        typer.echo(f"none of these has this DOS: {told}. dosmatgen generate makes new crystals")
     if "source" in known.info:
         tell(f"structures: {attribution(known.info['source'])}")
     if out is not None:

@@ -104,8 +104,10 @@ def fault(atoms: Atoms) -> str | None:
         return f"has an element outside H to Pu (1 to {MAX_ATOMIC_NUMBER}): replace it"
     if not (np.isfinite(cell).all() and np.isfinite(atoms.positions).all()):
         return "has a cell or positions that are not finite: repair it first"
+    if not cell.any():
+        return "has no cell, as a molecule has none: give a crystal, with three lattice vectors"
     if not atoms.pbc.all():
-        return "is not periodic in three directions: set atoms.pbc = True"
+        return 'is not periodic in three directions: set atoms.pbc = True (pbc="T T T" in an extxyz file)'
     with np.errstate(over="ignore"):
         if abs(np.linalg.det(cell)) < MIN_VOLUME:
             return "has a cell without volume: set atoms.cell to three independent vectors"

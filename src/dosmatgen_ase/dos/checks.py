@@ -21,6 +21,7 @@ STATES = Path(__file__).parents[1] / "references" / "states_below_zero.json"
 SLACK = 0.15
 """Share by which a target may hold more or fewer states than any labelled site before it is told."""
 
+WHOLE_CELL = 'if it is the DOS of a whole cell, say kind="total" (--kind total)'
 SCALE_IT = "if its unit is arbitrary, scale it: dos.scaled(electrons=...), --electrons"
 
 NO_STATES = 1e-3
@@ -166,7 +167,8 @@ def _states_that_fit_nothing(dos: TargetDOS, num_atoms: tuple[int, int]) -> str:
     sizes = " to ".join(map(str, dict.fromkeys(num_atoms)))
     whose = "no site of any element" if dos.kind == "site" else f"no cell of {sizes} atoms"
     between = f"{num_atoms[0] * fewest[nearest]:.2g} to {num_atoms[1] * most[nearest]:.3g}"
+    many = dos.kind == "site" and all(held > high for _, high in limits.values())
     return (
         f"the {dos.kind} DOS holds {held:.3g} states from {start:.1f} to 0 eV, and {whose} holds that number (nearest: "
-        f"{nearest}, {between}): {SCALE_IT}"
+        f"{nearest}, {between}): {f'{WHOLE_CELL}; ' if many else ''}{SCALE_IT}"
     )

@@ -73,7 +73,8 @@ class TargetDOS:
     def __post_init__(self) -> None:
         energies, values, known = checked_curve(self.energies, self.values, self.known)
         if self.reference not in ("fermi", "vbm"):
-            raise ValueError(f'reference must be "fermi" or "vbm", not {self.reference!r}')
+            fix = "move any other zero to one of these first: dos.shift(-fermi_level), --efermi for columns of text"
+            raise ValueError(f'reference must be "fermi" or "vbm", not {self.reference!r}: {fix}')
         if self.kind not in ("site", "total"):
             raise ValueError(f'kind must be "site" or "total", not {self.kind!r}')
         sigma: Any = self.sigma

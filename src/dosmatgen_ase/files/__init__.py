@@ -275,6 +275,9 @@ def read_structures(path: Path, index: Any = ":", format: str | None = None) -> 
     return found
 
 
+ACCIDENTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
+"""What a library raises where it did not think of such a file."""
+
 _PACKERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # that ASE unpacks
 FREE_STRUCTURES, MAX_STRUCTURES = 2**24, 50
 """Bytes that a packed file of structures may have when it is unpacked; or so many times its size (of text: 3 to 10)."""
@@ -325,6 +328,18 @@ def check_extxyz(lines: Iterable[bytes]) -> None:
         if _MANY.fullmatch(counted):
             raise ValueError("a frame tells a million atoms or more")
         before = line
+
+
+def no_file(path: str | os.PathLike[str], what: str = "file") -> str:
+    """How a message begins where a file is wanted: that there is none, or that this is a folder."""
+    return f"{path} is a folder, not a {what}" if Path(path).is_dir() else f"no {what} {path}"
+
+
+def reason_of(error: BaseException) -> str:
+    """One line on why a library did not read a file; the text of an accident inside of it tells nobody anything."""
+    if isinstance(error, ACCIDENTS) or not str(error):
+        return f"its reader fails with {type(error).__name__}"
+    return " ".join(str(error).split())[:300]
 
 
 def check_output(

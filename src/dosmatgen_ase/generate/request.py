@@ -102,7 +102,8 @@ class Request:
         pins = {i: NUMBER_OF[symbol] for i, symbol in (settings.fixed_species or {}).items()}
         limit, source = (min(sizes), source) if sizes else (MAX_ATOMS, "the limit of this package")
         free = set(settings.free_species or ())
-        named = {"dos": set(targets), "fixed_species": set(pins), "fixed_sites": held, "free_species": free}
+        placed = "dos" if settings.sites is None else "sites (--on-sites)"
+        named = {placed: set(targets), "fixed_species": set(pins), "fixed_sites": held, "free_species": free}
         for name, used in named.items():
             for i in sorted(used):
                 if not 0 <= i < limit:

@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined
 
 from dosmatgen_ase.crystals.convert import to_atoms
 from dosmatgen_ase.dos import TargetDOS
-from dosmatgen_ase.files import write_atomic, write_extxyz
+from dosmatgen_ase.files import no_file, write_atomic, write_extxyz
 from dosmatgen_ase.flows.schemas import CandidateDoc, InverseDesignDoc
 from dosmatgen_ase.plotting import draw_crystal, plot_dos
 
@@ -70,12 +70,12 @@ def read_result(path: str | os.PathLike[str]) -> InverseDesignDoc:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no result {path}: give the result.json of an inverse-design run")
+        raise FileNotFoundError(f"{no_file(path, 'result')}: give the result.json of an inverse-design run")
     try:
         return InverseDesignDoc.model_validate_json(path.read_bytes())
     except ValueError as error:  # pydantic's is one, of many lines
-        told = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not the result of an inverse-design run: {told}") from error
+        made = "write_result (tutorial 6) and workflows/inverse_design_*.py write it, as result.json"
+        raise ValueError(f"{path} is not the result of an inverse-design run: {made}") from error
 
 
 def write_result(result: InverseDesignDoc, folder: str | os.PathLike[str]) -> Path:

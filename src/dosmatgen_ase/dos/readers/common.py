@@ -18,6 +18,7 @@ import numpy as np
 
 from dosmatgen_ase.dos.grid import Array
 from dosmatgen_ase.dos.target import TargetDOS
+from dosmatgen_ase.files import no_file
 
 MAX_BYTES = 2**30
 """Most bytes that a file may hold, unpacked."""
@@ -126,7 +127,7 @@ def existing(path: str | PathLike[str]) -> Path:
     """The path of a file that exists; FileNotFoundError otherwise."""
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"no file {path}: give the path of a vasprun.xml, JSON, .npz or two-column text file")
+        raise FileNotFoundError(f"{no_file(path)}: give the path of a vasprun.xml, JSON, .npz or two-column text file")
     return file
 
 

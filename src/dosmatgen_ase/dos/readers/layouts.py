@@ -46,10 +46,20 @@ FERMI_VALUE = re.compile(
     re.IGNORECASE,
 )
 OTHER_ZERO = re.compile(
-    r"\b(vacuum|homo|mid-?gap|core[ -]level|n\.?h\.?e|s\.?h\.?e|average potential|absolute (?:scale|energ\w+)|cbm|"
-    r"conduction[ -]band minimum)\b",
+    r"(?<![a-z])(vacuum|e_?\{?vac|homo|mid-?gap|core[ -]level|n\.?h\.?e|s\.?h\.?e|average potential|"
+    r"absolute (?:scale|energ\w+)|cbm|conduction[ -]band minimum)(?![a-z])",
     re.IGNORECASE,
 )
+
+PER_CELL = re.compile(
+    r"/\s*(?:unit[ _-]?)?cell\b|/\s*(?:f\.?u\.?|u\.?c\.?|formula unit)(?![a-z])|"
+    r"\bper (?:\w+ )?(?:cell|formula unit|f\.?u\.?)(?![a-z])|cell\s*\^?\s*-1",
+    re.IGNORECASE,
+)
+OF_SITE = re.compile(
+    r"[pl]dos|project|partial|local|\batom|\bsite|orbital|(?-i:(?<![A-Za-z_])\d?[spdf](?![A-Za-z.]))", re.IGNORECASE
+)
+"""What says that the DOS is not that of all sites, whatever it is counted per."""
 
 
 @dataclass(frozen=True)
@@ -324,7 +334,10 @@ def _unknown(table: Table) -> Layout:
     per = 1.0 if re.search(r"(?:states|1|electrons)\s*/\s*eV|eV\s*\^?-1|(?:states|electrons) per eV", text) else None
     columns = named_columns(table.names)
     kind = "total" if re.search(r"\btotal[ _-]dos|\btdos\b|total density of states", text, re.IGNORECASE) else None
-    common = {"columns": columns, "kind": kind, "unit": unit, "per": per}
+    notes: tuple[str, ...] = ()
+    if kind is None and PER_CELL.search(text) and not OF_SITE.search(text):
+        kind, notes = "total", ("counted per cell in its header, so taken as the total DOS",)
+    common = {"columns": columns, "kind": kind, "unit": unit, "per": per, "notes": notes}
     if VBM_ZERO.search(text):
         return Layout(zero=0.0, reference="vbm", **common)  # type: ignore[arg-type]
     if FERMI_ZERO.search(text):

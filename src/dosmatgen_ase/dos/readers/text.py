@@ -51,6 +51,8 @@ def parse_text(content: bytes, path: str | PathLike[str], request: Request) -> T
     if layout.total is not None and request.columns is None:
         curve, trusted = _scaled_to_total(curve, layout.total, table.name, steps)
     zero, reference = _zero(table.name, layout, request, assumed)
+    if request.efermi and ENERGY_UNITS.get(str(request.units).lower(), layout.unit) not in (None, 1.0):
+        assumed.append(f"efermi {zero:g} in eV, although the energies are not")
     energies, values = curve[0] - zero, curve[1]
     if zero:
         steps.append(f"zero of energy at {zero:g} eV ({reference})")
@@ -81,7 +83,12 @@ def _check(request: Request) -> None:
     """Raise ValueError for a stated fact that cannot be."""
     for name, known in (("reference", ("fermi", "vbm")), ("kind", ("site", "total")), ("spin", SPINS)):
         if (value := getattr(request, name)) is not None and value not in known:
-            raise ValueError(f"{name} must be {' or '.join(repr(k) for k in known)}, not {value!r}")
+            fix = (
+                ": to any other zero give the Fermi level on its scale, efermi= (--efermi)"
+                if name == "reference"
+                else ""
+            )
+            raise ValueError(f"{name} must be {' or '.join(repr(k) for k in known)}, not {value!r}{fix}")
     if request.units is not None and str(request.units).lower() not in ENERGY_UNITS:
         raise ValueError(f"units must be eV, meV, Ry or Ha, not {request.units!r}")
     if request.efermi is not None and not math.isfinite(request.efermi):
