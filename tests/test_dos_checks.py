@@ -242,6 +242,17 @@ def test_generate_warns_of_a_target_in_arbitrary_units(tiny_weights: Path) -> No
         generator.generate(flat(400.0).scaled(electrons=10), num_atoms=2, num_steps=2, seed=0)
 
 
+def test_a_site_pinned_to_an_element_without_labels_is_told(tiny_weights: Path) -> None:
+    generator = DOSGenerator(tiny_weights, device="cpu")
+    quick: dict[str, Any] = {"num_atoms": 2, "num_steps": 2, "seed": 0}
+    with pytest.warns(DOSWarning, match="site 0 must be La, of which no label exists"):
+        generator.generate(flat(9.0), fixed_species={0: "La"}, **quick)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generator.generate(flat(9.0), fixed_species={1: "La"}, **quick)  # what is asked for is on site 0
+        generator.generate(flat(9.0), fixed_species={0: "Ni"}, **quick)
+
+
 def test_the_table_of_states_is_sound() -> None:
     table = states_below_zero()
     assert STATES.stat().st_size < 30_000

@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import dosmatgen_ase
 from dosmatgen_ase.forward.predictor import DOSPredictor
 from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS, load_model
 
@@ -61,6 +62,25 @@ def test_the_numbers_of_the_readme_are_those_of_the_tables() -> None:
         f"{100 * results['stability']['rows']['generated, relaxed']['metastable']:.0f}",
         f"{cost['ours_cpu_s']:.3f}",
     ]
+
+
+def test_the_numbers_of_the_overview_are_those_of_the_tables() -> None:
+    lines = [x for x in (DOCS / "benchmarks" / "index.md").read_text().splitlines() if x.endswith(".md) |")]
+    assert len(lines) > 5
+    for line in lines:
+        page = line.rpartition("](")[2].removesuffix(".md) |")
+        table = (ROOT / "benchmarks" / "results" / f"{page}.md").read_text()
+        cells = " ".join(line.split("|")[3:6])
+        numbers = re.findall(r"-?\d+\.\d+(?: \[[^]]*\])?", cells)
+        assert numbers, line
+        assert [number for number in numbers if number not in table] == [], line
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (DOCS / "reference" / "api.md").read_text()
+    for name in set(dosmatgen_ase.__all__) - {"__version__"}:
+        assert re.search(rf"^\.\. auto(?:class|function):: {name}$", text, re.MULTILINE), name
+        assert re.search(rf"^   {name}$", text, re.MULTILINE), name
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^bash (\S+)$", README, re.MULTILINE))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from dosmatgen_ase.crystals.batch import CrystalBatch
 from dosmatgen_ase.crystals.reduction import niggli_operation, plane_spacings
 from dosmatgen_ase.crystals.screening import MAX_DRAWN_VOLUME_PER_ATOM, digest, right_handed
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, on_common_zero
-from dosmatgen_ase.dos.checks import warn_of_doubts
+from dosmatgen_ase.dos.checks import DOSWarning, labelled_elements, warn_of_doubts
 from dosmatgen_ase.generate.constraints import Constraints
 from dosmatgen_ase.generate.sampler import SamplerConfig
 from dosmatgen_ase.generate.settings import GenerationSettings
@@ -134,6 +135,11 @@ class Request:
         targets = dict(enumerate([*self.site_targets.values(), *([self.total_target] if self.total_target else [])]))
         sizes = self.sizes or (1, MAX_ATOMS)
         warn_of_doubts(targets, (min(sizes), max(sizes)), stacklevel=5)
+        unknown = {i: chemical_symbols[z] for i, z in self.pinned_species().items() if i in self.site_targets}
+        for i, symbol in unknown.items():
+            if symbol not in labelled_elements():
+                told = f"site {i} must be {symbol}, of which no label exists: whether it has this DOS is a guess"
+                warnings.warn(told, DOSWarning, stacklevel=4)
 
     def _check_species(self) -> None:
         for i, z in self.pinned_species().items():
