@@ -204,3 +204,9 @@ def test_a_relaxation_leaves_what_is_fixed(generator: DOSGenerator) -> None:
     assert (relaxed.cell.array == template.cell.array).all()
     assert (relaxed.positions[[0, 2]] == template.positions[[0, 2]]).all()
     assert np.abs(relaxed.positions[[1, 3]] - template.positions[[1, 3]]).max() > 0.01
+
+
+@pytest.mark.parametrize("data", ["settings.json", None, [1]])
+def test_settings_are_read_from_a_mapping_alone(data: Any) -> None:
+    with pytest.raises(TypeError, match="settings are read from a mapping, as to_dict"):
+        GenerationSettings.from_dict(data)

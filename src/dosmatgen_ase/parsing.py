@@ -119,7 +119,10 @@ def element(value: Any, name: str) -> str:
     if isinstance(z, HasAtomicNumber):
         z = z.Z
     if not is_whole(z) or not 1 <= z <= MAX_ATOMIC_NUMBER:
-        raise ValueError(f"{name}={value!r} is not an element from H to Pu: use a symbol such as 'Co'")
+        meant = value.strip().capitalize() if isinstance(value, str) else ""
+        known = 1 <= atomic_numbers.get(meant, 0) <= MAX_ATOMIC_NUMBER
+        fix = f"did you mean {meant!r}?" if known else "use a symbol such as 'Co'"
+        raise ValueError(f"{name}={value!r} is not an element from H to Pu: {fix}")
     return str(chemical_symbols[int(z)])
 
 

@@ -191,6 +191,8 @@ class GenerationSettings:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`; fields that are not there have their defaults. Raises as the class and `replace`."""
+        if not isinstance(data, Mapping):
+            raise TypeError(f"settings are read from a mapping, as to_dict() gives it, not from {data!r}")
         values: Any = {name: value for name, value in data.items() if not name.startswith("@")}
         pins = values.get("fixed_species") or {}
         if not isinstance(pins, Mapping):
