@@ -376,10 +376,10 @@ def read_drawn(path: Path) -> None:
 
 
 def read_relaxed(path: Path) -> None:
-    """As ``dosmatgen relax`` does with an output that is there."""
+    """As ``dosmatgen relax --overwrite`` does with an output that is there."""
     from dosmatgen_ase.judge.relaxation import relax_into
 
-    relax_into(path, [bulk("Cu"), bulk("Au")], EMT(), max_steps=0)  # type: ignore[arg-type]
+    relax_into(path, [bulk("Cu"), bulk("Au")], EMT(), max_steps=0, overwrite=True)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=1)
