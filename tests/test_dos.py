@@ -680,6 +680,8 @@ def test_hostile_arrays(
         (lambda: peak().on_grid(MODEL_GRID, 0.05), ValueError, "take a smaller step"),
         (lambda: peak().shift(math.nan), ValueError, "energies must be finite"),
         (lambda: TargetDOS.from_dict({"energies": E}), ValueError, 'needs "energies" and "values"'),
+        (lambda: TargetDOS.from_dict({"energies": E, "values": V, "refrence": "vbm"}), ValueError, "'refrence'"),
+        (lambda: TargetDOS.from_dict({"energies": E, "values": V, "efermi": 5.1}), ValueError, "unknown fields"),
         (lambda: TargetDOS(*map(np.array, (E, V, [True] * 3)), provenance={"a": {1}}), ValueError, "JSON-able"),
         (lambda: TargetDOS.from_peaks([]), ValueError, "triples"),
         (lambda: TargetDOS.from_peaks([(0, 1)]), ValueError, "triples"),
@@ -711,7 +713,7 @@ def test_hostile_arrays(
         ),
         (lambda: TargetDOS.from_file("no/such/file"), FileNotFoundError, "no file no/such/file"),
         (lambda: TargetDOS.from_vasprun("no/such/file"), FileNotFoundError, "no file"),
-        (lambda: TargetDOS.from_file(DATA), FileNotFoundError, "no file"),
+        (lambda: TargetDOS.from_file(DATA), FileNotFoundError, "is a folder, not a file"),
         (lambda: TargetDOS.from_file(DATA / "ni_in_au3ni.npz", 4), ValueError, "there are 4, numbered from 0"),
     ],
 )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from typing import Any
 
@@ -147,10 +147,13 @@ class TargetDOS:
         Raises
         ------
         ValueError
-            If a field is missing or wrong.
+            If a field is missing or wrong, or there is one more, which might have told another zero of energy.
         """
         if not (isinstance(data, Mapping) and {"energies", "values"} <= set(data)):
             raise ValueError('this is not the dict of a TargetDOS: it needs "energies" and "values"')
+        own = [field.name for field in fields(cls)]
+        if unknown := sorted(str(k) for k in data if k not in (*own, "format") and not str(k).startswith("@")):
+            raise ValueError(f"unknown fields {unknown} of a TargetDOS: it has {', '.join(own)}")
         optional = {k: data[k] for k in ("reference", "sigma", "kind") if k in data}
         target = cls.from_arrays(data["energies"], data["values"], known=data.get("known"), **optional)
         return replace(target, provenance=data.get("provenance", {}))
