@@ -4,11 +4,12 @@
     python benchmarks/dft_judge.py --jobs 2
 
 Per target the crystals of six arms (`ARMS`), two of each mode: the best of 40 draws by the predictor that ships, and
-one draw. Every site with its DOS, beside a draw without a DOS. One random site with its DOS and its element, all else
-free, beside a draw without the DOS. Every site with its DOS and its element, beside a draw of the same, for the
-first 16 targets. A draw that is not ranked is the first that the screen accepts and whose elements are all among the
-labels, for others have no pseudopotential. All are relaxed with CHGNet, their symmetry is refined, and their site DOS
-computed as the labels were. Everything is kept under `runs/dft_judge/`, so that an interrupted run goes on.
+one draw. Every site with its DOS; beside it, for the first 8 targets, a draw without a DOS. One random site with its
+DOS and its element, all else free; beside it, for these 8, a draw without the DOS. Every site with its DOS and its
+element, and a draw of the same, for the first 16 targets. A draw that is not ranked is the first that the screen
+accepts and whose elements are all among the labels, for others have no pseudopotential. All are relaxed with CHGNet,
+their symmetry is refined, and their site DOS computed as the labels were. Everything is kept under `runs/dft_judge/`,
+so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ ARMS = {
     "species with DOS, ranked": Arm("species with DOS", True),
     "species with DOS, one draw": Arm("species with DOS", False),
 }
+SITES, SITE, SPECIES = "all sites", "one site, its element pinned", "all sites, their elements pinned"
 TABLES = {  # by what is judged: arms, and ratios of rows
-    "all sites": (tuple(ARMS)[:2], [("unconditional", "conditional, ranked"), ("conditional, ranked", MEAN)]),
-    "one site, its element pinned": (
-        tuple(ARMS)[2:4],
-        [("site with DOS, ranked", "site without DOS"), ("site with DOS, ranked", MEAN)],
-    ),
-    "all sites, their elements pinned": (
+    SITES: (("conditional, ranked",), [("conditional, ranked", MEAN)]),
+    f"{SITES}, beside a draw without DOS": (tuple(ARMS)[:2], [("unconditional", "conditional, ranked")]),
+    SITE: (("site with DOS, ranked",), [("site with DOS, ranked", MEAN)]),
+    f"{SITE}, beside a draw without DOS": (tuple(ARMS)[2:4], [("site with DOS, ranked", "site without DOS")]),
+    SPECIES: (
         tuple(ARMS)[4:],
         [("species with DOS, ranked", "species with DOS, one draw"), ("species with DOS, ranked", MEAN)],
     ),
@@ -171,7 +172,7 @@ def summary(title: str, rows: dict[str, Any]) -> dict[str, Any]:
 
 def own_formula(report: dict[str, Any]) -> str:
     """How far the picks with the target's formula are from it, and the others."""
-    title = "all sites"
+    title = SITES
     arm = TABLES[title][0][0]
     near: dict[bool, list[float]] = {True: [], False: []}
     for row in report["per_target"][title].values():
@@ -201,10 +202,11 @@ def markdown(report: dict[str, Any]) -> str:
     for one in CLASSES:
         lines.append(f"| {one} | " + " | ".join(str(report["gap_classes"][one][other]) for other in CLASSES) + " |")
     error = report["predictor_error"]
-    counts = " and ".join(str(len(table)) for table in report["per_target"].values())
+    counts = ", ".join(str(len(table)) for table in report["per_target"].values())
     lines += [
         "",
-        f"{counts} targets of split `{report['split']}` with at most {report['max_atoms']} atoms. *Ranked*: the best "
+        f"{counts} targets (table by table) of split `{report['split']}` with at most {report['max_atoms']} atoms. "
+        "*Ranked*: the best "
         f"of {report['candidates']} draws by the predictor that ships; else one draw. Number of atoms given, relaxed "
         f"with CHGNet, symmetry refined within {SYMMETRY} A, site DOS by Quantum ESPRESSO as the labels "
         "were. Mean over targets [95 % bootstrap interval]; normalised L1, absolute, without a floor, over the "
@@ -242,6 +244,13 @@ def plot(targets: list[Target], computed: list[Made], l1: list[float], path: Pat
     figure.savefig(path, dpi=150)
 
 
+def count_of(arm: Arm, options: Any) -> int:
+    """How many of the targets have an arm."""
+    if MODES[arm.mode].species == "all":
+        return int(options.pinned_targets)
+    return int(options.num_targets if arm.ranked else options.control_targets)
+
+
 def drawn_and_relaxed(
     targets: Sequence[Target], model: ConditionalDenoiser, predictor: DOSPredictor, folder: Path, options: Any
 ) -> tuple[dict[tuple[str, str], tuple[Atoms, Atoms]], list[str]]:
@@ -251,7 +260,7 @@ def drawn_and_relaxed(
     failed: list[str] = []
     for number, t in enumerate(tqdm(targets, unit="target", desc="generate and relax")):
         for k, (name, arm) in enumerate(ARMS.items()):
-            if MODES[arm.mode].species == "all" and number >= options.pinned_targets:
+            if number >= count_of(arm, options):
                 continue
 
             def drawn(t: Target = t, arm: Arm = arm) -> list[Atoms]:
@@ -358,6 +367,7 @@ def options_of(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, An
     add_split(parser)
     add_targets(parser, 24)
     parser.add_argument("--pinned-targets", type=int, default=16, help="of these, with the elements of all sites")
+    parser.add_argument("--control-targets", type=int, default=8, help="of these, beside a draw without the DOS")
     parser.add_argument("--max-atoms", type=int, default=6, help="largest target: what DFT costs")
     parser.add_argument("--candidates", type=int, default=40)
     parser.add_argument("--jobs", type=int, default=1, help="structures computed at a time")
@@ -382,12 +392,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for title, (arms, _) in TABLES.items()
     }
     table = {title: rows_of(title, some, made, library) for title, some in whole.items() if some}
-    error, on_labels = errors(whole["all sites"], made, predictor)
+    error, on_labels = errors(whole[SITES], made, predictor)
     report = {
         "weights": header["sha256"],
         "predictor": predictor.info,
         "split": split_of(options),
-        "targets": len(whole["all sites"]),
+        "targets": len(whole[SITES]),
         "target_ids": [t.material_id for t in targets],
         "max_atoms": options.max_atoms,
         "candidates": options.candidates,
@@ -396,7 +406,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "bar": BAR,
         "tables": {title: summary(title, rows) for title, rows in table.items()},
         "promises": promises(targets, made, predictor),
-        "gap_classes": gap_classes(whole["all sites"], made, gaps),
+        "gap_classes": gap_classes(whole[SITES], made, gaps),
         "predictor_error": error,
         "predictor_error_on_labels": on_labels,
         "failed": missing + failed,
@@ -406,8 +416,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     tables = markdown(report)
     print(tables)
     write_results(out, "dft_judge", report, tables)
-    l1 = [f["l1"] for f in table["all sites"][RANKED[0]]]
-    plot(whole["all sites"], [made[t.material_id, RANKED[0]] for t in whole["all sites"]], l1, out / "dft_judge.png")
+    l1 = [f["l1"] for f in table[SITES][RANKED[0]]]
+    plot(whole[SITES], [made[t.material_id, RANKED[0]] for t in whole[SITES]], l1, out / "dft_judge.png")
     return report
 
 

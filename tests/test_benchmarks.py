@@ -377,20 +377,22 @@ def test_the_dft_judge_runs_and_counts(
     monkeypatch.setattr(dft_judge, "relax", lambda atoms: atoms.copy())
     monkeypatch.setattr(_stats, "bootstrap_interval", partial(bootstrap_interval, samples=20))
     files = [f"--weights={folder}/generator.safetensors"]
-    small = ["--val", "--num-targets=2", "--pinned-targets=1", "--candidates=2", "--num-steps=2"]
-    small.append(f"--cache={tmp_path}/kept")
+    small = ["--val", "--num-targets=2", "--pinned-targets=1", "--control-targets=1", "--candidates=2"]
+    small += ["--num-steps=2", f"--cache={tmp_path}/kept"]
     report = dft_judge.main([*files, *small, f"--out={tmp_path}"])
     assert report["targets"] == 2
     found = {title: {r: f["l1"]["value"] for r, f in rows.items()} for title, rows in report["tables"].items()}
-    everywhere, one_site = found["all sites"], found["one site, its element pinned"]
+    beside = {title.removesuffix(", beside a draw without DOS"): rows for title, rows in found.items()}
+    everywhere, one_site = beside["all sites"], beside["one site, its element pinned"]
     assert everywhere["conditional, ranked"] == pytest.approx(0.1, abs=1e-3)
     assert everywhere["unconditional"] == pytest.approx(1.1, abs=1e-3)
+    assert found["one site, its element pinned"]["site with DOS, ranked"] == pytest.approx(2.1, abs=1e-3)
     assert one_site["site with DOS, ranked"] == pytest.approx(2.1, abs=1e-3)
     assert one_site["site with DOS, ranked / site without DOS"] == pytest.approx(2.1 / 3.1, abs=1e-3)
     pinned = found["all sites, their elements pinned"]
     assert pinned["species with DOS, ranked / species with DOS, one draw"] == pytest.approx(4.1 / 5.1, abs=1e-3)
     assert {title: len(rows) for title, rows in report["per_target"].items()} == dict(
-        zip(found, (2, 2, 1), strict=True)
+        zip(found, (2, 1, 2, 1, 1), strict=True)
     )
     promised = report["promises"]["site with DOS, ranked"]
     assert promised["DFT"]["value"] == pytest.approx(2.1, abs=1e-3)
