@@ -210,6 +210,8 @@ def test_there_must_be_something_to_rank_by(generator: DOSGenerator, tmp_path: P
         Ranking(distance=0)
     with pytest.raises(ValueError, match="not negative"):
         Ranking(energy=-1)
+    with pytest.raises(ValueError, match=r"energy='a'.*weights must be finite numbers"):
+        Ranking(energy="a")  # type: ignore[arg-type]
 
 
 class _Counting(LennardJones):

@@ -19,6 +19,7 @@ from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, mean_distance,
 from dosmatgen_ase.forward.predictor import DOSPredictor, SitePrediction, default_predictor
 from dosmatgen_ase.judge.relaxation import relax as relax_atoms
 from dosmatgen_ase.judge.stability import chgnet_energies, load_hull
+from dosmatgen_ase.parsing import is_real
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -48,8 +49,8 @@ class Ranking:
 
     def __post_init__(self) -> None:
         weights = (self.distance, self.uncertainty, self.energy)
-        if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
-            raise ValueError(f"{self}: weights must be finite, not negative, and one of them above 0")
+        if not all(is_real(w) and math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+            raise ValueError(f"{self}: weights must be finite numbers, not negative, and one of them above 0")
 
 
 def predicted_for_targets(
