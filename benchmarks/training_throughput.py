@@ -22,6 +22,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; each row sets its own
 
+import numpy as np
 import torch
 from _common import RESULTS, ROOT
 from _tables import write_results
@@ -52,22 +53,24 @@ def matrix_rate(device: str, bf16: bool) -> float:
 
 
 def measured(config: TrainingConfig, dataset: CrystalDataset, device: str, steps: int) -> dict[str, Any]:
-    """Rates of one configuration, medians of the steps."""
+    """Rates of one configuration: products counted in some steps, time taken of as many others, of all sizes."""
     trainer = Trainer(config, dataset, device)
-    sizes = [len(rows) for rows in epoch_batches(trainer.data, config, epoch=0)]
-    if len(sizes) < WARM + 1 + steps:
+    sizes = np.array([len(rows) for rows in epoch_batches(trainer.data, config, epoch=0)])
+    if len(sizes) < WARM + 2 * steps:
         raise SystemExit(f"an epoch has {len(sizes)} batches, too few for {steps} steps: give fewer")
-    run = trainer.run(until=WARM + 1 + steps)
+    run = trainer.run(until=WARM + 2 * steps)
     for _ in range(WARM):
         next(run)
     with FlopCounterMode(display=False) as counter:
-        next(run)
-    flops = counter.get_total_flops() / sizes[WARM]
-    rates, matrix = [], []
-    for size in sizes[WARM + 1 : WARM + 1 + steps]:
-        rates.append(size / seconds(lambda: next(run), device))
+        for _ in range(steps):
+            next(run)
+    counted, timed = sizes[WARM : WARM + steps], sizes[WARM + steps : WARM + 2 * steps]
+    flops = counter.get_total_flops() / int(counted.sum())
+    spent, matrix = 0.0, []
+    for _ in timed:
+        spent += seconds(lambda: next(run), device)
         matrix.append(matrix_rate(device, config.bf16))
-    rate, fastest = statistics.median(rates), statistics.median(matrix)
+    rate, fastest = int(timed.sum()) / spent, statistics.median(matrix)
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "structures_per_second": rate,
@@ -97,9 +100,9 @@ def markdown(report: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"Medians of {report['steps']} training steps by the clock, on structures of `data/` as the training draws "
-        "them. *Share*: matrix products of the training per second, forward and backward, over the rate of one "
-        f"product of two matrices of {MATRIX} rows in the same precision, measured in turns.",
+        f"{report['steps']} training steps by the clock, on structures of `data/` as the training draws them. *Share*: "
+        "matrix products of the training per second, forward and backward, over the rate of one product of two "
+        f"matrices of {MATRIX} rows in the same precision, measured in turns.",
     ]
     return "\n".join(lines) + "\n"
 
