@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import spglib
+from ase import Atoms
 from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
 from prototypes import PROTOTYPES, prototypes
@@ -20,9 +21,15 @@ TOLD = {
 }  # fmt: skip
 
 
-def test_every_prototype_has_its_space_group_formula_and_cell() -> None:
+@pytest.fixture(scope="module")
+def every() -> list[Atoms]:
+    """All of them; to make them takes seconds."""
+    return list(prototypes())
+
+
+def test_every_prototype_has_its_space_group_formula_and_cell(every: list[Atoms]) -> None:
     found = {}
-    for atoms in prototypes():
+    for atoms in every:
         prototype, _, formula = str(atoms.info["material_id"]).rpartition("-")
         found.setdefault(prototype, {})[frozenset(atoms.symbols.formula.reduce()[0].count().items())] = atoms
     assert found.keys() == PROTOTYPES.keys() == TOLD.keys()
@@ -38,6 +45,6 @@ def test_every_prototype_has_its_space_group_formula_and_cell() -> None:
         assert spglib.get_symmetry_dataset(cell, symprec=1e-3).number == group, prototype
 
 
-def test_no_compound_stands_twice_in_a_prototype() -> None:
-    names = [atoms.info["material_id"] for atoms in prototypes()]
+def test_no_compound_stands_twice_in_a_prototype(every: list[Atoms]) -> None:
+    names = [atoms.info["material_id"] for atoms in every]
     assert len(names) == len(set(names))
