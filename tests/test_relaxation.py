@@ -296,6 +296,7 @@ def test_results_of_another_program_are_neither_lost_nor_taken_for_the_relaxed_o
     [
         (("Cu",), {}, TypeError, "takes ase.Atoms or a list"),
         ((bulk("Cu"), 3), {}, TypeError, "must be an ASE calculator"),
+        ((bulk("Cu"), "CHGNet"), {}, ValueError, "calculator 'CHGNet' is not known: write it as chgnet"),
         ((bulk("Cu"), "emt"), {}, ValueError, 'neither "chgnet", a file, nor one of the MACE models'),
         ((bulk("Cu"), EMT()), {"fmax": 0.0}, ValueError, "fmax"),
         ((bulk("Cu"), EMT()), {"time_limit": math.nan}, ValueError, "time_limit"),

@@ -492,9 +492,13 @@ def check_trust(calculator: Any, trusted: bool) -> None:
     Raises
     ------
     ValueError
-        If this is a file, and not trusted.
+        If this is a file, and not trusted; or "chgnet" with capitals, which is told before the models are loaded.
     """
-    if isinstance(calculator, str | Path) and calculator != "chgnet" and Path(calculator).is_file() and not trusted:
+    if not isinstance(calculator, str | Path) or calculator == "chgnet":
+        return
+    if str(calculator).lower() == "chgnet" and not Path(calculator).exists():
+        raise ValueError(f"calculator {str(calculator)!r} is not known: write it as chgnet")
+    if Path(calculator).is_file() and not trusted:
         told = "a MACE model file is a pickle, which may run any code when it is loaded"
         raise ValueError(f"{calculator}: {told}; if you trust its maker, add trust_model=True (--trust-model)")
 
