@@ -244,11 +244,11 @@ def plot(targets: list[Target], computed: list[Made], l1: list[float], path: Pat
     figure.savefig(path, dpi=150)
 
 
-def count_of(arm: Arm, options: Any) -> int:
-    """How many of the targets have an arm."""
+def has(arm: Arm, number: int, options: Any) -> bool:
+    """Whether the target of this number has an arm."""
     if MODES[arm.mode].species == "all":
-        return int(options.pinned_targets)
-    return int(options.num_targets if arm.ranked else options.control_targets)
+        return bool(number < options.pinned_targets)
+    return arm.ranked or bool(number < options.control_targets)
 
 
 def drawn_and_relaxed(
@@ -260,7 +260,7 @@ def drawn_and_relaxed(
     failed: list[str] = []
     for number, t in enumerate(tqdm(targets, unit="target", desc="generate and relax")):
         for k, (name, arm) in enumerate(ARMS.items()):
-            if number >= count_of(arm, options):
+            if not has(arm, number, options):
                 continue
 
             def drawn(t: Target = t, arm: Arm = arm) -> list[Atoms]:
@@ -306,6 +306,8 @@ def promises(
     for arm in RANKED:
         which = MODES[ARMS[arm].mode].judged
         some = [t for t in targets if (t.material_id, arm) in made]
+        if not some:
+            continue
         picks = [made[t.material_id, arm] for t in some]
         rows: dict[str, list[float]] = {}
         for state, method in (("raw", "all"), *(("relaxed", m) for m in predictor.methods)):

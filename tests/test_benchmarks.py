@@ -400,6 +400,22 @@ def test_the_dft_judge_runs_and_counts(
     assert sum(sum(row.values()) for row in report["gap_classes"].values()) == 2
     assert "| unconditional |" in (tmp_path / "dft_judge.md").read_text()
 
+    # The targets of a result are all ranked, however many are drawn otherwise, and no arm is owed to any.
+    again = [
+        "--val",
+        f"--targets={tmp_path}/dft_judge.json",
+        "--num-targets=1",
+        "--pinned-targets=0",
+        "--control-targets=0",
+    ]
+    again += ["--candidates=2", "--num-steps=2", f"--cache={tmp_path}/kept", f"--out={tmp_path}/again"]
+    bare = dft_judge.main([*files, *again])
+    assert {title: len(rows) for title, rows in bare["per_target"].items()} == dict.fromkeys(
+        ("all sites", "one site, its element pinned"), 2
+    )
+    assert bare["per_target"]["all sites"] == report["per_target"]["all sites"]
+    assert "species with DOS, ranked" not in bare["promises"]
+
     collapsed = bulk("Cu", a=0.5)
     target = Target.from_label(labels, 0, seed=0)
     for arm in dft_judge.ARMS.values():
