@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -216,10 +216,11 @@ def _ranked(
     def relaxed(part: list[Atoms]) -> list[Atoms]:
         assert files.relaxed is not None
         assert options.relax is not None
-        held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
-        held |= {"trust_model": options.trust_model, "overwrite": True}  # of this request, whose draws are kept
         chosen.extend(part)  # the file goes on from what it holds
-        done = relax_into(files.relaxed, chosen, options.relax, progress=True, **held)
+        done = relax_into(
+            files.relaxed, chosen, options.relax, progress=True, trust_model=options.trust_model, **request.held,
+            overwrite=True,  # it is of this request, whose draws are kept
+        )  # fmt: skip
         return done[-len(part) :]
 
     found = score_and_relax(

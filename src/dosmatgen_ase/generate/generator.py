@@ -209,8 +209,7 @@ class DOSGenerator:
                 raise
             warnings.warn(f"{error}. The {len(ordered)} others are ranked.", stacklevel=2)
         if ranked:
-            held: dict[str, Any] = {"fixed_cell": request.fixed_cell, "fixed_sites": sorted(request.fixed_sites)}
-            work = partial(relax_atoms, calculator=relax, progress=progress, trust_model=trust_model, **held)
+            work = partial(relax_atoms, calculator=relax, progress=progress, trust_model=trust_model, **request.held)
             how: dict[str, Any] = {"ranking": ranking, "progress": progress, "relaxed": None if relax is None else work}
             with cpu_threads(self.threads):
                 new = score_and_relax(

@@ -261,6 +261,11 @@ class Request:
                     result.remaining[k, z] = left
         return result
 
+    @property
+    def held(self) -> dict[str, Any]:
+        """What a relaxation must keep, as keywords of `relaxation.relax`."""
+        return {"fixed_cell": self.fixed_cell, "fixed_sites": sorted(self.fixed_sites)}
+
     def record(self) -> dict[str, Any]:
         """What was asked, JSON-able, for ``atoms.info``."""
         return {
