@@ -420,6 +420,20 @@ def test_the_dft_judge_runs_and_counts(
     target = Target.from_label(labels, 0, seed=0)
     for arm in dft_judge.ARMS.values():
         assert dft_judge.pick(arm, target, [collapsed], predictor) == []
+    # What looks best only until it is relaxed is not picked.
+    mode, draws = dft_judge.ARMS["species with DOS, ranked"], [target.atoms.copy(), target.atoms.copy()]
+    draws[1].set_cell(1.2 * draws[1].cell, scale_atoms=True)
+    first, after = dft_judge.pick(mode, target, draws, predictor)
+    assert first.info["draw"] == after.info["draw"]
+
+    def exchanged(found: list[Atoms]) -> list[Atoms]:
+        new = [draws[1 - atoms.info["draw"]].copy() for atoms in found]
+        for atoms, old in zip(new, found, strict=True):
+            atoms.info = dict(old.info)
+        return new
+
+    monkeypatch.setattr(dft_judge, "settled", exchanged)
+    assert dft_judge.pick(mode, target, draws, predictor)[0].info["draw"] == 1 - first.info["draw"]
     assert dft_judge.kept(tmp_path / "none.extxyz", list) == []
     assert dft_judge.kept(tmp_path / "none.extxyz", lambda: [collapsed]) == []  # it was made once
 
