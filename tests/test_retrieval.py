@@ -549,6 +549,27 @@ def test_search_prints_writes_and_draws(index_file: Path, tmp_path: Path) -> Non
     assert f"data_{told(hits)[0]}" in (tmp_path / "hits.cif").read_text()
 
 
+def test_search_among_structures_of_files(predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_index, "__kwdefaults__", {**build_index.__kwdefaults__, "predictor": predictor})
+    ase.io.write(tmp_path / "ni.cif", crystals()[0])
+    ase.io.write(tmp_path / "others.extxyz", crystals()[1:3])
+    files = ["--among", tmp_path / "ni.cif", "--among", tmp_path / "others.extxyz"]
+    result = run("search", NICKEL, "--site", 3, *files, "-o", tmp_path / "hits.extxyz")
+    assert result.exit_code == 0, result.output
+    assert "nearest of 3 crystals of these files" in result.output
+    expected = search(TargetDOS.from_file(NICKEL, site=3), index=build_index(crystals()[:3], predictor=predictor))
+    frames = ase.io.read(tmp_path / "hits.extxyz", ":")
+    assert told(frames, "distance") == pytest.approx(told(expected, "distance"))
+    nothing = run("search", NICKEL, "--site", 3, *files, "--elements", "Au")
+    assert "none of the 3 crystals of these files passes" in " ".join(nothing.output.split())
+    own = run("search", NICKEL, *files, "-o", tmp_path / "others.extxyz")
+    assert own.exit_code == 1
+    assert len(ase.io.read(tmp_path / "others.extxyz", ":")) == 2
+    ase.io.write(tmp_path / "lan.cif", crystals()[4])
+    unknown = run("search", NICKEL, "--site", 3, *files, "--among", tmp_path / "lan.cif")
+    assert "no prediction for some sites of lan: an element has too few labels" in unknown.output
+
+
 def test_search_takes_several_sites_and_totals(index_file: Path, tmp_path: Path) -> None:
     several = run("search", NICKEL, "--site", "0-3", "--index", index_file, "-n", 1, "--plot", tmp_path / "a.png")
     assert several.exit_code == 0, several.output
@@ -565,6 +586,7 @@ def test_search_takes_several_sites_and_totals(index_file: Path, tmp_path: Path)
         (["-o", "hits.poscar"], "its name must end in .extxyz, .xyz, .cif, .vasp"),
         (["--index", "none.npz"], "no index at none.npz"),
         (["--gap", "2", "1"], "must be two numbers in eV"),
+        (["--among", "none.cif"], "give --index or --among: one of the two"),
     ],
 )
 def test_search_errors_are_one_line(arguments: list[str], message: str, index_file: Path) -> None:

@@ -107,8 +107,16 @@ def search(
     index: Annotated[
         Path | None, typer.Option(help="Index made by dosmatgen index. Default: the one that ships.")
     ] = None,
+    among: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Look among the structures of this file instead, such as crystals that were generated or relaxed. "
+            "May be given several times.",
+        ),
+    ] = None,
 ) -> None:
-    """Find the known crystals whose sites have the DOS of DOS_FILE.
+    """Find the known crystals, or those of your files, whose sites have the DOS of DOS_FILE.
 
     One site of the file may be any site of a crystal. Several are assigned to sites of one crystal, in the best way.
     The distance is the normalised L1 to the target, of the computed DOS where there is one and else of the predicted.
@@ -121,28 +129,55 @@ def search(
     targets = [replace(reading, site=i).read(dos_file) for i in sites]
     for target in dict.fromkeys(targets):
         tell_doubts(target)
-    from dosmatgen_ase.retrieval.index import DOSIndex, default_index
     from dosmatgen_ase.retrieval.query import search as run
 
-    known = default_index() if index is None else DOSIndex.load(index)
+    known, kind = _crystals(index, among), "known crystals" if not among else "crystals of these files"
     hits = run(targets[0] if len(targets) == 1 else targets, n, index=known, **filters.keywords())
     if not hits:
-        raise ValueError(f"none of the {len(known)} known crystals passes the filters: loosen them")
-    show(hit_table(hits, f"nearest of {len(known)} known crystals"))
-    typer.echo(f"distance: {DISTANCE}; error: its expected error, 0 where all of the DOS is computed")
-    typer.echo("gap: eV; hull: eV/atom above the hull, as given with the crystals")
-    nearest = hits[0].info["search"]["distance"]
-    if nearest > FAR and any(target.total_states() > 0 for target in targets):
-        told = f"even the nearest is no nearer than the mean DOS of an element usually is to one of its sites ({FAR})"
-        typer.echo(f"none of these has this DOS: {told}. dosmatgen generate makes new crystals")
-    if "source" in known.info:
-        tell(f"structures: {attribution(known.info['source'])}")
+        raise ValueError(f"none of the {len(known)} {kind} passes the filters: loosen them")
+    show(hit_table(hits, f"nearest of {len(known)} {kind}"))
+    _tell_hits(hits, known, empty=not any(target.total_states() > 0 for target in targets))
     if out is not None:
         write_structures(out, hits)
         tell(f"crystals: {out}")
     if plot is not None:
         _draw(plot, targets[0], hits[:DRAWN], known)
         tell(f"picture: {plot}")
+
+
+def _crystals(index: Path | None, among: Sequence[Path] | None) -> DOSIndex:
+    """The index that is searched: of a file, of structures whose DOS is predicted now, or the one that ships."""
+    from dosmatgen_ase.retrieval.build import build_index
+    from dosmatgen_ase.retrieval.index import DOSIndex, default_index
+
+    if not among:
+        return default_index() if index is None else DOSIndex.load(index)
+    if index is not None:
+        raise ValueError("give --index or --among: one of the two")
+    made = build_index(_of_files(among), progress=True)
+    _tell_failed(made)
+    for row, name in enumerate(made.material_id.tolist()):
+        if name not in made.info["without_prediction"] and None in made.site_dos(row):
+            tell(f"no prediction for some sites of {name}: an element has too few labels")
+    return made
+
+
+def _tell_hits(hits: Sequence[Atoms], known: DOSIndex, empty: bool) -> None:
+    """Tell what the columns are, whether even the nearest is far (unless all targets are empty), and the source."""
+    typer.echo(f"distance: {DISTANCE}; error: its expected error, 0 where all of the DOS is computed")
+    typer.echo("gap: eV; hull: eV/atom above the hull, as given with the crystals")
+    nearest = hits[0].info["search"]["distance"]
+    if nearest > FAR and not empty:
+        told = f"even the nearest is no nearer than the mean DOS of an element usually is to one of its sites ({FAR})"
+        typer.echo(f"none of these has this DOS: {told}. dosmatgen generate makes new crystals")
+    if "source" in known.info:
+        tell(f"structures: {attribution(known.info['source'])}")
+
+
+def _tell_failed(made: DOSIndex) -> None:
+    """Name the crystals whose DOS could not be predicted."""
+    for name, reason in list(made.info["without_prediction"].items())[:10]:
+        tell(f"no prediction for {name}: {reason}")
 
 
 def hit_table(hits: Sequence[Atoms], title: str) -> Table:
@@ -249,8 +284,7 @@ def make_index(
     size = out.stat().st_size / 1e6
     count = int(made.computed.sum())
     tell(f"{out}: {len(made)} crystals, {count} with a computed DOS, {size:.1f} MB")
-    for name, reason in list(made.info["without_prediction"].items())[:10]:
-        tell(f"no prediction for {name}: {reason}")
+    _tell_failed(made)
 
 
 def _of_files(paths: Sequence[Path]) -> list[Atoms]:
