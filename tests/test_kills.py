@@ -69,8 +69,8 @@ def test_the_tool_finds_what_is_lost(command: Any, sound: bool, monkeypatch: pyt
     monkeypatch.setitem(kills.CASES, "made up", case)
     monkeypatch.setattr(kills, "warm", lambda *_: None)
     monkeypatch.setattr("dosmatgen_ase.cli.app", run, raising=False)
-    told = kills.kill_often("made up", 10, 0)
-    assert told["kills"] == 10
+    told = kills.kill_often("made up", 30, 0)  # of ten, now and then none hits the careless one between two steps
+    assert told["kills"] == 30 or len(told["faults"]) == 10
     assert (told["faults"] == []) == sound, told
 
 
