@@ -11,7 +11,7 @@ from __future__ import annotations
 import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from dosmatgen_ase.dos import TargetDOS
 
 
-@runtime_checkable
 class HasAtomicNumber(Protocol):
     """An element of another library, such as pymatgen's Element and Species."""
 
@@ -116,8 +115,8 @@ def element(value: Any, name: str) -> str:
     from ase.data import atomic_numbers, chemical_symbols
 
     z = atomic_numbers.get(value, 0) if isinstance(value, str) else value
-    if isinstance(z, HasAtomicNumber):
-        z = z.Z
+    # Not isinstance: from Python 3.12 on it does not see a Z that pymatgen's Species takes from its element.
+    z = getattr(z, "Z", z)
     if not is_whole(z) or not 1 <= z <= MAX_ATOMIC_NUMBER:
         meant = value.strip().capitalize() if isinstance(value, str) else ""
         known = 1 <= atomic_numbers.get(meant, 0) <= MAX_ATOMIC_NUMBER
