@@ -151,7 +151,8 @@ def test_every_format_is_what_its_name_says(name: str, generator: DOSGenerator, 
     assert len(frames) == 3
     told = [frame.info for frame in frames]
     if kind in ("db", "json"):
-        told = [row.data for row in connect(out).select()]
+        with connect(out) as database:  # without, ASE leaves its connection open
+            told = [row.data for row in database.select()]
     for atoms, frame, info in zip(made, frames, told, strict=True):
         assert_same(atoms, frame)
         assert kind == "cif" or info["dosmatgen"]["index"] == atoms.info["dosmatgen"]["index"]
