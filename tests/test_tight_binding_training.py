@@ -86,10 +86,18 @@ def test_batches_hold_every_crystal_once_and_keep_their_bound(crystals: list[Lab
 
 
 def test_training_lowers_the_error_of_crystals_it_saw_and_others(
-    crystals: list[LabelledCrystal], model: TightBinding
+    labels: SiteDOSLabels, crystals: list[LabelledCrystal], model: TightBinding
 ) -> None:
+    seen = {z for crystal in crystals[:60] for z in crystal.graph.numbers.tolist()}
+    everything = load_site_dos(SITE_DOS)
+    rows = np.flatnonzero((everything.num_atoms <= 2) & ~np.isin(everything.material_id, labels.material_id))
+    rows = rows[np.argsort(everything.material_id[rows])]
+    same = everything.select(np.array([i for i in rows if seen.issuperset(everything.atoms(i).numbers.tolist())][:40]))
+    moments = [np.zeros(n) for n in same.num_atoms]
+    others = labelled_crystals(same, load_shell_dos(SITE_DOS, same), moments, SMALL.cutoff)
     untrained = new_model(crystals, SMALL, 0)
-    for part, share in ((crystals[:60], 0.75), (crystals[60:], 0.97)):  # sixty crystals teach little of others
+    # Sixty crystals teach nothing of other elements. Of five seeds the shares were 0.62 and 0.85 at most.
+    for part, share in ((crystals[:60], 0.75), (others, 0.95)):
         assert mean_error(model, part, 8) < share * mean_error(untrained, part, 8)
 
 
