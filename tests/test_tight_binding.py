@@ -31,9 +31,12 @@ from dosmatgen_ase.forward.tight_binding.model import (
     MatrixElements,
     TightBinding,
     TightBindingConfig,
+    _in_space,
+    _spread,
     bloch,
+    velocities,
 )
-from dosmatgen_ase.forward.tight_binding.spectrum import Spectrum, broadened, eigh, zero_and_gap
+from dosmatgen_ase.forward.tight_binding.spectrum import SMEARING, Spectrum, broadened, eigh, zero_and_gap
 
 ENERGIES = torch.linspace(-10, 5, 151, dtype=torch.float64)
 SIGMA = 0.2
@@ -427,6 +430,60 @@ def test_a_level_becomes_a_gaussian_on_any_grid(energies: Tensor) -> None:
     found = broadened(Spectrum(level, torch.ones(1, 1, 1, 1, 1).double(), one, zero, zero, zero), energies, SIGMA)[0, 0]
     exact = 2 * torch.exp(-0.5 * ((energies + 1.2345) / SIGMA) ** 2) / (SIGMA * math.sqrt(2 * math.pi))
     torch.testing.assert_close(found, exact, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.03, 0.13, 0.5, 0.8])
+def test_a_level_that_is_spread_out_keeps_its_place_and_adds_its_variance(spread: float) -> None:
+    energies = torch.linspace(-8, 8, 1601, dtype=torch.float64)
+    level = torch.tensor([[[[-1.2345]]]], dtype=torch.float64)
+    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    shares, width = torch.ones(1, 1, 1, 1, 1).double(), torch.full_like(level, spread)
+    found = broadened(Spectrum(level, shares, one, zero, zero, zero, width), energies, SIGMA)[0, 0] * 0.01 / 2
+    assert float(found.sum()) == pytest.approx(1, abs=1e-4)
+    assert float(found @ energies) == pytest.approx(-1.2345, abs=1e-3)
+    assert float(found @ (energies + 1.2345) ** 2) == pytest.approx(SIGMA**2 + spread**2, rel=5e-3)
+
+
+def test_velocities_are_the_slopes_of_the_bands(model: TightBinding) -> None:
+    batch, elements = lattice(Atoms("H", cell=[2, 20, 20], pbc=True), 2.5, {0: -1.3})
+    k = torch.rand(1, 9, 3, dtype=torch.float64)
+    unit = torch.ones(1, 1, 9, 1, 1, dtype=torch.complex128)
+    found = velocities(batch, _in_space(batch, elements), k, unit)[0, 0, :, 0]
+    torch.testing.assert_close(found[:, 0], 5.2 * math.pi * torch.sin(2 * math.pi * k[0, :, 0]))
+    assert not found[:, 1:].any()
+    for atoms in (crystal(), bulk("Fe") * (2, 1, 1)):  # the second has two spins
+        batch = collate([graph(atoms)])
+        elements = model.matrix_elements(batch)
+        k = torch.tensor([[[0.13, 0.32, -0.21], [0.4, 0.07, 0.29]]], dtype=torch.float64)
+        vectors = eigh(bloch(batch, elements, k))[1]
+        found = velocities(batch, _in_space(batch, elements), k, vectors)
+        for axis in range(3):
+            off = torch.eye(3, dtype=torch.float64)[axis] * 1e-5
+            up, down = (eigh(bloch(batch, elements, k + sign * off))[0] for sign in (1, -1))
+            torch.testing.assert_close(found[..., axis], (up - down) / 2e-5, atol=1e-5, rtol=1e-5)
+
+
+def test_spread_levels_need_fewer_points(model: TightBinding) -> None:
+    batch, elements = lattice(Atoms("H", cell=[2, 2, 20], pbc=True), 2.5, {0: -1.0})
+    reciprocal = np.array([0.5, 0.5, 0.05])
+
+    def dos_of(points: int, spread: bool) -> Tensor:
+        k = torch.tensor(offset_mesh(reciprocal, points))[None]
+        levels, vectors = eigh(bloch(batch, elements, k))
+        steps = torch.tensor(1 / mesh_size(reciprocal, points))[None]
+        width = _spread(batch, _in_space(batch, elements), k, vectors, steps) if spread else None
+        share = torch.zeros(*levels.shape, 3, dtype=torch.float64)
+        share[..., 0] = 1
+        weights = torch.full((1, k.shape[1]), 1 / k.shape[1], dtype=torch.float64)
+        found = zero_and_gap(levels, weights, torch.tensor([0.7], dtype=torch.float64), None, width)
+        held = torch.special.ndtr((found.zero - levels) / (SMEARING**2 + (0.0 if width is None else width**2)) ** 0.5)
+        assert float(2 * held.mean()) == pytest.approx(0.7, abs=1e-4)  # electrons
+        return broadened(Spectrum(levels, share, weights, *found, width), ENERGIES, SIGMA)[0, 0]
+
+    exact = dos_of(40_000, False)
+    for points in (36, 64, 144):
+        plain, spread = ((dos_of(points, s) - exact).abs().sum() / exact.sum() for s in (False, True))
+        assert spread < 0.7 * plain
 
 
 def test_atoms_in_one_place_are_refused() -> None:

@@ -295,9 +295,10 @@ class DOSPredictor:
             except ValueError as error:
                 opinions[i].reason = str(error)
         with cpu_threads(1):  # matrices are small
-            for model in self.tight_binding:
+            for mesh, model in enumerate(self.tight_binding):
                 known = graphs[model.config.cutoff]
-                for i, found in zip(known, predict_crystals(model, list(known.values()), progress), strict=True):
+                told = predict_crystals(model, list(known.values()), progress, mesh=mesh)
+                for i, found in zip(known, told, strict=True):
                     opinions[i].bound.append(found.dos.sum(axis=1))
                     opinions[i].gaps.append(found.gap)
 

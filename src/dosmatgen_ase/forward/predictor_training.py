@@ -174,9 +174,9 @@ def _mean_dos(models: Sequence[TightBinding], labels: SiteDOSLabels, rows: np.nd
     """Mean over models of the DOS (n, 151) of labelled crystals, float32."""
     atoms = [labels.atoms(i) for i in rows.tolist()]
     by_model = []
-    for model in models:
+    for mesh, model in enumerate(models):
         graphs = [crystal_graph(one, model.config.cutoff) for one in atoms]
-        by_model.append([found.dos.sum(1) for found in predict_crystals(model, graphs)])
+        by_model.append([found.dos.sum(1) for found in predict_crystals(model, graphs, mesh=mesh)])
     return [np.mean(parts, 0) for parts in zip(*by_model, strict=True)]
 
 

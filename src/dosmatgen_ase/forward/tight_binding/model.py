@@ -40,6 +40,7 @@ TAIL = 30.0
 LEVEL_UNIT = 3.0  # eV: learned levels by element move faster than by the network
 DELTA_START = 0.3  # Harrison's dd delta is zero: the learned factor counts from this instead
 STONER = (0.1, 0.1, 0.9)  # eV of splitting of s, p, d per Bohr magneton
+PLANE_SHARE = 0.5  # of 1, 0.5 and 0.25 the best on split val
 BAND_ENDS = tuple(itertools.product((0.0, 0.5), repeat=3))  # k = -k: Gamma and centres of faces, where most bands end
 
 
@@ -192,7 +193,9 @@ class TightBinding(nn.Module):
         splitting = r.new_tensor(STONER) * reach[:, None] * (1 + self.exchange(site))
         return MatrixElements(onsite, hopping, moment, splitting)
 
-    def spectrum(self, batch: GraphBatch, kpoints: Tensor, kweights: Tensor | None = None) -> tuple[Spectrum, Tensor]:
+    def spectrum(
+        self, batch: GraphBatch, kpoints: Tensor, kweights: Tensor | None = None, steps: Tensor | None = None
+    ) -> tuple[Spectrum, Tensor]:
         """Levels, their shells and zero; and the moment of each atom (n,), Bohr magnetons.
 
         Parameters
@@ -202,9 +205,13 @@ class TightBinding(nn.Module):
             In units of the reciprocal cell.
         kweights : (b, k), optional
             Sum 1; all the same by default.
+        steps : (b, 3), optional
+            Of the mesh, in units of the reciprocal cell: each level is spread out over the cell of its point as its
+            velocity says. Without, it stands for itself alone.
         """
         elements = self.matrix_elements(batch)
-        hamiltonian = bloch(batch, elements, kpoints)
+        space = _in_space(batch, elements)
+        hamiltonian = bloch(batch, elements, kpoints, space)
         crystals, channels, points, size = hamiltonian.shape[:4]
         levels, vectors = eigh(hamiltonian)
         shell = torch.tensor(SHELL_OF_ORBITAL, device=kpoints.device) + 3 * batch.site[:, None]
@@ -215,10 +222,11 @@ class TightBinding(nn.Module):
         if kweights is None:
             kweights = levels.new_full((crystals, points), 1 / points)
         ends = torch.tensor(BAND_ENDS).to(kpoints).expand(crystals, -1, -1)
-        edges = torch.linalg.eigvalsh(bloch(batch, elements, ends, real=True))
-        found = zero_and_gap(levels, kweights, batch.electrons.to(levels), edges)
+        edges = torch.linalg.eigvalsh(bloch(batch, elements, ends, space, real=True))
+        spread = None if steps is None else _spread(batch, space.detach(), kpoints, vectors.detach(), steps)
+        found = zero_and_gap(levels, kweights, batch.electrons.to(levels), edges, spread)
         weights = share.view(crystals, channels, points, size, -1)
-        return Spectrum(levels, weights, kweights, *found), elements.moment
+        return Spectrum(levels, weights, kweights, *found, spread), elements.moment
 
     def forward(
         self,
@@ -227,14 +235,28 @@ class TightBinding(nn.Module):
         energies: Tensor,
         sigma: float,
         kweights: Tensor | None = None,
+        steps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """DOS (b, sites, 3, energies) of s, p and d of every site, states/eV, and moments (n,); see `spectrum`."""
-        spectrum, moment = self.spectrum(batch, kpoints, kweights)
+        spectrum, moment = self.spectrum(batch, kpoints, kweights, steps)
         dos = broadened(spectrum, energies, sigma)
         return dos.view(len(batch), batch.sites, 3, -1), moment
 
 
-def bloch(batch: GraphBatch, elements: MatrixElements, kpoints: Tensor, *, real: bool = False) -> Tensor:
+def _in_space(batch: GraphBatch, elements: MatrixElements) -> Tensor:
+    """Hamiltonian (b, v, n, n) between the home cell and those of the lattice vectors, without spin."""
+    crystals, most, size = len(batch), batch.vectors.shape[1], batch.size
+    both = batch.exists[:, :, None] & batch.exists[:, None]
+    place = (batch.owner * most * size)[:, None] + batch.place  # of a row in the home cells
+    home = (place[:, :, None] * size + batch.place[:, None])[both]
+    flat = elements.hopping.new_zeros(crystals * most * size * size)
+    flat = flat.index_add(0, batch.target, elements.hopping.flatten()[batch.source])
+    return flat.index_add(0, home, elements.onsite[both]).view(crystals, most, size, size)
+
+
+def bloch(
+    batch: GraphBatch, elements: MatrixElements, kpoints: Tensor, space: Tensor | None = None, *, real: bool = False
+) -> Tensor:
     """Hamiltonian (b, c, k, n, n) of c spin channels; padding has the level `EMPTY`.
 
     Parameters
@@ -242,25 +264,54 @@ def bloch(batch: GraphBatch, elements: MatrixElements, kpoints: Tensor, *, real:
     batch : GraphBatch
     elements : MatrixElements
     kpoints : (b, k, 3)
+    space : (b, v, n, n), optional
+        The elements in the space of lattice vectors, if they are at hand.
     real : the points are `BAND_ENDS`, where it is real: a real matrix, cheaper by far
     """
-    crystals, most, size = len(batch), batch.vectors.shape[1], batch.size
-    both = batch.exists[:, :, None] & batch.exists[:, None]
-    place = (batch.owner * most * size)[:, None] + batch.place  # of a row in the home cells
-    home = (place[:, :, None] * size + batch.place[:, None])[both]
-    flat = elements.hopping.new_zeros(crystals * most * size * size)
-    flat = flat.index_add(0, batch.target, elements.hopping.flatten()[batch.source])
-    space = flat.index_add(0, home, elements.onsite[both]).view(crystals, most, size * size)
+    size = batch.size
+    flat = (_in_space(batch, elements) if space is None else space).flatten(2)
     phase = 2 * math.pi * kpoints @ batch.vectors.to(kpoints).mT
-    matrix = phase.cos() @ space if real else torch.complex(phase.cos() @ space, phase.sin() @ space)
-    hamiltonian = matrix.view(crystals, 1, -1, size, size)
+    matrix = phase.cos() @ flat if real else torch.complex(phase.cos() @ flat, phase.sin() @ flat)
+    hamiltonian = matrix.view(len(batch), 1, -1, size, size)
     hamiltonian = (hamiltonian + hamiltonian.mH) / 2
-    unused = torch.arange(size, device=space.device) >= batch.sizes[:, None]
+    unused = torch.arange(size, device=flat.device) >= batch.sizes[:, None]
     hamiltonian = hamiltonian + torch.diag_embed(EMPTY * unused).to(hamiltonian.dtype)[:, None, None]
     if not batch.magnetic:
         return hamiltonian
     owner = batch.owner[:, None].expand(-1, NUM_ORBITALS)[batch.exists]
     half = (elements.splitting[:, list(SHELL_OF_ORBITAL)] / 2)[batch.exists]
-    shift = space.new_zeros(crystals, size).index_put((owner, batch.place[batch.exists]), half)
+    shift = flat.new_zeros(len(batch), size).index_put((owner, batch.place[batch.exists]), half)
     split = torch.diag_embed(shift).to(hamiltonian.dtype)[:, None, None]
     return torch.cat([hamiltonian - split, hamiltonian + split], 1)
+
+
+def velocities(batch: GraphBatch, space: Tensor, kpoints: Tensor, vectors: Tensor) -> Tensor:
+    """Derivatives (b, c, k, n, 3) of the levels by the point, eV times the reciprocal cell (Hellmann and Feynman).
+
+    Parameters
+    ----------
+    batch : GraphBatch
+    space : (b, v, n, n), eV
+    kpoints : (b, k, 3)
+    vectors : (b, c, k, n, n)
+        Eigenvectors, in columns.
+    """
+    around = 2 * math.pi * batch.vectors.to(kpoints)
+    phase = kpoints @ around.mT
+    found = []
+    for axis in range(3):
+        turn = around[:, None, :, axis]
+        slope = torch.complex(-(phase.sin() * turn) @ space.flatten(2), (phase.cos() * turn) @ space.flatten(2))
+        slope = slope.view(len(batch), 1, -1, batch.size, batch.size)
+        found.append((vectors.conj() * (slope @ vectors)).real.sum(-2))
+    return torch.stack(found, -1)
+
+
+def _spread(batch: GraphBatch, space: Tensor, kpoints: Tensor, vectors: Tensor, steps: Tensor) -> Tensor:
+    """Standard deviation (b, c, k, n) of each level over the cell of its point, eV, held fixed in gradients.
+
+    A plane over the cell has the variance sum (slope x step)^2 / 12. Bands bend, so a part of it is taken.
+    """
+    with torch.no_grad():
+        slope = velocities(batch, space, kpoints, vectors)
+        return (slope * steps.to(slope)[:, None, None, None]).square().sum(-1).mul(PLANE_SHARE / 12).sqrt()

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, collate
-from dosmatgen_ase.forward.tight_binding.kpoints import offset_mesh
+from dosmatgen_ase.forward.tight_binding.kpoints import mesh_size, offset_mesh
 from dosmatgen_ase.forward.tight_binding.model import TightBinding
 from dosmatgen_ase.forward.tight_binding.spectrum import broadened
 
@@ -41,7 +42,7 @@ def mesh_points(sites: int) -> int:
 
 
 def predict_crystals(
-    model: TightBinding, graphs: Sequence[CrystalGraph], progress: bool = False
+    model: TightBinding, graphs: Sequence[CrystalGraph], progress: bool = False, *, mesh: int = 0
 ) -> list[TightBindingDOS]:
     """Predict the DOS of crystals, each the same in any company (within rounding).
 
@@ -50,14 +51,15 @@ def predict_crystals(
     model : in evaluation mode
     graphs : crystals of at most `MAX_ORBITALS` orbitals each
     progress : show a progress bar
+    mesh : of `kpoints.offset_mesh`, one of four
     """
     device = model.start.device
     energies = torch.tensor(MODEL_GRID.energies, dtype=torch.float32, device=device)
     found: dict[int, TightBindingDOS] = {}
     with torch.no_grad(), tqdm(total=len(graphs), disable=not progress, unit="crystal", desc="tight binding") as bar:
-        for rows, points, weights in _batches(graphs):
+        for rows, points, weights, steps in _batches(graphs, mesh):
             batch = collate([graphs[i] for i in rows]).to(device)
-            spectrum, _ = model.spectrum(batch, points.to(device), weights.to(device))
+            spectrum, _ = model.spectrum(batch, points.to(device), weights.to(device), steps.to(device))
             dos = broadened(spectrum, energies, MODEL_SIGMA).cpu().numpy()
             for b, i in enumerate(rows):
                 sites = len(graphs[i].numbers)
@@ -67,9 +69,19 @@ def predict_crystals(
     return [found[i] for i in range(len(graphs))]
 
 
-def _batches(graphs: Sequence[CrystalGraph]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Rows of crystals of like size, all or none magnetic, with their points (b, k, 3) and weights (b, k)."""
-    meshes = [offset_mesh(g.reciprocal, mesh_points(len(g.numbers))) for g in graphs]
+class _Batch(NamedTuple):
+    """Rows of crystals of like size, all or none magnetic; points (b, k, 3), weights (b, k), steps of meshes (b, 3)."""
+
+    rows: list[int]
+    points: Tensor
+    weights: Tensor
+    steps: Tensor
+
+
+def _batches(graphs: Sequence[CrystalGraph], which: int) -> Iterator[_Batch]:
+    """Share crystals out in batches, with their points of the Brillouin zone."""
+    meshes = [offset_mesh(g.reciprocal, mesh_points(len(g.numbers)), which) for g in graphs]
+    steps = [1 / mesh_size(g.reciprocal, mesh_points(len(g.numbers))) for g in graphs]
     order = sorted(range(len(graphs)), key=lambda i: (graphs[i].magnetic, len(meshes[i]).bit_length(), graphs[i].size))
     while order:
         rows, most = [order[0]], len(meshes[order[0]])
@@ -85,4 +97,5 @@ def _batches(graphs: Sequence[CrystalGraph]) -> Iterator[tuple[list[int], torch.
         for b, i in enumerate(rows):  # what is added repeats a point and has no weight
             count = len(meshes[i])
             points[b], points[b, :count], weights[b, :count] = meshes[i][0], meshes[i], 1 / count
-        yield rows, torch.from_numpy(points).float(), torch.from_numpy(weights).float()
+        numbers = (points, weights, np.stack([steps[i] for i in rows]))
+        yield _Batch(rows, *(torch.from_numpy(part).float() for part in numbers))
