@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 from dosmatgen_ase.data import SiteDOSLabels, formula_fold, load_shell_dos, load_site_dos
 from dosmatgen_ase.forward.features import site_features, tight_binding_graph
 from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig, inverse_softplus, network_inputs
-from dosmatgen_ase.forward.predictor_training import evaluate, train_predictor, unseen_dos
+from dosmatgen_ase.forward.predictor_training import evaluate, gap_line, train_predictor, unseen_dos
 from dosmatgen_ase.forward.tight_binding import training
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
@@ -289,3 +289,22 @@ def test_any_crystal_is_read(model: TightBinding, atoms: Atoms) -> None:
 def test_what_cannot_be_read_is_told(atoms: Atoms, fragment: str) -> None:
     with pytest.raises(ValueError, match=fragment):
         tight_binding_graph(atoms, 6.0)
+
+
+def test_the_line_of_gaps_is_that_of_least_absolute_error() -> None:
+    computed = np.concatenate([np.linspace(0.5, 8, 31), np.zeros(40)])
+    predicted = np.where(computed > 0, 1.25 * computed + 0.25, 0.0)
+    predicted[3] = 30.0  # one that is lost moves nothing
+    assert gap_line(predicted, computed) == pytest.approx([0.8, -0.2], abs=1e-3)
+    assert gap_line(predicted[:15], computed[:15]) is None
+
+
+def test_a_predictor_gives_the_calibrated_gap_and_calls_small_ones_metals(model: TightBinding) -> None:
+    tables = {name: torch.ones(95, 151) for name in ("baseline", "support")}
+    predictor = DOSPredictor(PredictorConfig(members=0), tables, {"gap": [0.9, -0.3]}, [model])
+    assert predictor._gap([2.0, 1.0]) == pytest.approx(1.05)
+    assert predictor._gap([0.2, 0.0]) == 0.0  # less than 0.15 eV
+    assert predictor._gap([0.32, 0.32]) == 0.0  # never negative
+    assert np.isnan(predictor._gap([]))
+    predictor.info.pop("gap")
+    assert predictor._gap([2.0, 1.0]) == pytest.approx(1.5)

@@ -32,6 +32,7 @@ from dosmatgen_ase.forward.features import NUM_FEATURES, site_features, tight_bi
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
+from dosmatgen_ase.forward.tight_binding.spectrum import MIN_GAP
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 from dosmatgen_ase.parsing import is_real, site_numbers
 from dosmatgen_ase.threads import cpu_threads, once
@@ -95,7 +96,7 @@ class SitePrediction(NamedTuple):
     reason : str
         Why there is no prediction (then all is zero and unknown), else empty.
     gap : float, eV
-        Band gap by tight binding, 0 for a metal; NaN without it.
+        Band gap by tight binding, calibrated on the validation split, 0 for a metal; NaN without it.
     """
 
     mean: np.ndarray
@@ -318,8 +319,15 @@ class DOSPredictor:
         slope, offset = calibration["error"]
         error = offset + slope * relative_spread(mean, spread, known)
         error[~known.any(axis=1)] = np.nan
-        gap = float(np.mean(opinions.gaps)) if opinions.gaps else float("nan")
-        return SitePrediction(mean, spread * calibration["spread"], known, error, "", gap)
+        return SitePrediction(mean, spread * calibration["spread"], known, error, "", self._gap(opinions.gaps))
+
+    def _gap(self, gaps: Sequence[float]) -> float:
+        """Calibrated mean of the models' gaps, eV; 0 where that is a metal's, NaN without a model."""
+        if not gaps:
+            return float("nan")
+        slope, offset = self.info.get("gap", (1.0, 0.0))
+        mean = float(np.mean(gaps))
+        return max(0.0, offset + slope * mean) if mean > MIN_GAP else 0.0
 
     def save(self, path: str | Path) -> None:
         """Save as one safetensors file (networks in half precision), atomically."""
@@ -375,6 +383,8 @@ def _check_tables(tables: Mapping[str, Tensor], info: Any) -> None:
         raise ValueError("a table holds no floats")
     if not isinstance(info, dict):
         raise ValueError("info is no mapping")
+    if not all(is_real(number) and math.isfinite(number) for number in info.get("gap", ())):
+        raise ValueError("the calibration of the gap holds no finite numbers")
     several = info.get("calibrations", {})
     for told in (*([info["calibration"]] if "calibration" in info else []), *several.values()):
         slope, offset = told["error"]

@@ -328,13 +328,40 @@ def _compared(
 def calibrate(
     predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray
 ) -> None:
-    """Fit what `DOSPredictor.calibration` tells to the validation labels `rows`, for each method that it has."""
-    predictor.info.pop("calibration", None)
-    predictor.info.pop("calibrations", None)
+    """Fit what `DOSPredictor.calibration` tells to the validation labels `rows`, for each method; and the gap."""
+    for name in ("calibration", "calibrations", "gap"):
+        predictor.info.pop(name, None)
     fitted = {method: _calibration(predictor, labels, features, rows, method) for method in predictor.methods}
     predictor.info["calibration"] = fitted.pop("all")
     if predictor.members and predictor.tight_binding:
         predictor.info["calibrations"] = fitted
+    if predictor.tight_binding:
+        predicted = predictor.predict_arrays([labels.atoms(i) for i in rows.tolist()], method="tight-binding")
+        line = gap_line(np.array([one.gap for one in predicted]), labels.band_gap[rows])
+        if line is not None:
+            predictor.info["gap"] = line
+
+
+def gap_line(predicted: np.ndarray, computed: np.ndarray) -> list[float] | None:
+    """Slope and offset (eV) of the line through gaps with the least mean absolute error; None of fewer than 20.
+
+    Where models of the gap err, those that are predicted wide are too wide in the mean.
+
+    Parameters
+    ----------
+    predicted, computed : (n,), eV, 0 for a metal
+    """
+    from scipy.optimize import linprog
+
+    both = (predicted > 0) & (computed > 0)
+    if (n := int(both.sum())) < 20:
+        return None
+    # Unknown: slope, offset and an error of each crystal, which bounds |slope x + offset - y|; their sum is least.
+    line, y = np.stack([predicted[both], np.ones(n)], 1), computed[both]
+    bounds = np.block([[line, -np.eye(n)], [-line, -np.eye(n)]])
+    limits = [(None, None), (None, None), *[(0, None)] * n]
+    fit = linprog(np.r_[0.0, 0.0, np.ones(n)], bounds, np.r_[y, -y], bounds=limits)
+    return [float(value) for value in fit.x[:2]]
 
 
 def _calibration(
