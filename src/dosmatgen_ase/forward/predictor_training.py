@@ -47,7 +47,7 @@ class Role(NamedTuple):
 
 # All models differ by seed. The judge shares neither labels nor CHGNet's features with the ranker.
 ROLES = {
-    "predictor": Role(None, PredictorConfig(correctors=3), 2),
+    "predictor": Role(None, PredictorConfig(correctors=3), 3),
     "ranker": Role(0, PredictorConfig(), 1),
     "judge": Role(1, PredictorConfig(members=0), 1),
 }
