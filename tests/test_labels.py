@@ -98,6 +98,13 @@ def crystals(n: int) -> dict[str, Atoms]:
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_bar_is_shown_where_there_is_something_to_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stand_in_engine(tmp_path / "log")
+    for shown in (True, False):  # the second time nothing is left
+        label(crystals(1), tmp_path / "shards", progress=True)
+        assert ("DFT" in capfd.readouterr().err) is shown
+
+
 def test_labels_are_packed_with_what_failed_and_nothing_is_done_twice(tmp_path: Path) -> None:
     stand_in_engine(tmp_path / "log")
     given = {**crystals(8), "he": bulk("Au", a=4.1), "ce": bulk("Ce"), "zn": bulk("Zn"), "thin": bulk("Cu", a=8.0)}

@@ -102,7 +102,8 @@ def compute_each(
             pool.submit(_compute_or_read, name, atoms, out, settings, stop): name for name, atoms in structures.items()
         }
         # as_completed lets go of what it has yielded; a set of labels would not fit into memory.
-        with one_blas_thread(), tqdm(total=len(jobs), disable=not progress, unit="structure", desc="DFT") as bar:
+        shown = progress and bool(jobs)
+        with one_blas_thread(), tqdm(total=len(jobs), disable=not shown, unit="structure", desc="DFT") as bar:
             for job in as_completed(jobs):
                 result = job.result()
                 failures += isinstance(result, ElectronicStructureError)
