@@ -197,6 +197,15 @@ def test_a_predictor_that_contradicts_itself_is_one_clear_error(
         DOSPredictor.load(tmp_path / "bad.safetensors")
 
 
+@pytest.mark.parametrize("gap", [[1.0], [1.0, 0.1, 0.2], [1.0, None], [1.0, "0.1"], [True, 0.0], 3, None], ids=str)
+def test_a_calibration_of_the_gap_is_two_numbers(gap: object, tmp_path: Path) -> None:
+    tensors, header = load_tensors(DEFAULT_PREDICTOR)
+    del header["sha256"]
+    save_tensors(tmp_path / "bad.safetensors", tensors, {**header, "info": {**header["info"], "gap": gap}})
+    with pytest.raises(ValueError, match="does not describe its own tensors"):
+        DOSPredictor.load(tmp_path / "bad.safetensors")
+
+
 def test_rare_elements_are_unknown_rather_than_invented() -> None:
     predictor = default_predictor()
     rare = int(np.flatnonzero(predictor.tables["support"].numpy().max(axis=1)[1:90] == 0)[-1]) + 1

@@ -330,7 +330,10 @@ def test_bands_end_at_gamma_or_at_face_centres_even_off_the_mesh(model: TightBin
     elements = model.matrix_elements(batch)
     torch.testing.assert_close(bloch(batch, elements, ends).imag, torch.zeros_like(bloch(batch, elements, ends).real))
     torch.testing.assert_close(bloch(batch, elements, ends).real, bloch(batch, elements, ends, real=True))
-    coarse, with_ends = torch.tensor(offset_mesh(made.reciprocal, 8))[None], torch.tensor(BAND_ENDS).double()[None]
+    coarse, with_ends = (
+        torch.tensor(offset_mesh(mesh_size(made.reciprocal, 8)))[None],
+        torch.tensor(BAND_ENDS).double()[None],
+    )
     off, on = (model.spectrum(batch, k)[0] for k in (coarse, torch.cat([coarse, with_ends], 1)))
     torch.testing.assert_close(off.opening, on.opening)
     filled = int(batch.electrons) // 2
@@ -405,8 +408,8 @@ def test_meshes_follow_the_reciprocal_lengths_and_keep_their_bound(cell: tuple[f
         assert 1 <= mesh.prod() <= number
         assert (np.diff(mesh[np.argsort(reciprocal)]) >= 0).all()
         assert random_mesh(reciprocal, number, np.random.default_rng(0)).shape == (number, 3)
-        np.testing.assert_array_equal(offset_mesh(reciprocal, number), offset_mesh(reciprocal, number))
-        assert len(offset_mesh(reciprocal, number)) == mesh.prod()
+        np.testing.assert_array_equal(offset_mesh(mesh), offset_mesh(mesh))
+        assert len(offset_mesh(mesh)) == mesh.prod()
         points, weights = symmetric_mesh(reciprocal, number)
         assert weights.sum() == pytest.approx(1)
         assert len(points) <= mesh.prod() // 2 + 4
@@ -468,9 +471,10 @@ def test_spread_levels_need_fewer_points(model: TightBinding) -> None:
     reciprocal = np.array([0.5, 0.5, 0.05])
 
     def dos_of(points: int, spread: bool) -> Tensor:
-        k = torch.tensor(offset_mesh(reciprocal, points))[None]
+        mesh = mesh_size(reciprocal, points)
+        k = torch.tensor(offset_mesh(mesh))[None]
         levels, vectors = eigh(bloch(batch, elements, k))
-        steps = torch.tensor(1 / mesh_size(reciprocal, points))[None]
+        steps = torch.tensor(1 / mesh)[None]
         width = _spread(batch, _in_space(batch, elements), k, vectors, steps) if spread else None
         share = torch.zeros(*levels.shape, 3, dtype=torch.float64)
         share[..., 0] = 1

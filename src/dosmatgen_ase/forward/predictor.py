@@ -383,7 +383,8 @@ def _check_tables(tables: Mapping[str, Tensor], info: Any) -> None:
         raise ValueError("a table holds no floats")
     if not isinstance(info, dict):
         raise ValueError("info is no mapping")
-    if not all(is_real(number) and math.isfinite(number) for number in info.get("gap", ())):
+    slope, offset = info.get("gap", (1.0, 0.0))
+    if not all(is_real(number) and math.isfinite(number) for number in (slope, offset)):
         raise ValueError("the calibration of the gap holds no finite numbers")
     several = info.get("calibrations", {})
     for told in (*([info["calibration"]] if "calibration" in info else []), *several.values()):

@@ -308,21 +308,30 @@ def _fit(net: nn.Module, train: _Sites, val: _Sites, config: PredictorConfig, pr
     net.load_state_dict(best_state)
 
 
+class _Compared(NamedTuple):
+    """Prediction, DOS and known bins of all sites of some labels, structure after structure; each predicted gap."""
+
+    found: SitePrediction
+    dos: np.ndarray
+    known: np.ndarray
+    gaps: np.ndarray
+
+
 def _compared(
     predictor: DOSPredictor,
     labels: SiteDOSLabels,
     features: Sequence[np.ndarray | str],
     rows: np.ndarray,
     method: str = "all",
-) -> tuple[SitePrediction, np.ndarray, np.ndarray]:
-    """Prediction, DOS and known bins of all sites of some labels, structure after structure."""
+) -> _Compared:
     atoms, known_features = [labels.atoms(i) for i in rows], [features[i] for i in rows]
     found = predictor.predict_arrays(atoms, features=known_features, method=method)
     labels = labels.select(rows)
     owner, site = np.nonzero(labels.atomic_numbers)
     mean, spread, bins, error = (np.concatenate(part) for part in list(zip(*found, strict=True))[:4])
     joined = SitePrediction(mean, spread, bins, error)
-    return joined, labels.values[owner, site].astype(np.float64), labels.known[owner]
+    gaps = np.array([one.gap for one in found])
+    return _Compared(joined, labels.values[owner, site].astype(np.float64), labels.known[owner], gaps)
 
 
 def calibrate(
@@ -331,15 +340,13 @@ def calibrate(
     """Fit what `DOSPredictor.calibration` tells to the validation labels `rows`, for each method; and the gap."""
     for name in ("calibration", "calibrations", "gap"):
         predictor.info.pop(name, None)
-    fitted = {method: _calibration(predictor, labels, features, rows, method) for method in predictor.methods}
+    compared = {method: _compared(predictor, labels, features, rows, method) for method in predictor.methods}
+    fitted = {method: _calibration(predictor, found, method) for method, found in compared.items()}
     predictor.info["calibration"] = fitted.pop("all")
     if predictor.members and predictor.tight_binding:
         predictor.info["calibrations"] = fitted
-    if predictor.tight_binding:
-        predicted = predictor.predict_arrays([labels.atoms(i) for i in rows.tolist()], method="tight-binding")
-        line = gap_line(np.array([one.gap for one in predicted]), labels.band_gap[rows])
-        if line is not None:
-            predictor.info["gap"] = line
+    if (line := gap_line(compared["all"].gaps, labels.band_gap[rows])) is not None:
+        predictor.info["gap"] = line
 
 
 def gap_line(predicted: np.ndarray, computed: np.ndarray) -> list[float] | None:
@@ -349,7 +356,7 @@ def gap_line(predicted: np.ndarray, computed: np.ndarray) -> list[float] | None:
 
     Parameters
     ----------
-    predicted, computed : (n,), eV, 0 for a metal
+    predicted, computed : (n,), eV, 0 for a metal; NaN where nothing is predicted
     """
     from scipy.optimize import linprog
 
@@ -364,10 +371,8 @@ def gap_line(predicted: np.ndarray, computed: np.ndarray) -> list[float] | None:
     return [float(value) for value in fit.x[:2]]
 
 
-def _calibration(
-    predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray, method: str
-) -> dict[str, Any]:
-    raw, target, known = _compared(predictor, labels, features, rows, method)
+def _calibration(predictor: DOSPredictor, compared: _Compared, method: str) -> dict[str, Any]:
+    raw, target, known, _ = compared
     factor = np.quantile((np.abs(raw.mean - target) / np.maximum(raw.spread, 1e-3))[known], COVERAGE)
     error = normalised_l1_arrays(raw.mean.astype(float), target, known)
     fair = np.isfinite(error) & (error < 3)  # the ratio of a nearly empty site must not rule a straight line
@@ -402,7 +407,7 @@ def evaluate(
     rows = [i for i in np.flatnonzero(labels.split == split).tolist() if not isinstance(features[i], str)]
     if not rows:
         raise ValueError(f"there are no labels of the split {split!r} to measure on: add some")
-    found, target, known = _compared(predictor, labels, features, np.array(rows), method)
+    found, target, known, _ = _compared(predictor, labels, features, np.array(rows), method)
     numbers = np.concatenate([labels.atoms(i).numbers for i in rows])
     figures: dict[str, Any] = {"structures": len(rows), "sites": len(target)}
     errors: dict[str, np.ndarray] = {}

@@ -223,7 +223,7 @@ class TightBinding(nn.Module):
             kweights = levels.new_full((crystals, points), 1 / points)
         ends = torch.tensor(BAND_ENDS).to(kpoints).expand(crystals, -1, -1)
         edges = torch.linalg.eigvalsh(bloch(batch, elements, ends, space, real=True))
-        spread = None if steps is None else _spread(batch, space.detach(), kpoints, vectors.detach(), steps)
+        spread = None if steps is None else _spread(batch, space, kpoints, vectors, steps)
         found = zero_and_gap(levels, kweights, batch.electrons.to(levels), edges, spread)
         weights = share.view(crystals, channels, points, size, -1)
         return Spectrum(levels, weights, kweights, *found, spread), elements.moment

@@ -80,8 +80,8 @@ class _Batch(NamedTuple):
 
 def _batches(graphs: Sequence[CrystalGraph], which: int) -> Iterator[_Batch]:
     """Share crystals out in batches, with their points of the Brillouin zone."""
-    meshes = [offset_mesh(g.reciprocal, mesh_points(len(g.numbers)), which) for g in graphs]
-    steps = [1 / mesh_size(g.reciprocal, mesh_points(len(g.numbers))) for g in graphs]
+    sizes = [mesh_size(g.reciprocal, mesh_points(len(g.numbers))) for g in graphs]
+    meshes = [offset_mesh(size, which) for size in sizes]
     order = sorted(range(len(graphs)), key=lambda i: (graphs[i].magnetic, len(meshes[i]).bit_length(), graphs[i].size))
     while order:
         rows, most = [order[0]], len(meshes[order[0]])
@@ -97,5 +97,5 @@ def _batches(graphs: Sequence[CrystalGraph], which: int) -> Iterator[_Batch]:
         for b, i in enumerate(rows):  # what is added repeats a point and has no weight
             count = len(meshes[i])
             points[b], points[b, :count], weights[b, :count] = meshes[i][0], meshes[i], 1 / count
-        numbers = (points, weights, np.stack([steps[i] for i in rows]))
+        numbers = (points, weights, np.stack([1 / sizes[i] for i in rows]))
         yield _Batch(rows, *(torch.from_numpy(part).float() for part in numbers))

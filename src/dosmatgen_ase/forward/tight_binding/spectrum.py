@@ -177,15 +177,14 @@ def broadened(spectrum: Spectrum, energies: Tensor, sigma: float) -> Tensor:
         for neighbour, share in ((-1, 0.5 * (0.5 - off) ** 2), (0, 0.75 - off**2), (1, 0.5 * (0.5 + off) ** 2)):
             rows = (row + neighbour + bins * width).flatten()
             histogram = histogram.index_add(0, rows, weights * (part * share).flatten()[:, None])
-    bumps = _bumps(tuple(energies.tolist()), sigma, factors, bins).to(levels)
+    bumps = _bumps(tuple(energies.tolist()), sigma, factors, low, bins).to(levels)
     return (bumps @ histogram.view(crystals, len(factors) * bins, shells)).transpose(1, 2)
 
 
 @lru_cache(maxsize=4)
-def _bumps(energies: tuple[float, ...], sigma: float, factors: tuple[float, ...], bins: int) -> Tensor:
+def _bumps(energies: tuple[float, ...], sigma: float, factors: tuple[float, ...], low: float, bins: int) -> Tensor:
     """Gaussians (energies, widths * bins) by which `broadened` smears its histogram of each width."""
     step = sigma / 8
-    low = min(energies) - (5 + 2.5 * factors[-1]) * sigma
     away = torch.tensor(energies, dtype=torch.float64)[:, None] - low - step * torch.arange(bins, dtype=torch.float64)
     made = []
     for factor in factors:
