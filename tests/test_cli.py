@@ -528,6 +528,8 @@ def test_predict_writes_what_other_commands_read(tmp_path: Path) -> None:
     assert "collapsed" in result.stdout
     assert f"{out}/salt.json --site 0" in result.stdout
     assert {p.name for p in out.iterdir()} == {"salt.json"}
+    assert "2/2" in result.stderr  # the progress bar of several
+    assert "loading" not in result.stderr  # that is for a terminal
     sites = [TargetDOS.from_file(out / "salt.json", site=i) for i in range(2)]
     for dos, expected in zip(sites, predict_dos(ase.io.read(tmp_path / "salt.cif")), strict=True):
         np.testing.assert_allclose(dos.values, expected.values, atol=1e-5)

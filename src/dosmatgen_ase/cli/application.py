@@ -6,6 +6,7 @@ import contextlib
 import signal
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 import typer
@@ -110,6 +111,11 @@ class Reasons:
         for reason, names in self._names.items():
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             tell(f"{', '.join(names[:NAMED])}{more}: {reason}")
+
+
+def busy(step: str) -> AbstractContextManager[object]:
+    """Say on a terminal what goes on during a step that has no progress bar; elsewhere nothing."""
+    return Console(stderr=True).status(Text(printable(step)))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from dosmatgen_ase.cli.application import app, printable, resumable, show, tell
+from dosmatgen_ase.cli.application import app, busy, printable, resumable, show, tell
 from dosmatgen_ase.cli.options import (
     DISTANCE,
     PICTURES,
@@ -115,14 +116,15 @@ def generate(
     files = _Files.of(out, best)
     _check_before(ctx, files, n, best)
 
-    from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
-    from dosmatgen_ase.generate.generator import DOSGenerator
-    from dosmatgen_ase.generate.request import Request
-    from dosmatgen_ase.judge.ranking import Ranking
+    with busy("loading the models"):
+        from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
+        from dosmatgen_ase.generate.generator import DOSGenerator
+        from dosmatgen_ase.generate.request import Request
+        from dosmatgen_ase.judge.ranking import Ranking
 
-    request, ranking = Request.of(dos, settings), Ranking(energy=best.energy_weight)
-    generator = DOSGenerator(weights, device=device)
-    forward = DOSPredictor.load(best.predictor or DEFAULT_PREDICTOR)
+        request, ranking = Request.of(dos, settings), Ranking(energy=best.energy_weight)
+        generator = DOSGenerator(weights, device=device)
+        forward = DOSPredictor.load(best.predictor or DEFAULT_PREDICTOR)
     made, draws = 0, n * best.oversample
     failed: RuntimeError | None = None
     drawn = generator.generate_iter(dos, draws, settings=settings, progress=True, out=out, overwrite=overwrite)
@@ -223,10 +225,11 @@ def _ranked(
         )  # fmt: skip
         return done[-len(part) :]
 
-    found = score_and_relax(
-        drawn, n, sites, total, accepts=lambda atoms: not_new(request, atoms) is None,  # some relax into known ones
-        relaxed=None if files.relaxed is None else relaxed, predictor=forward, ranking=ranking, progress=progress,
-    )  # fmt: skip
+    with contextlib.nullcontext() if progress else busy(f"predicting the DOS of {len(drawn)} crystals"):
+        found = score_and_relax(
+            drawn, n, sites, total, accepts=lambda atoms: not_new(request, atoms) is None,  # some relax into known ones
+            relaxed=None if files.relaxed is None else relaxed, predictor=forward, ranking=ranking, progress=progress,
+        )  # fmt: skip
     return best(found, n)
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from tqdm import tqdm
 
-from dosmatgen_ase.cli.application import Reasons, app, resumable, show, tell
+from dosmatgen_ase.cli.application import Reasons, app, busy, resumable, show, tell
 from dosmatgen_ase.cli.options import (
     PICTURES,
     Overwrite,
@@ -65,8 +66,10 @@ def relax(
     """
     from dosmatgen_ase.files import STRUCTURES, keeps_info, stream_of, write_structures
     from dosmatgen_ase.files import read_structures as read
-    from dosmatgen_ase.judge.relaxation import check_trust, relax_into
-    from dosmatgen_ase.judge.stability import load_hull
+
+    with busy("loading the potential"):
+        from dosmatgen_ase.judge.relaxation import check_trust, relax_into
+        from dosmatgen_ase.judge.stability import load_hull
 
     check_trust(calculator, trust_model)
     stream = stream_of(out)
@@ -131,9 +134,10 @@ def predict(
 
     *expected error* estimates the normalised L1 to a computed DOS, from the spread of the ensemble.
     """
-    from dosmatgen_ase.dos import TargetDOS
-    from dosmatgen_ase.files import output_folder, write_atomic
-    from dosmatgen_ase.forward.predictor import predict_dos
+    with busy("loading the models"):
+        from dosmatgen_ase.dos import TargetDOS
+        from dosmatgen_ase.files import output_folder, write_atomic
+        from dosmatgen_ase.forward.predictor import predict_dos
 
     output(ctx, "plot", PICTURES)
     named = read_structures(files)
@@ -147,7 +151,7 @@ def predict(
     table = Table("structure", "site", "element", "states below 0 eV", "band centre, eV", "expected error")
     reasons = Reasons()
     first: tuple[str, list[TargetDOS | None]] | None = None
-    for name, atoms in named.items():
+    for name, atoms in tqdm(named.items(), disable=len(named) == 1, unit="structure", desc="predict"):
         try:
             sites: list[TargetDOS | None] = predict_dos(atoms)
         except (OSError, ImportError):  # of this installation, not of the structure
