@@ -91,6 +91,7 @@ def unusual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def train_a_predictor() -> DOSPredictor:
     labels = load_site_dos(ROOT / "data" / "site_dos")
+    labels = labels.select(np.argsort(labels.material_id))  # so that new labels change next to nothing
     rows = np.concatenate([np.flatnonzero(labels.split == split)[:12] for split in ("train", "val")])
     labels = labels.select(rows)
     features = site_features([labels.atoms(i) for i in range(len(labels))])

@@ -123,17 +123,6 @@ def disorder(bands: MeshBands) -> str | None:
     return None
 
 
-def electrons_off(bands: MeshBands, gap: float) -> float:
-    """Electrons in the bands below zero, or the middle of the gap, less those of the cell.
-
-    In a metal the zero is that of a denser mesh, so this one is off by what its points are too few.
-    """
-    per_state = 2 / len(bands.energies)
-    filled = 1 / (1 + np.exp(np.clip((bands.energies - gap / 2) / 0.02, -60, 60)))
-    inside = float((bands.weights @ filled.sum((0, 2))) * per_state)
-    return inside + bands.below * 2 - bands.num_electrons
-
-
 def filled_unequally(bands: MeshBands) -> bool:
     """Whether the number of bands below an insulator's zero differs between k-points."""
     return len({tuple(n) for n in (bands.energies < 0.05).sum(2).T.tolist()}) > 1
@@ -157,7 +146,7 @@ def test_bands_are_whole_ordered_and_inside_the_window(shards: dict[str, Any]) -
 
 def test_bands_hold_the_electrons_and_end_where_the_gap_says(shards: dict[str, Any]) -> None:
     off = {
-        name: electrons_off(bands, label["band_gap"]) / len(label["atomic_numbers"])
+        name: (bands.electrons_below(label["band_gap"] / 2) - bands.num_electrons) / len(label["atomic_numbers"])
         for name, label, bands in labels_with_bands(shards)
     }
     assert {name: x for name, x in off.items() if abs(x) > 0.4} == {}, "electrons per atom"

@@ -453,6 +453,10 @@ def test_an_id_is_that_of_one_crystal(tmp_path: Path) -> None:
         ({"num_electrons": 5.0}, "states below zero, but 5 electrons"),
         ({"orbital_dos": np.full((1, 4, 401), 70.0)}, "peak is too high"),
         ({"orbital_dos": np.full((1, 4, 401), np.nan)}, "not finite"),
+        ({"num_electrons": 9.7}, None),
+        ({"num_electrons": 9.5}, "too coarse a k-mesh: 10.00 electrons below zero, but the cell has 9.5"),
+        ({"num_electrons": 10.5}, "too coarse a k-mesh: 10.00 electrons below zero, but the cell has 10.5"),
+        ({"num_electrons": 9.5, "bands": None}, None),
     ],
 )
 def test_results_that_no_label_can_be_made_of(changes: dict[str, Any], fragment: str | None) -> None:

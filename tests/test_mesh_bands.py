@@ -70,6 +70,8 @@ def test_a_flat_band_is_one_gaussian_with_two_electrons() -> None:
     assert dos.max() == pytest.approx(2 / (np.sqrt(2 * np.pi) * 0.1), rel=1e-3)
     both = MeshBands(**{**vars(flat), "energies": np.repeat(flat.energies, 2, axis=0)})
     np.testing.assert_allclose(both.dos(grid, 0.1), dos)
+    assert [flat.electrons_below(energy) for energy in (-2.0, -1.0, 0.0)] == pytest.approx([4.0, 5.0, 6.0])  # two below
+    assert both.electrons_below(0.0) == pytest.approx(6.0)
     assert bands.weights.sum() == pytest.approx(1.0)
     assert np.abs(bands.kpoints).max() <= 1.0
 

@@ -44,6 +44,7 @@ def one_thread() -> None:
 def labels() -> SiteDOSLabels:
     """A hundred small training crystals, every validation crystal of at most three atoms."""
     everything = load_site_dos(ROOT / "data" / "site_dos")
+    everything = everything.select(np.argsort(everything.material_id))  # so that new labels change next to nothing
     small = everything.num_atoms <= 3
     train = np.flatnonzero(small & (everything.split == "train"))[:100]
     val = np.flatnonzero(small & (everything.split == "val"))

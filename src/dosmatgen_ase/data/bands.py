@@ -86,6 +86,14 @@ class MeshBands:
         states = np.broadcast_to(self.weights[:, None], self.energies.shape).ravel() * 2 / len(self.energies)
         return np.asarray(np.exp(-(apart**2) / 2) @ states / (np.sqrt(2 * np.pi) * sigma))
 
+    def electrons_below(self, energy: float) -> float:
+        """Electrons of the cell in the levels below an energy (eV), whose edge is blurred by 0.02 eV.
+
+        Below zero, or the middle of a gap, they differ from `num_electrons` by what the mesh is too coarse.
+        """
+        filled = 1 / (1 + np.exp(np.clip((self.energies - energy) / 0.02, -60, 60)))
+        return float(self.weights @ filled.sum((0, 2))) * 2 / len(self.energies) + 2 * self.below
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able dict; `from_dict` is its inverse."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

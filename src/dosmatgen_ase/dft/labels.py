@@ -40,6 +40,7 @@ from dosmatgen_ase.files import output_folder, remove_parts, write_npz
 from dosmatgen_ase.limits import MAX_ATOMS
 
 SHARD_SIZE = 100  # labels that are packed at a time
+_MOST_EXCESS = 0.4  # electrons per atom; the most in data/site_dos is 0.21
 
 
 @dataclass(frozen=True)
@@ -299,6 +300,10 @@ def unsound(result: ElectronicStructure) -> str | None:
         return f"{below:.2f} states below zero, but {result.num_electrons:g} electrons"
     if result.orbital_dos.max() > np.iinfo(np.uint16).max * SHARD_UNIT:
         return "a peak is too high for the numbers of a shard"
+    if result.bands is not None:
+        held = result.bands.electrons_below(result.band_gap / 2)
+        if abs(held - result.num_electrons) > _MOST_EXCESS * len(result.sites):
+            return f"too coarse a k-mesh: {held:.2f} electrons below zero, but the cell has {result.num_electrons:g}"
     return None
 
 
