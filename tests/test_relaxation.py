@@ -23,6 +23,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator, all_properties
 from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
 from ase.constraints import FixAtoms, FixBondLength, FixCartesian, FixedPlane, FixScaled, FixSymmetry
 from pymatgen.io.ase import AseAtomsAdaptor
 from typer.testing import CliRunner
@@ -607,6 +608,33 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_in_the_file(
     assert (relaxed, out.read_bytes()) == ([], before)
     relax_into(out, structures[1:], "emt", fmax=0.01, overwrite=True)
     assert relaxed == [3.6, 3.7, 3.8]
+
+
+def test_another_potential_in_the_same_file_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_file(path: str | Path, *_: Any) -> LennardJones:
+        return LennardJones(sigma=float(Path(path).read_text()), epsilon=0.4, rc=9.0)
+
+    monkeypatch.setattr(relaxation, "load_calculator", of_file)
+    model, out = tmp_path / "m.model", tmp_path / "out.extxyz"
+    model.write_text("2.3")
+    (first,) = relax_into(out, [bulk("Cu", a=3.7)], model, trust_model=True)
+    model.write_text("2.6")
+    with pytest.raises(FileExistsError, match="holds 1 structures of another run"):
+        relax_into(out, [bulk("Cu", a=3.7)], model, trust_model=True)
+    (second,) = relax_into(out, [bulk("Cu", a=3.7)], model, trust_model=True, overwrite=True)
+    assert second.get_volume() > 1.2 * first.get_volume()
+
+
+def test_what_was_told_of_the_geometry_given_is_set_aside() -> None:
+    copper = bulk("Cu", a=3.7)
+    copper.info |= {"energy_above_hull": 0.0123, "scores": {"distance": 0.2}, "material_id": "x"}
+    broken = bulk("Si")  # which EMT does not know
+    broken.info |= copper.info
+    for atoms in (relax(copper, EMT()), relax(broken, EMT())):
+        assert not {"energy_above_hull", "scores"} & atoms.info.keys()
+        assert (atoms.info["given_energy_above_hull"], atoms.info["given_scores"]) == (0.0123, {"distance": 0.2})
+        assert atoms.info["material_id"] == "x"
+    assert "energy_above_hull" in copper.info, "what was given stays"
 
 
 def test_the_command_loses_no_structures_of_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

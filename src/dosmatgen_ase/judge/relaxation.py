@@ -44,6 +44,7 @@ from dosmatgen_ase.threads import cpu_threads, legacy_stream, one_blas_thread, w
 
 _SAVE_EVERY = 5.0  # seconds
 _MAX_SYMMETRY = 1000  # atoms; spglib takes their number squared, 10 s for 2000 without any symmetry
+_OF_GEOMETRY = ("energy_above_hull", "scores")  # entries of ours in info that hold for the geometry given only
 _MOVE_WITH_CELL = (FixScaled, FixSymmetry)  # every other constraint of ASE holds something Cartesian
 
 
@@ -99,9 +100,9 @@ def relax(
         ``energy`` and ``energy_start`` (eV/atom, None if not reached), ``rmsd`` (how far the atoms moved within the
         cell, Angstrom; homogeneous strain does not count, nor does a common shift where no site is held), ``reason``
         (None if converged). A structure whose relaxation broke down keeps its starting geometry; one that ran out of
-        steps or time keeps the last. Energies, forces and other results that came in ``info`` or ``arrays`` belong to
-        the geometry given: they are renamed "given_energy" and so on. A left-handed cell comes back as
-        (-a, -b, -c), which is the same crystal.
+        steps or time keeps the last. Energies, forces and other results that came in ``info`` or ``arrays``, an energy
+        above the hull and the scores of a ranking belong to the geometry given: they are renamed "given_energy" and so
+        on. A left-handed cell comes back as (-a, -b, -c), which is the same crystal.
 
     Raises
     ------
@@ -150,7 +151,7 @@ def relax_into(
     """
     limits = (fmax, max_steps, time_limit)
     structures = hold(structures, fixed_sites)
-    settings = (str(calculator), *limits, *(["fixed cell"] if fixed_cell else []))
+    settings = (_named(calculator), *limits, *(["fixed cell"] if fixed_cell else []))
     origins = [_origin(atoms, settings) for atoms in structures]
     with exclusive(path):
         done, others = _begun(path, origins)
@@ -188,6 +189,15 @@ def _begun(path: Path, origins: Sequence[str]) -> tuple[list[Atoms], int]:
             break
         done.append(atoms)
     return done, len(held) - len(done) if len(done) < len(origins) else 0
+
+
+def _named(calculator: str | Path) -> str:
+    """The name of a calculator, and the content of its file: another potential may have been put in the same place."""
+    path = Path(calculator)
+    if not path.is_file():
+        return str(calculator)
+    with path.open("rb") as file:
+        return f"{calculator} {hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def _origin(atoms: Atoms, settings: tuple[Any, ...]) -> str:
@@ -401,7 +411,7 @@ def quick_blas() -> Iterator[None]:
 def _unrelaxed(given: Atoms, reason: str | None) -> Atoms:
     """A copy with the report of a relaxation that has not begun, or never will."""
     start = given.copy()
-    set_aside(start, all_properties)
+    set_aside(start, (*all_properties, *_OF_GEOMETRY))
     start.info["relaxation"] = {
         "converged": False, "steps": 0, "energy": None, "energy_start": None, "rmsd": 0.0, "reason": reason,
     }  # fmt: skip
