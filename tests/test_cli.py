@@ -29,7 +29,7 @@ from typer.testing import CliRunner, Result
 
 from dosmatgen_ase import DOSGenerator, cli
 from dosmatgen_ase.cli import app
-from dosmatgen_ase.cli.options import SETTINGS, site_list
+from dosmatgen_ase.cli.options import SETTINGS, TargetOptions, site_list
 from dosmatgen_ase.data import SHARD_KEYS
 from dosmatgen_ase.dos import TargetDOS, normalised_l1
 from dosmatgen_ase.files import write_extxyz
@@ -393,6 +393,17 @@ def test_a_window_is_what_is_asked_for(weights: Path, tmp_path: Path) -> None:
     wanted = TargetDOS.from_file(NICKEL, site=3).window(-2, 0.5)
     assert ase.io.read(out).info["dosmatgen"]["targets"] == {"0": wanted.digest()}
     assert "[-2.00, 0.50] eV" in run("dos", NICKEL, "--site", 3, "--window", -2, 0.5).output
+
+
+def test_electrons_are_those_of_the_whole_file_with_a_window_or_without(tmp_path: Path) -> None:
+    energies = np.linspace(-12, 6, 361)
+    curve = 0.4 * (abs(energies + 5) < 4) + 2.0 * np.exp(-(((energies + 0.5) / 0.5) ** 2))
+    np.savetxt(tmp_path / "arbitrary.dat", np.stack([energies, curve], 1))
+    read = TargetOptions(reference="fermi", electrons=10.0).read(tmp_path / "arbitrary.dat")
+    cut = TargetOptions(reference="fermi", electrons=10.0, window=(-2, 1)).read(tmp_path / "arbitrary.dat")
+    assert read.total_states(hi=0.0) == pytest.approx(10)
+    np.testing.assert_allclose(cut.values[cut.known], read.values[cut.known])
+    assert cut.known.sum() < 70
 
 
 def test_dos_tells_unknown_windows_and_broadening(tmp_path: Path) -> None:

@@ -82,8 +82,9 @@ def label(
     order: Annotated[
         str,
         typer.Option(
-            help="need: cheap structures tend to come first, and large cells and kinds that models get wrong earlier "
-            "than their cost. cost: without these. coverage: rarely labelled elements come before them. disagreement: "
+            help="need: cheap structures tend to come first; large cells, and kinds that the models get wrong, come "
+            "earlier than their cost alone would put them. cost: without these. coverage: rarely labelled elements "
+            "come before them. disagreement: "
             "of the first 400, those on which tight binding and networks disagree most. "
             "Or a file whose lines begin with the ids that come first."
         ),
@@ -110,9 +111,9 @@ def label(
     """Compute site DOS labels for training and pack them into shards, with the recipe of data/README.md.
 
     A run that was stopped or killed goes on where it was: give the same command again. What has a label of this recipe
-    or failed once is not tried again; the reasons of failures are in the shards. Files of a formula that has labels, or
-    is in the structures.parquet beside SHARDS, go into its split, others into train. Perturbed copies are called after
-    their structure, mp-123-r1; crystals of --generated as their info["material_id"] says.
+    or failed once is not tried again; the reasons of failures are in the shards. A structure gets the split of its
+    formula, if the labels or the structures.parquet beside SHARDS know that formula, otherwise train. Perturbed copies
+    are called after their structure, mp-123-r1; crystals of --generated as their info["material_id"] says.
     """
     from collections import Counter
 

@@ -52,8 +52,8 @@ class RankingOptions:
         str | None,
         typer.Option(
             metavar="CALCULATOR",
-            help="Relax before ranking: chgnet, or the path or name of a MACE model. All go to OUT-relaxed, the best "
-            "to OUT-best. A fixed cell and fixed sites stay.",
+            help="Rank, relax the best four for each of -n, and rank again: chgnet, or the path or name of a MACE "
+            "model. The relaxed go to OUT-relaxed, the best to OUT-best. A fixed cell and fixed sites stay.",
             rich_help_panel=BEST,
         ),
     ] = None

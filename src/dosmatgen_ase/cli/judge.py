@@ -130,9 +130,9 @@ def predict(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Predict the site DOS of structures in milliseconds, by the forward model that ships.
+    """Predict the site DOS of structures by the forward model that ships, each in a fraction of a second.
 
-    *expected error* estimates the normalised L1 to a computed DOS, from the spread of the ensemble.
+    The column "expected error" estimates the normalised L1 to a computed DOS, from the spread of the ensemble.
     """
     with busy("loading the models"):
         from dosmatgen_ase.dos import TargetDOS

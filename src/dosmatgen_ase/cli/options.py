@@ -164,7 +164,7 @@ class TargetOptions:
     electrons: Annotated[
         float | None,
         typer.Option(
-            help="Scale the DOS to this number of states below 0 eV, if its unit is arbitrary.",
+            help="Scale the DOS to this number of states below 0 eV in the whole file, if its unit is arbitrary.",
             rich_help_panel=TARGET_PANEL,
         ),
     ] = None
@@ -201,10 +201,10 @@ class TargetOptions:
         try:
             if self.align:
                 target = target.aligned()
+            if self.electrons is not None:  # of the whole file, so before the window
+                target = target.scaled(electrons=self.electrons)
             if self.window is not None:
                 target = target.window(*self.window)
-            if self.electrons is not None:
-                target = target.scaled(electrons=self.electrons)
             target.on_grid()  # what the model cannot see is an error before anything is said
         except ValueError as error:
             raise ValueError(f"{dos_file}: {error}") from error

@@ -38,14 +38,16 @@ def train(
     wide: Annotated[
         Path | None,
         typer.Option(
-            help="Wider table of structures (.parquet) to train on; of several stages, for those that ask for it."
+            help="Larger table of structures (.parquet) to train on. In a config of several stages, the stages with "
+            '\'"structures": "wide"\' use it.'
         ),
     ] = None,
     pseudo_labels: Annotated[
         str | None,
         typer.Option(
-            help="File of predicted DOS for structures without a label, or 'auto' to make it once in OUT, as stages "
-            "do. For the judge of the benchmarks to stay independent, --predictor must be "
+            help="File of predicted DOS for structures without a label, or 'auto': predict them once and keep the file "
+            "in OUT. A config of several stages always does this. For the judge of the benchmarks to stay independent, "
+            "--predictor must be "
             "benchmarks/ranker.safetensors."
         ),
     ] = None,
@@ -184,8 +186,8 @@ def train_predictor(
 ) -> None:
     """Train the forward models (structure to site DOS): one on all labels, two on the halves of the formulas.
 
-    The first is for use. In benchmarks the ranker picks, and makes pseudo-labels; the judge only measures. A run that
-    was killed goes on with the tight-binding model that it was at.
+    The first is for use. In benchmarks the ranker picks, and makes pseudo-labels; the judge only measures. A killed run
+    goes on with the tight-binding model that was in training.
     """
     from dosmatgen_ase.files import output_folder
     from dosmatgen_ase.forward.predictor_training import ROLES, train_predictors

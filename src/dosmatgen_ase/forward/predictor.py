@@ -433,7 +433,7 @@ def predict_dos(
     method: str = "all",
     progress: bool = False,
 ) -> list[Any]:
-    """Predict the site DOS of crystals, each in milliseconds.
+    """Predict the site DOS of crystals, each in a fraction of a second.
 
     Parameters
     ----------
