@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +47,7 @@ from dosmatgen_ase.flows import (
     ScreenMaker,
     TrainMaker,
 )
-from dosmatgen_ase.flows.flows import validate_candidates
+from dosmatgen_ase.flows.flows import evaluate_candidates, validate_candidates
 from dosmatgen_ase.flows.jobs import targets_by_site, to_atoms, to_structure
 
 ROOT = Path(__file__).parents[1]
@@ -363,7 +364,15 @@ def test_a_maker_holds_parts_of_the_template_that_comes_with_the_call(tmp_path: 
         run(maker.make(None), tmp_path)
 
 
-def test_the_relaxation_of_a_design_holds_what_its_generation_is_to_keep() -> None:
+def makers_of(record: dict[str, Any], relax_maker: Maker | None, dos_maker: Maker) -> list[Maker]:
+    """The Makers that relax and compute a candidate of this record."""
+    candidate = candidate_doc().model_copy(update={"record": record})
+    screening = ScreeningDoc(candidates=[candidate], targets={"0": TARGET}, generation={})
+    flow = evaluate_candidates.original(screening, relax_maker, dos_maker, CompareDOSMaker()).replace
+    return [replace(step.maker, name=step.maker.name.removesuffix(" 7")) for step in flow.jobs[:-2]]
+
+
+def test_the_relaxation_of_a_design_holds_what_its_generation_is_to_keep(tiny_weights: Path) -> None:
     held = [[True] * 3, [True] * 3, [False, True, True], [False] * 3]
     template = COPPER.copy(site_properties={"selective_dynamics": held})
     whole, partly = to_atoms(template).constraints
@@ -371,10 +380,10 @@ def test_the_relaxation_of_a_design_holds_what_its_generation_is_to_keep() -> No
     assert (partly.index.tolist(), partly.mask.tolist()) == ([2], [True, False, False])
     assert not to_atoms(COPPER).constraints
     template.add_site_property("selective_dynamics", [[True] * 3] * 3 + [[False] * 3])
-    maker = InverseDesignMaker(relax_maker=RelaxMaker(fixed_sites=[0], fixed_cell=True))
-    flow = maker.make(TARGET, sites=[0], template=template)
-    relaxing = flow.jobs[-1].function_args[1]
-    assert (relaxing.fixed_cell, relaxing.fixed_sites) == (True, [0, 3])
+    maker = GenerateMaker(n=1, num_steps=1, weights=str(tiny_weights), seed=0)
+    (record,) = maker.make.original(maker, TARGET, sites=[0], template=template).records
+    relaxing, _ = makers_of(record, RelaxMaker(fixed_sites=[0], fmax=0.1), DOSMaker())
+    assert relaxing == RelaxMaker(fixed_cell=True, fixed_sites=[0, 3], fmax=0.1)
     blurred = to_atoms(COPPER)
     blurred.rattle(0.05, seed=1)
     start = to_structure(blurred)
@@ -385,6 +394,40 @@ def test_the_relaxation_of_a_design_holds_what_its_generation_is_to_keep() -> No
     moved = np.abs(done.structure.cart_coords - start.cart_coords).max(axis=1)
     assert moved[2] < 1e-9
     assert moved.max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("record", "relaxing", "held"),
+    [
+        ({"fixed_cell": True, "fixed_sites": []}, RelaxMaker(), True),
+        ({"fixed_cell": False, "fixed_sites": [1]}, RelaxMaker(), True),
+        ({"fixed_cell": True, "fixed_sites": []}, None, True),
+        ({"fixed_cell": False, "fixed_sites": []}, RelaxMaker(fixed_cell=True), True),
+        ({"fixed_cell": False, "fixed_sites": []}, RelaxMaker(), False),
+        ({"search": {}}, RelaxMaker(), False),
+    ],
+)
+def test_dft_leaves_what_is_held_where_it_is(record: dict[str, Any], relaxing: Maker | None, held: bool) -> None:
+    given = DOSMaker(settings={"ecutwfc": 30.0})
+    assert makers_of(record, relaxing, given)[-1] == replace(given, symmetry_tolerance=0.0 if held else 0.1)
+    assert makers_of(record, FailingMaker(), PredictDOSMaker()) == [FailingMaker(), PredictDOSMaker()]  # as given
+
+
+def test_a_relaxation_that_cannot_be_told_what_is_held_is_warned_of() -> None:
+    def made(relax_maker: Maker | None, template: Structure = COPPER, **settings: Any) -> None:
+        maker = InverseDesignMaker(generate_maker=GenerateMaker(**settings), relax_maker=relax_maker)
+        maker.make(TARGET, template=template)
+
+    pinned = COPPER.copy(site_properties={"selective_dynamics": [[True] * 3] * 3 + [[False] * 3]})
+    with pytest.warns(UserWarning, match="relax_maker DOSLookalike is not told which cell and sites the generation"):
+        made(DOSLookalike(), fixed_cell=True)
+    with pytest.warns(UserWarning, match="hold them by its own options, or take RelaxMaker"):
+        made(DOSLookalike(), template=pinned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made(DOSLookalike())
+        made(RelaxMaker(), fixed_cell=True)
+        made(None, fixed_sites=[1])
 
 
 def complete_dos(structure: Structure, marked: int) -> CompleteDos:
@@ -705,8 +748,6 @@ def test_atomate2_relaxes_with_a_mace_file_inside_the_flow(
 def test_a_vasp_flow_of_atomate2_is_compared_by_the_dos_of_its_last_step() -> None:
     pytest.importorskip("atomate2")
     from atomate2.vasp.flows.core import UniformBandStructureMaker
-
-    from dosmatgen_ase.flows.flows import evaluate_candidates
 
     screening = ScreeningDoc(candidates=[candidate_doc()], targets={"0": TARGET}, generation={})
     response = evaluate_candidates.original(screening, None, UniformBandStructureMaker(), CompareDOSMaker())

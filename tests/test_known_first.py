@@ -18,8 +18,11 @@ from jobflow import JobStore, run_locally
 from maggma.stores import MemoryStore
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase.crystals.convert import to_atoms, to_structure
+from dosmatgen_ase.dft import errors, espresso
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA
 from dosmatgen_ase.flows import (
+    DOSMaker,
     GenerateMaker,
     InverseDesignMaker,
     PredictDOSMaker,
@@ -30,6 +33,7 @@ from dosmatgen_ase.flows.schemas import GenerationDoc, InverseDesignDoc
 from dosmatgen_ase.flows.search import in_order_of_targets, with_known
 from dosmatgen_ase.forward.predictor import SitePrediction
 from dosmatgen_ase.generate.generator import RejectedError
+from dosmatgen_ase.judge import relaxation
 from dosmatgen_ase.report import write_report
 from dosmatgen_ase.retrieval import build
 from dosmatgen_ase.retrieval import index as index_module
@@ -184,3 +188,44 @@ def test_known_and_generated_candidates_stand_in_one_report(
     assert sum(c.distance is not None for c in generated) <= 1  # `keep` counts generated ones alone
     page = write_report(result, tmp_path / "report.html").read_text()
     assert "known as known-0, found by search" in page
+
+
+def test_pins_of_the_template_hold_generated_crystals_and_no_known_ones(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A strained host, the cell and seven of its eight sites held, beside a known crystal of one atom."""
+    torch.set_num_threads(1)
+    index = make_index([bulk("Cu", a=3.9)], tmp_path)
+    index.save(tmp_path / "index.npz")
+    ships(index, monkeypatch)
+    relaxed: dict[int, dict[str, Any]] = {}
+    computed: dict[int, Atoms] = {}
+
+    def as_it_is(atoms: Atoms, *_: Any, **settings: Any) -> Atoms:
+        relaxed[len(atoms)] = {name: settings[name] for name in ("fixed_cell", "fixed_sites")}
+        atoms.info["relaxation"] = {"energy": -1.0, "converged": True, "steps": 1, "reason": None}
+        return atoms
+
+    def look(atoms: Atoms, *_: Any, **__: Any) -> None:
+        computed[len(atoms)] = atoms
+        raise errors.ElectronicStructureError("seen")
+
+    monkeypatch.setattr(relaxation, "relax", as_it_is)
+    monkeypatch.setattr(espresso, "compute_dos", look)
+    host = bulk("MgO", "rocksalt", a=4.21, cubic=True)
+    host.set_cell(host.cell.array * [0.99, 0.99, 1.01], scale_atoms=True)
+    maker = InverseDesignMaker(
+        search_maker=SearchMaker(n=1, index=str(tmp_path / "index.npz")),
+        generate_maker=GenerateMaker(
+            n=1, weights=str(tiny_weights), num_steps=2, seed=1, fixed_cell=True, fixed_sites=range(1, 8)
+        ),
+        dos_maker=DOSMaker(),
+    )
+    flow = maker.make(TARGET, template=to_structure(host))
+    store = JobStore(MemoryStore(), additional_stores={"data": MemoryStore()})
+    run_locally(flow, store=store, root_dir=tmp_path / "run", create_folders=True, ensure_success=True, log=False)
+    assert relaxed[1] == {"fixed_cell": False, "fixed_sites": []}
+    assert relaxed[8] == {"fixed_cell": True, "fixed_sites": list(range(1, 8))}
+    np.testing.assert_allclose(computed[8].cell.array, host.cell.array, atol=1e-6)
+    held = to_atoms(to_structure(host)).get_scaled_positions()[1:]
+    np.testing.assert_allclose(computed[8].get_scaled_positions()[1:], held, atol=1e-6)

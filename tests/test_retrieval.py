@@ -9,6 +9,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from typer.testing import CliRunner, Result
 
 import dosmatgen_ase
 from dosmatgen_ase.cli import app
+from dosmatgen_ase.cli.search import _draw
 from dosmatgen_ase.data import SiteDOSLabels, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, normalised_l1, normalised_l1_arrays
 from dosmatgen_ase.forward.predictor import SitePrediction
 from dosmatgen_ase.retrieval import build, query
 from dosmatgen_ase.retrieval.build import build_index, read_known
-from dosmatgen_ase.retrieval.index import DOSIndex, _decode, _differences, _encode, _undo_differences
+from dosmatgen_ase.retrieval.index import DOSIndex, _decode, _differences, _encode, _undo_differences, default_index
 from dosmatgen_ase.retrieval.query import search
 
 ROOT = Path(__file__).parents[1]
@@ -424,6 +426,29 @@ def test_totals_are_sums_over_the_sites_of_as_many_cells_as_fit(index: DOSIndex)
     assert "lan" not in told(search(total, 20, index=index))  # one of its sites is not known
 
 
+ROCK_SALT = "mp-22862"  # NaCl, whose computed gap is 5.2 eV
+
+
+def with_zero_in_the_gap() -> TargetDOS:
+    """The total DOS of rock salt as a code writes it that puts the Fermi level into the middle of the gap."""
+    known = default_index()
+    row = known.material_id.tolist().index(ROCK_SALT)
+    total = TargetDOS.sum_of([dos for dos in known.site_dos(row) if dos is not None])
+    assert total.reference == "vbm"
+    return replace(total.shift(-float(known.band_gap[row]) / 2), reference="fermi")
+
+
+def test_a_total_whose_zero_lies_in_its_gap_is_moved_as_where_crystals_are_generated() -> None:
+    (hit,) = search(with_zero_in_the_gap(), 1)
+    assert (hit.info["search"]["material_id"], hit.info["search"]["reference"]) == (ROCK_SALT, "vbm")
+    assert hit.info["search"]["distance"] < 0.1
+
+
+def test_sites_of_one_crystal_have_one_zero(index: DOSIndex) -> None:
+    with pytest.raises(ValueError, match="One crystal has one zero"):
+        search([target(curve(-5.0)), target(curve(-5.0), reference="vbm")], index=index)
+
+
 def test_a_target_without_states_is_compared_by_the_mean_difference(index: DOSIndex) -> None:
     empty = target(np.zeros(MODEL_GRID.size), known=(ENERGIES > -8) & (ENERGIES < -5))
     hits = search(empty, 3, index=index)
@@ -497,6 +522,27 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str, index: 
         search(**arguments)
 
 
+def test_filters_count_the_atoms_of_large_cells(predictor: Path, tmp_path: Path) -> None:
+    aluminium, few, many = (
+        bulk("Al", cubic=True) * (4, 4, 4),
+        bulk("Al", cubic=True) * (4, 4, 4),
+        bulk("Al") * (4, 8, 10),
+    )
+    few.numbers[0], many.numbers[:63] = 28, 28
+    given = [named(aluminium, "Al256"), named(few, "Al255Ni"), named(many, "Al257Ni63")]
+    build_index(given, predictor=predictor).save(tmp_path / "large.npz")
+    large = DOSIndex.load(tmp_path / "large.npz")
+    assert large.counts[:, [13, 28]].tolist() == [[256, 0], [255, 1], [257, 63]]
+    for filters, expected in (
+        ({"elements": ["Ni"]}, set()),
+        ({"elements": ["Al"]}, {"Al256"}),
+        ({"exclude_elements": ["Al"]}, set()),
+        ({"composition": "Al"}, {"Al256"}),
+        ({"composition": "Al257Ni63"}, {"Al257Ni63"}),
+    ):
+        assert set(told(search(target(curve(-5.0)), 9, index=large, **filters))) == expected, filters
+
+
 def test_a_filter_of_what_an_index_does_not_know_is_refused(predictor: Path) -> None:
     index = build_index([named(bulk("Cu"), "cu")], predictor=predictor)
     with pytest.raises(ValueError, match="has no band gaps"):
@@ -547,6 +593,47 @@ def test_search_prints_writes_and_draws(index_file: Path, tmp_path: Path) -> Non
     read = ase.io.read(tmp_path / "hits.cif", ":")
     assert [atoms.get_chemical_formula() for atoms in read] == [atoms.get_chemical_formula() for atoms in hits]
     assert f"data_{told(hits)[0]}" in (tmp_path / "hits.cif").read_text()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TargetDOS, list[tuple[str, Atoms, list[TargetDOS]]]]]:
+    """What pictures of candidates were asked for."""
+    pictures: list[Any] = []
+    monkeypatch.setattr("dosmatgen_ase.plotting.plot_candidates", lambda dos, shown, *_: pictures.append((dos, shown)))
+    return pictures
+
+
+def test_the_picture_has_the_target_that_was_searched(drawn: list[Any], tmp_path: Path) -> None:
+    given = with_zero_in_the_gap()
+    (tmp_path / "mid.json").write_text(json.dumps(given.to_dict()))
+    result = run("search", tmp_path / "mid.json", "-n", 1, "--plot", tmp_path / "mid.png")
+    assert result.exit_code == 0, result.output
+    assert "mid.json: zero moved by -2.569 eV to the valence-band maximum" in result.stderr
+    ((searched, ((_, _, (found,)),)),) = drawn
+    assert searched == given.aligned()
+    assert normalised_l1(found, searched) < 0.1
+
+
+def test_the_picture_of_a_total_has_as_many_cells_as_the_target(
+    drawn: list[Any], index: DOSIndex, index_file: Path, tmp_path: Path
+) -> None:
+    total = TargetDOS.sum_of([dos for dos in index.site_dos(1) if dos is not None] * 4)
+    (tmp_path / "four.json").write_text(json.dumps(total.to_dict()))
+    result = run("search", tmp_path / "four.json", "-n", 1, "--index", index_file, "--plot", tmp_path / "four.png")
+    assert result.exit_code == 0, result.output
+    ((searched, ((title, atoms, (found,)),)),) = drawn
+    assert (atoms.info["search"]["cells"], len(atoms)) == (4, 2)
+    assert title.endswith("; DOS of 4 cells")
+    assert normalised_l1(found, searched) < 0.01
+
+
+def test_the_picture_has_no_total_of_a_crystal_of_which_a_site_is_unknown(
+    drawn: list[Any], index: DOSIndex, tmp_path: Path
+) -> None:
+    atoms = index.atoms(4)
+    atoms.info["search"] = {"material_id": "lan", "sites": [], "cells": 1, "distance": 0.5, "source": "predicted"}
+    _draw(tmp_path / "lan.png", target(curve(-5.0), kind="total"), [atoms], index)
+    assert [curves for _, shown in drawn for *_, curves in shown] == [[]]
 
 
 def test_search_among_structures_of_files(predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,15 @@ def test_the_lowest_energy_of_a_formula_is_kept_with_its_name() -> None:
     assert hull.counts[row].sum() == 2
 
 
+def test_large_formulas_keep_their_counts_on_disk(tmp_path: Path) -> None:
+    hull = made({"Al": -3.0, "Ni": -5.0, "Al301Ni": -3.5})
+    hull.save(tmp_path / "hull.npz")
+    for one in (hull, Hull.load(tmp_path / "hull.npz")):
+        assert one.counts.max() == 301
+        assert one.above(Atoms("Al301Ni").numbers, -3.5) == pytest.approx(0)
+        assert one.above(Atoms("Al45Ni").numbers, -3.1) > 0.1
+
+
 def test_a_hull_without_an_entry_lies_higher_there() -> None:
     hull = made(BINARY)
     salt = Atoms("NaCl").numbers

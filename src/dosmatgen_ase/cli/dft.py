@@ -84,9 +84,8 @@ def label(
         typer.Option(
             help="need: cheap structures tend to come first; large cells, and kinds that the models get wrong, come "
             "earlier than their cost alone would put them. cost: without these. coverage: rarely labelled elements "
-            "come before them. disagreement: "
-            "of the first 400, those on which tight binding and networks disagree most. "
-            "Or a file whose lines begin with the ids that come first."
+            "come before them. disagreement: of the first 400, those on which tight binding and networks disagree "
+            "most. Or a file whose lines begin with the ids that come first."
         ),
     ] = "need",
     perturbed: Annotated[

@@ -125,10 +125,7 @@ def search(
 
     output(ctx, "out", STRUCTURES, count=n, marks=(b"search",), ours=out is None or not keeps_info(out))
     output(ctx, "plot", PICTURES)
-    sites = [None] if site is None else numbers_from_text(site)
-    targets = [replace(reading, site=i).read(dos_file) for i in sites]
-    for target in dict.fromkeys(targets):
-        tell_doubts(target)
+    targets = _targets(dos_file, reading, [None] if site is None else numbers_from_text(site))
     from dosmatgen_ase.retrieval.query import search as run
 
     known, kind = _crystals(index, among), "known crystals" if not among else "crystals of these files"
@@ -143,6 +140,20 @@ def search(
     if plot is not None:
         _draw(plot, targets[0], hits[:DRAWN], known)
         tell(f"picture: {plot}")
+
+
+def _targets(dos_file: Path, reading: TargetOptions, sites: Sequence[int | None]) -> list[TargetDOS]:
+    """Read the targets as `search` compares them, one for each site, and tell what is moved and what is doubtful."""
+    from dosmatgen_ase.dos import on_common_zero
+
+    read = {site: replace(reading, site=site).read(dos_file) for site in sites}
+    moved = on_common_zero(read)
+    for site, target in moved.items():
+        if target != read[site]:
+            tell(f"{dos_file}: {target.provenance['steps'][-1]}", err=True)
+    for target in dict.fromkeys(moved.values()):
+        tell_doubts(target)
+    return [moved[site] for site in sites]
 
 
 def _crystals(index: Path | None, among: Sequence[Path] | None) -> DOSIndex:
@@ -211,11 +222,18 @@ def _draw(path: Path, target: TargetDOS, hits: Sequence[Atoms], index: DOSIndex)
     for atoms in hits:
         told = atoms.info["search"]
         sites = index.site_dos(row_of[told["material_id"]])
-        wanted = [sites[i] for i in told["sites"][:1]] or [TargetDOS.sum_of([s for s in sites if s is not None])]
+        wanted = [sites[i] for i in told["sites"][:1]] or sites * told["cells"]
+        curves = [dos for dos in wanted if dos is not None]
+        if len(curves) < len(wanted):
+            curves = []  # a sum over some of the sites is not the DOS of the cell
+        elif not told["sites"]:
+            curves = [TargetDOS.sum_of(curves)]
         title = f"{told['material_id']}: {atoms.get_chemical_formula()}, distance {figure(told['distance'])}"
         if len(told["sites"]) > 1:
             title += f"; DOS of {atoms[told['sites'][0]].symbol} {told['sites'][0]}"
-        shown.append((title, atoms, [dos for dos in wanted if dos is not None]))
+        elif not told["sites"] and told["cells"] > 1:
+            title += f"; DOS of {told['cells']} cells"
+        shown.append((title, atoms, curves))
     ringed = [atoms.info["search"]["sites"] for atoms in hits]
     plot_candidates(target, shown, path, ringed, [atoms.info["search"]["source"] for atoms in hits])
 

@@ -7,6 +7,7 @@ so in their document: a candidate that fails costs itself alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,6 +61,11 @@ class InverseDesignMaker(Maker):
     -----
     Where this package computes or predicts the DOS, elements without labels are not drawn (`labelled_elements`): most
     have no pseudopotential. Elements that ``elements``, a composition, a pin or the template names stay allowed.
+
+    `RelaxMaker` holds the cell and the sites that the generation holds (``fixed_cell``, ``fixed_sites``, constraints of
+    the template), and `DOSMaker` computes what is held as it is (``symmetry_tolerance`` 0). A ``relax_maker`` of
+    another package is not told what is held: a warning says so. Known crystals have no cell or site of the template:
+    they are relaxed and computed by the Makers as given.
     """
 
     name: str = "inverse design"
@@ -88,12 +94,9 @@ class InverseDesignMaker(Maker):
         sites = None if sites is None else list(site_numbers(sites, "sites"))  # of which JSON knows all
         if not targets_by_site(dos, sites):
             raise ValueError("inverse design needs a target DOS: give one, or use GenerateMaker alone")
-        start, relaxing = None if template is None else to_atoms(template), self.relax_maker
-        if isinstance(relaxing, RelaxMaker):  # it holds what the generation is to keep
-            kept = self.generate_maker.settings
-            held = {*relaxing.fixed_sites, *(kept.fixed_sites or ())}
-            held |= {int(i) for item in (start.constraints if start else ()) for i in item.get_indices()}
-            relaxing = replace(relaxing, fixed_cell=relaxing.fixed_cell or kept.fixed_cell, fixed_sites=sorted(held))
+        start, kept = None if template is None else to_atoms(template), self.generate_maker.settings
+        if kept.fixed_cell or kept.fixed_sites or (start is not None and start.constraints):
+            _warn_of_what_moves(self.relax_maker)
         generator = self.generate_maker
         if isinstance(self.dos_maker, DOSMaker | PredictDOSMaker):
             generator = _without_unlabelled(generator, start)
@@ -103,7 +106,7 @@ class InverseDesignMaker(Maker):
             known = self.search_maker.make(dos, sites=sites)
             first += [known, with_known(generation.output, known.output)]
         screening = self.screen_maker.make(first[-1].output)
-        evaluation = evaluate_candidates(screening.output, relaxing, self.dos_maker, self.compare_maker)
+        evaluation = evaluate_candidates(screening.output, self.relax_maker, self.dos_maker, self.compare_maker)
         return Flow([*first, screening, evaluation], output=evaluation.output, name=self.name)
 
 
@@ -119,6 +122,13 @@ def _without_unlabelled(maker: GenerateMaker, template: Atoms | None) -> Generat
     return replace(maker, settings=settings.replace(exclude_elements=excluded))
 
 
+def _warn_of_what_moves(maker: Maker | None) -> None:
+    """Warn that a Maker of another package is not told what a generation holds; it may have options of its own."""
+    if maker is not None and not isinstance(maker, RelaxMaker):
+        told = "is not told which cell and sites the generation holds: hold them by its own options, or take RelaxMaker"
+        warnings.warn(f"relax_maker {type(maker).__name__} {told}", stacklevel=3)
+
+
 @job  # without a schema: what is stored for this job is a reference to the output of the ranking
 def evaluate_candidates(
     screening: ScreeningDoc, relax_maker: Maker | None, dos_maker: Maker, compare_maker: CompareDOSMaker
@@ -131,13 +141,14 @@ def evaluate_candidates(
         structure: Any = candidate.generated
         relaxation: Any = {"structure": structure}
         chain: list[Job | Flow] = []
-        if relax_maker is not None:
-            chain.append(relax_maker.make(structure))
+        relaxing, computing = _holding(candidate, relax_maker, dos_maker)
+        if relaxing is not None:
+            chain.append(relaxing.make(structure))
             output = chain[-1].output
             structure = output.structure
             own = output.output_schema is RelaxDoc
             relaxation = output if own else {"structure": structure, "energy": output.output.energy_per_atom}
-        chain.append(dos_maker.make(structure))
+        chain.append(computing.make(structure))
         output = chain[-1].output
         if output is None:  # atomate2's abinit flow leaves files only
             chain.append(read_abinit_dos(chain[-1].jobs[-1].output.dir_name, structure))
@@ -152,6 +163,18 @@ def evaluate_candidates(
     flow = Flow([*steps, ranking], output=ranking.output, name="candidates")
     flow.update_config({"on_missing_references": OnMissing.NONE})
     return Response(replace=flow)
+
+
+def _holding(candidate: CandidateDoc, relax_maker: Maker | None, dos_maker: Maker) -> tuple[Maker | None, Maker]:
+    """The Makers of one candidate, which keep what its generation held; the record of a known crystal holds nothing."""
+    cell = bool(candidate.record.get("fixed_cell"))
+    sites = set(candidate.record.get("fixed_sites") or ())
+    if isinstance(relax_maker, RelaxMaker):
+        cell, sites = cell or relax_maker.fixed_cell, sites | {*relax_maker.fixed_sites}
+        relax_maker = replace(relax_maker, fixed_cell=cell, fixed_sites=sorted(sites))
+    if isinstance(dos_maker, DOSMaker) and (cell or sites):
+        dos_maker = replace(dos_maker, symmetry_tolerance=0.0)  # exact symmetry would move what is held
+    return relax_maker, dos_maker
 
 
 @job(output_schema=DOSDoc, data=LARGE)

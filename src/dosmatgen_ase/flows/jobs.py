@@ -241,7 +241,8 @@ class DOSMaker(Maker):
         Fields of `dft.settings.EspressoSettings` that differ from its defaults.
     symmetry_tolerance
         Angstrom. The symmetry found within it is made exact first (`relaxation.symmetrized`): a relaxation leaves small
-        displacements, and a crystal without symmetry costs ten times the k-points. 0 computes a structure as it is.
+        displacements, and a crystal without symmetry costs ten times the k-points. 0 computes a structure as it is, as
+        `InverseDesignMaker` does with one whose cell or sites are held.
     """
 
     name: str = "dos"
@@ -286,7 +287,7 @@ class DOSMaker(Maker):
 
 @dataclass
 class PredictDOSMaker(Maker):
-    """In place of `DOSMaker` where no DFT is at hand: the forward model that ships with the package, in milliseconds.
+    """In place of `DOSMaker` where no DFT is at hand: the forward model that ships, in a fraction of a second.
 
     It is also what ``ScreenMaker.keep`` ranks by, so it must not judge that choice.
     """

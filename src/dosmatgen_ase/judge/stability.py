@@ -58,7 +58,7 @@ class Hull:
         Identifier of the structure that has this energy, for example "mp-149".
     split : (n,) str
         "train", "val" or "test", as in `data/structures.parquet`; "element" for the references that are not in it.
-    counts : (n, 95) uint8
+    counts : (n, 95) uint16
         Atoms of each atomic number in the reduced formula.
     energy : (n,) float64
         eV/atom.
@@ -77,7 +77,7 @@ class Hull:
         cls, structures: Sequence[Atoms], split: ArrayLike, energy: ArrayLike, relaxed: ArrayLike, name: ArrayLike
     ) -> Self:
         """Keep the lowest energy (eV/atom) of every reduced formula."""
-        counts = np.zeros((len(structures), MAX_ATOMIC_NUMBER + 1), dtype=np.uint8)
+        counts = np.zeros((len(structures), MAX_ATOMIC_NUMBER + 1), dtype=np.uint16)
         for i, atoms in enumerate(structures):
             for z, count in reduced_formula(atoms):
                 counts[i, z] = count
@@ -120,7 +120,7 @@ class Hull:
                 raise ValueError("an energy is not finite")
             if not ((number >= 1) & (number <= MAX_ATOMIC_NUMBER)).all():
                 raise ValueError(f"atomic_number must lie in 1 to {MAX_ATOMIC_NUMBER}")
-            counts = np.zeros((n, MAX_ATOMIC_NUMBER + 1), dtype=np.uint8)
+            counts = np.zeros((n, MAX_ATOMIC_NUMBER + 1), dtype=np.uint16)
             counts[row, number] = data["count"]
             if not counts.any(1).all():
                 raise ValueError("an entry has no atoms")

@@ -182,8 +182,8 @@ class DOSIndex:
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """Atoms of each atomic number in each crystal, shape (n, 119), uint8."""
-        counts = np.zeros((len(self), 119), dtype=np.uint8)
+        """Atoms of each atomic number in each crystal, shape (n, 119), uint16."""
+        counts = np.zeros((len(self), 119), dtype=np.uint16)  # no cell has more than MAX_GIVEN_ATOMS
         np.add.at(counts, (np.repeat(np.arange(len(self)), self.num_atoms), self.atomic_numbers), 1)
         return counts
 

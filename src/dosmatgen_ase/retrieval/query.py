@@ -18,7 +18,7 @@ import numpy as np
 from ase.data import atomic_numbers
 from scipy.optimize import linear_sum_assignment
 
-from dosmatgen_ase.dos import MIN_SHARED, MODEL_GRID, MODEL_SIGMA, TargetDOS, resample
+from dosmatgen_ase.dos import MIN_SHARED, MODEL_GRID, MODEL_SIGMA, TargetDOS, on_common_zero, resample
 from dosmatgen_ase.parsing import (
     DOSInput,
     ElementLike,
@@ -105,14 +105,16 @@ def search(
     Raises
     ------
     TypeError, ValueError
-        If there is no target, an argument is not understood, or no crystal knows 90 % of the bins and states of a
-        target.
+        If there is no target, an argument is not understood, targets of several sites have different zeros, or no
+        crystal knows 90 % of the bins and states of a target.
     FileNotFoundError
         If there is no index.
 
     Notes
     -----
-    Energies count from each DOS's own zero: the Fermi level of a metal, the valence-band maximum of a gapped solid.
+    Energies count from each DOS's own zero: the Fermi level of a metal, the valence-band maximum of a gapped solid. A
+    total of reference "fermi" that has a gap at zero is moved to its valence-band maximum, as in
+    ``DOSGenerator.generate``.
     Sites that know less than 90 % of a target's bins or states are not considered: they would be near for what is not
     known of them.
 
@@ -125,6 +127,7 @@ def search(
     if total is None and not by_site:
         raise ValueError("a search needs a target DOS: give a TargetDOS, a list of them or a mapping {site: TargetDOS}")
     n = whole_number(n, "n", 1)
+    by_site, total = on_common_zero(by_site), None if total is None else on_common_zero({0: total})[0]
     total, *rest = [None if t is None else _on_grid(t) for t in (total, *by_site.values())]
     index = default_index() if index is None else index
     kept = _filtered(index, elements, exclude_elements, composition, num_atoms, max_above_hull, gap)
