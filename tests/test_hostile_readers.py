@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ase.spectrum.doscollection import GridDOSCollection
+from ase.spectrum.dosdata import GridDOSData
 from test_readers import (
     SPREAD,
     VASP,
@@ -358,6 +360,68 @@ def test_hostile(tmp_path: Path, content: bytes, site: int | None, message: str)
 
 def test_the_table_is_large() -> None:
     assert len({case[1] for case in (*XML, *JSON, *NPZ, *OTHERS)}) >= 150
+
+
+# -- ASE: a total and its projections are not added --------------------------------------------------------------------
+
+
+def ase_row(weight: float, **info: Any) -> GridDOSData:
+    return GridDOSData(np.linspace(-5.0, 5.0, 101), np.full(101, weight), info)
+
+
+ASE_SITES = [
+    ase_row(0.5, index=0, label="Ni s"),
+    ase_row(0.5, index=0, label="Ni d"),
+    ase_row(1.0, index=1, label="Au"),
+]
+ASE_ROWS: dict[str, tuple[list[GridDOSData], float, float]] = {  # rows, the total, and site 0 scaled to it
+    **{
+        label: ([ase_row(3.0, label=label), *ASE_SITES], 3.0, 1.5)
+        for label in ("total", "Total", "TDOS", "tdos", "Total DOS", "total_dos", "tot", "totDOS", "sum", " Sum ")
+    },
+    "no total": (ASE_SITES, 2.0, 1.0),
+    "no label at all": ([ase_row(1.0, index=0), ase_row(2.0, index=1)], 3.0, 1.0),
+    "a label that is no string": ([ase_row(1.0, index=0, label=7), ase_row(2.0, index=1)], 3.0, 1.0),
+    "labels that begin so": ([ase_row(1.0, index=0, label="totem"), ase_row(2.0, index=1, label="summit")], 3.0, 1.0),
+    "spins": ([ase_row(2.0, label="TDOS", spin="up"), ase_row(1.0, label="TDOS", spin="down"), *ASE_SITES], 3.0, 1.5),
+    "spins in labels": ([ase_row(2.0, label="total up"), ase_row(1.0, label="Total (down)"), *ASE_SITES], 3.0, 1.5),
+    "both spins, and each": (
+        [ase_row(2.0, label="tot up"), ase_row(3.0, label="tot"), ase_row(1.0, label="tot down"), *ASE_SITES], 3.0, 1.5,
+    ),
+    "two totals": ([ase_row(2.0, label="sum"), ase_row(3.0, label="total"), *ASE_SITES], 3.0, 1.5),
+    "a total of a site": ([*ASE_SITES, ase_row(1.0, index=0, label="tot")], 2.0, 1.0),
+    "a total, and a site's": ([ase_row(3.0, label="tot"), ase_row(1.0, index=0, label="tot"), *ASE_SITES], 3.0, 1.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ASE_ROWS)
+def test_ase_totals_by_their_labels(case: str) -> None:
+    rows, total, site = ASE_ROWS[case]
+    for order in (rows, rows[::-1]):
+        collection = GridDOSCollection(order)
+        assert TargetDOS.from_ase(collection).values == pytest.approx(total)
+        assert TargetDOS.from_ase(collection).kind == "total"
+        assert TargetDOS.from_ase(collection, 0).values == pytest.approx(site)
+        assert TargetDOS.from_ase(collection, 0).kind == "site"
+
+
+@pytest.mark.parametrize(
+    ("info", "kind"),
+    [
+        ({"label": "Total"}, "total"),
+        ({"label": "sum"}, "total"),
+        ({"label": "Ni d"}, "site"),
+        ({}, "site"),
+        ({"label": "total", "index": 0}, "site"),
+    ],
+)
+def test_ase_kind_of_a_lone_row(info: dict[str, Any], kind: str) -> None:
+    assert TargetDOS.from_ase(ase_row(1.0, **info)).kind == kind
+    for stated in ("site", "total"):
+        assert TargetDOS.from_ase(ase_row(1.0, **info), kind=stated).kind == stated
+        assert TargetDOS.from_ase(GridDOSCollection([ase_row(1.0, **info)]), kind=stated).kind == stated
+    with pytest.raises(ValueError, match='kind must be "site" or "total"'):
+        TargetDOS.from_ase(ase_row(1.0, **info), kind="cell")
 
 
 # -- mutated files: nothing but ValueError -----------------------------------------------------------------------------

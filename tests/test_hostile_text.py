@@ -106,6 +106,14 @@ REFUSED: list[tuple[str | bytes, str]] = [
     ("# E vs. SHE\n-6 1\n-5 1\n", "another zero of energy"),
     ("# Fermi energy: 5.3 eV\n-6 1\n5 1\n", "Fermi level of 5.3 eV, but not whether"),
     ("# E_F = -3.1\n-6 1\n5 1\n", "Fermi level of -3.1 eV"),
+    ("# VBM: 3.2 eV, CBM 5.1 eV\n-6 1\n5 1\n", "valence-band maximum of 3.2 eV, but not whether"),
+    ("# energies relative to the vacuum level\n# E_F = -4.5 eV\n-6 1\n5 1\n", "Fermi level of -4.5 eV"),
+    ("# energies above the bottom of the valence band\n0 1\n5 1\n", r"another zero of energy \(bottom of the valence"),
+    ("# E (Ry), E_F = 0.39\n-1 1\n1 1\n", "Fermi level of 0.39 eV"),  # no name of a column: eV is assumed
+    ("# E_F = 0.39\n# E(Ry) DOS\n-1 1\n1 1\n", "Fermi level of 5.30622 eV"),
+    ("# Fermi energy = 0.39 Ry\n-1 1\n1 1\n", "Fermi level of 5.30622 eV"),
+    # one spin of two
+    ("E s_up p_up\n0 1 1\n1 2 2\n", r"column 1, 2 \(s_up, p_up\) is one spin"),
     # programs
     ("# E (eV)  dos(E)    pdos(E)\n0 1 1\n1 2 2\n", "no Fermi level in this file"),
     ("#  E (eV)   dos(E)     Int dos(E)\n0 1 1\n1 2 2\n", "no Fermi level in this file"),
@@ -127,6 +135,7 @@ STATED: list[tuple[str, dict[str, Any], str]] = [
     ("0 1\n1 2\n", {"spin": "both"}, "spin must be 'summed' or 'one' or 'separate'"),
     ("0 1\n1 2\n", {"spin": "separate"}, "needs two columns of DOS"),
     ("0 1 1\n1 2 2\n", {"spin": "one", "columns": (0, 1, 2)}, 'spin="one" goes with one column'),
+    ("E s_up s_down\n0 1 1\n1 2 2\n", {"spin": "one"}, 'spin="one" goes with one column'),
     ("0 1\n0 1.5\n1 2\n1 2.5\n", {"spin": "summed"}, "is there twice"),
     ("0 1\n1 2\n", {"reference": "vacuum"}, r"reference must be 'fermi' or 'vbm', not 'vacuum': .*--efermi"),
     ("0 1\n1 2\n", {"kind": "atom"}, "kind must be 'site' or 'total'"),
@@ -152,6 +161,81 @@ READ: list[tuple[str, dict[str, Any], list[float], list[float]]] = [
     ("-1 1 -2\n0 1 -1\n1 1 -.5\n", {}, [-1, 0, 1], [3, 2, 1.5]),
     ("0 1\n1 2\n\n0 -1\n1 -3\n", {}, [0, 1], [2, 5]),
 ]
+
+
+# Headers, and what they say of zero: a reference, a value, a denial, or nothing.
+ZEROS: dict[str, list[str]] = {
+    "vbm": [
+        "E-VBM (eV)  DOS", "E - E_VB (eV) DOS", "E-Ev (eV)", "E-EV (eV)  DOS", "energy above VBM (eV), DOS",
+        "zero at VBM", "Energy wrt VBM (eV) DOS", "Energy (eV above VBM)  DOS", "energies measured from the VBM",
+        "Energy reference: VBM", "energies relative to the top of the valence band", "E_v = 0", "VBM=0.0, CBM=1.1",
+        "Valence band maximum set to zero", "E-VBM (eV), not relative to the Fermi level",
+    ],
+    "fermi": [
+        "E - E_F (eV)", "E-Efermi (eV)  DOS", "E - mu (eV)  DOS", "E-E_F (eV), E_F = 5.3 eV", "E_F = 0.0",
+        "mu = 0.0 eV", "energies relative to EF = 5.3 eV", "Energy - E_F (eV), E_F = 5.3 eV",
+        "Fermi level at 0 eV, VBM = -0.4 eV", "VBM = -0.4, E_F=0", "energies relative to Fermi in eV",
+        "energies relative to Fermi level\n# valence DOS", "DOS is not normalised\n# E-E_F (eV)  DOS",
+        "spin-orbit: no\n# energy relative to the Fermi level",
+        "Energies not absolute but relative to the Fermi level", "relative to the Fermi level, not to the vacuum",
+        "without spin-orbit coupling E-E_F (eV)", "shifted to the Fermi level: yes",
+    ],
+    "assumed": [
+        "number = 5", "simulation = 3", "mu = 2.10 mu_B", "mu = 1.5 uB", "mu (mu_B) = 2.0", "mu(Ni) = 0.61",
+        "ref = 5.3", "mu_B = 5.788e-5 eV/T", "Fermi-Dirac smearing 0.1 eV", "smearing: fermi 0.2", "VBM at Gamma",
+        "in eV 2 columns", "Energy - eV, DOS - states/eV", "energies shifted by 2 eV",
+    ],
+    "Fermi level of 5.3 eV, but not whether": [
+        "EF=5.3", "E_Fermi(eV): 5.3", "Fermi level 5.3 eV", "Efermi 5.30", "Ef 5.3 eV", "mu = 5.3 eV", "µ = 5.3 eV",
+        "chemical potential = 5.3 eV", "E(Fermi) = 5.3 eV", "Fermi energy (eV) 5.3", "e_F -> 5.3",
+        "Fermi level of 5.3.", "E-fermi :   5.3     XC(G=0): -8.1",
+    ],
+    "valence-band maximum of 3.2 eV, but not whether": [
+        "E_VBM = 3.2 eV", "VBM: 3.2 eV", "VBM 3.2", "E-VBM = 3.2 eV", "valence band maximum = 3.2 eV",
+        "E_v = 3.2 eV", "top of the valence band: 3.2 eV",
+    ],
+    "Fermi level of 5.3 eV and says '.*not shifted": [
+        "energies not shifted to the Fermi level, E_F = 5.3 eV", "efermi = 5.3 energies not shifted",
+        "not shifted to the Fermi level; E_F=5.3",
+    ],
+    "its header says '": [
+        "Energies are NOT relative to the Fermi level", "Energies are not\n# relative to the Fermi level",
+        "energies have not been shifted to E_F", "neither shifted nor aligned to the Fermi level",
+        "shifted to Fermi: no", "energies unshifted", "Fermi level is not at zero", "Fermi energy not subtracted",
+        "not relative to the VBM", "energies are not E - E_F",
+    ],
+    'its header says "': ["Energies aren't shifted to E_F"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("header", "says"), [(header, says) for says in ZEROS for header in ZEROS[says]])
+def test_zero_is_where_the_header_says(tmp_path: Path, header: str, says: str) -> None:
+    path = tmp_path / "dos.dat"
+    path.write_text(f"# {header}\n-5 1\n0 2\n5 1\n")
+    if says not in ("vbm", "fermi", "assumed"):
+        with pytest.raises(ValueError, match=rf"{says}.*efermi= \(--efermi\).*--reference") as caught:
+            TargetDOS.from_file(path)
+        assert "\n" not in str(caught.value)
+        return
+    target = TargetDOS.from_file(path)
+    assert target.reference == says.replace("assumed", "fermi")
+    assert target.energies == pytest.approx([-5, 0, 5])
+    told = "zero of energy at the Fermi level" in target.provenance["assumed"]
+    assert told == (says == "assumed")
+
+
+@pytest.mark.parametrize(("header", "level"), [("VBM: 3.2 eV", 3.2), ("E_VBM = 0.2 Ry", 2.72114)])
+def test_the_answer_to_a_valence_band_maximum(tmp_path: Path, header: str, level: float) -> None:
+    path = tmp_path / "dos.dat"
+    path.write_text(f"# {header}\n-5 1\n0 2\n5 1\n")
+    with pytest.raises(ValueError, match=rf'say efermi={level}, reference="vbm" \(--efermi {level} --reference vbm\)'):
+        TargetDOS.from_file(path)
+    for read in (TargetDOS.from_file, TargetDOS.from_text):
+        target = read(path, efermi=level, reference="vbm")
+        assert target.reference == "vbm"
+        assert target.energies == pytest.approx([-5 - level, -level, 5 - level])
+        for reference in ("fermi", "vbm"):
+            assert read(path, reference=reference).energies == pytest.approx([-5, 0, 5])
 
 
 @pytest.mark.parametrize(("content", "message"), REFUSED)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from dosmatgen_ase import TargetDOS
 from dosmatgen_ase.dos import Array, normalised_l1
+from dosmatgen_ase.dos.readers.numbers import column_names
 
 HARTREE = 27.211386245988
 ENERGIES = np.round(np.arange(-9.0, 4.0001, 0.02), 6)
@@ -203,6 +204,30 @@ def test_projections_of_espresso_add_up_to_the_site(tmp_path: Path) -> None:
     assert one.values == pytest.approx(1.8 * UP, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("given", "beside", "wanted"),
+    [
+        ("1(s)", ["1(s)~", "2(d)", "2(d)~", "2(d).bak", "2(d).orig", "#2(d)#", "1(s).gz", "2(d).png"], ["2(d)"]),
+        ("1(s)", ["2(d)", "2(d).gz", "2(d).xz"], ["2(d)"]),
+        ("1(s)", ["2(d).bz2"], ["2(d).bz2"]),
+        ("1(s).gz", ["1(s)", "2(d)", "2(d).gz"], ["2(d).gz"]),
+        ("1(s_j0.5)", ["2(p_j0.5)", "3(p_j1.5)", "3(p_j1.5)~"], ["2(p_j0.5)", "3(p_j1.5)"]),
+        ("1(s)~", ["1(s)", "2(d)", "3(p)", "3(p)~"], ["2(d)", "3(p)~"]),
+        ("1(s).dat", ["2(d).dat", "2(d).dat.gz"], ["2(d).dat"]),
+    ],
+)
+def test_an_orbital_of_espresso_counts_once(tmp_path: Path, given: str, beside: list[str], wanted: list[str]) -> None:
+    for number, end in enumerate((given, *beside)):
+        share = 10.0**number  # the sum tells which files are in it
+        text = "# E (eV)   ldos(E)   pdos(E)\n" + rows(ENERGIES, 0 * ENERGIES + share, 0 * ENERGIES + share)
+        packer = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}.get(end.split(".")[-1], bytes)
+        (tmp_path / f"x.pdos_atm#1(Ni-a)_wfc#{end}").write_bytes(packer(text.encode()))
+    (tmp_path / "x.pdos_atm#1(Ni-a)_wfc#9(f)").mkdir()
+    target = TargetDOS.from_file(tmp_path / f"x.pdos_atm#1(Ni-a)_wfc#{given}", efermi=0.0)
+    assert target.values[5] == pytest.approx(1 + sum(10.0 ** (beside.index(end) + 1) for end in wanted))
+    assert f"orbitals of one atom added from {len(wanted) + 1} files" in target.provenance["steps"]
+
+
 def test_total_of_projwfc_is_the_total(tmp_path: Path) -> None:
     head = "# E (eV)  dos(E)    pdos(E)\n"
     total = read(tmp_path, head + rows(ENERGIES + LEVEL, BOTH, 0.9 * BOTH), "ni.pdos_tot", efermi=LEVEL)
@@ -331,6 +356,77 @@ def test_units_of_the_header_and_of_the_caller(tmp_path: Path) -> None:
         assert target.values == pytest.approx(BOTH, abs=1e-6)
     per_ev = read(tmp_path, f"# E(Ha) DOS(states/eV)\n{rows(ENERGIES / HARTREE, BOTH, form='%.10f')}")
     assert per_ev.values == pytest.approx(BOTH, abs=1e-6)
+
+
+RY = HARTREE / 2
+
+
+@pytest.mark.parametrize(
+    ("header", "unit", "per"),
+    [
+        ("energy(eV)  dos(states/Ry)", 1.0, RY),
+        ("energy(eV)  dos(states/Ha/cell)", 1.0, HARTREE),
+        ("E(eV) DOS(states/meV)", 1.0, 1e-3),
+        ("E(Ry) DOS(1/Ry)", RY, RY),
+        ("E(Ry) DOS(states/Ha)", RY, HARTREE),
+        ("E(eV) relative to Fermi, dos in electrons/Ry", 1.0, RY),
+        ("E(eV) DOS (states Ry^-1 atom^-1)", 1.0, RY),
+        ("E(eV) DOS (states/unit cell/Ry)", 1.0, RY),
+        ("states per atom per Hartree\n# E(eV)  DOS", 1.0, HARTREE),
+        ("multiply by 0.0735 to get states/eV\n# E(eV)  DOS(states/Ry)", 1.0, RY),
+        ("from states/Ry to\n# E(eV)  DOS(states/eV)", 1.0, 1.0),
+        ("states/cell, E in Ry\n# E(eV)  DOS", 1.0, 1.0),
+    ],
+)
+def test_what_unit_the_header_counts_states_per(tmp_path: Path, header: str, unit: float, per: float) -> None:
+    text = rows(ENERGIES / unit, BOTH * per, form="%.10f")
+    target = read(tmp_path, f"# {header}\n{text}")
+    assert target.energies == pytest.approx(ENERGIES, abs=1e-6)
+    assert target.values == pytest.approx(BOTH, abs=1e-6)
+    assert any(f"from states per {per:g} eV" in step for step in target.provenance["steps"]) == ((unit, per) != (1, 1))
+    # What the caller says comes first, and it is told if the header says another.
+    stated = read(tmp_path, f"# {header}\n{rows(ENERGIES, BOTH)}", units="eV")
+    assert stated.values == pytest.approx(BOTH, abs=1e-6)
+    assert any("states per 1 eV, as units" in told for told in stated.provenance["assumed"]) == (per != 1.0)
+
+
+def test_the_energy_may_stand_behind_the_dos(tmp_path: Path) -> None:
+    text = rows(BOTH, ENERGIES * 1000, form="%.10f")
+    target = read(tmp_path, f"# dos(states/eV)  energy(meV)\n{text}")
+    assert target.energies == pytest.approx(ENERGIES, abs=1e-6)
+    assert target.values == pytest.approx(BOTH, abs=1e-6)
+
+
+@pytest.mark.parametrize("orbitals", [False, True])
+@pytest.mark.parametrize(
+    ("unit", "per_spin"),
+    [
+        ("states/eV/spin", True),
+        ("states/(eV spin atom)", True),
+        ("states/(Ry spin atom)", True),
+        ("states per spin per eV", True),
+        ("eV^-1 spin^-1", True),
+        ("states/eV for one spin channel", True),
+        ("states/eV, both spins, not per spin", False),
+        ("states/eV, LDA/spin-orbit", False),
+        ("states/eV per spin-polarised atom", False),
+    ],
+)
+def test_states_per_spin(tmp_path: Path, unit: str, per_spin: bool, orbitals: bool) -> None:
+    per = RY if "Ry" in unit else 1.0
+    columns = (0.3 * UP * per, 0.7 * UP * per) if orbitals else (UP * per,)
+    text = f"# {unit}\n# E  {'s  d' if orbitals else 'DOS'}\n{rows(ENERGIES, *columns, form='%.9f')}"
+    if not per_spin:
+        assert read(tmp_path, text).values == pytest.approx(UP, abs=1e-6)
+        return
+    with pytest.raises(ValueError, match=r'counts states per spin: add the other .*or say spin="one"'):
+        read(tmp_path, text)
+    assert read(tmp_path, text, spin="one").values == pytest.approx(2 * UP, abs=1e-6)
+    assert read(tmp_path, text, spin="summed").values == pytest.approx(UP, abs=1e-6)
+    both = f"# {unit}\n# E  up  down\n{rows(ENERGIES, UP * per, -DOWN * per, form='%.9f')}"
+    assert read(tmp_path, both).values == pytest.approx(BOTH, abs=1e-6)
+    blocks = rows(*(np.concatenate(pair) for pair in ((ENERGIES, ENERGIES), (UP * per, DOWN * per))), form="%.9f")
+    assert read(tmp_path, f"# {unit}\n# E  DOS\n{blocks}").values == pytest.approx(BOTH, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -469,3 +565,18 @@ def test_a_known_dos_comes_back(
     wanted = TargetDOS.from_arrays(ENERGIES, BOTH, kind=target.kind)
     assert normalised_l1(target, wanted) < 0.01
     assert json.dumps(target.provenance)
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("E (eV)  DOS (states/(eV atom))", ("E (eV)", "DOS (states/(eV atom))")),
+        ("E(eV) s(1/eV)", ("E(eV)", "s(1/eV)")),
+        ("energy [eV], dos [states/(eV cell)]", ("energy [eV]", "dos [states/(eV cell)]")),
+        ("1/(" * 20_000, ()),  # took 20 s
+        ("a (" * 20_000, ()),
+    ],
+    ids=["nested", "attached", "square", "unclosed", "unclosed, apart"],
+)
+def test_names_keep_their_units_in_brackets(line: str, names: tuple[str, ...]) -> None:
+    assert column_names((line,), 2, None) == names

@@ -462,6 +462,7 @@ class TargetDOS:
         sigma: float | None = None,
         efermi: float = 0.0,
         reference: str = "fermi",
+        kind: str | None = None,
     ) -> TargetDOS:
         """Read ASE's ``GridDOSData``, ``RawDOSData``, a collection of them, or ``ase.dft.dos.DOS``.
 
@@ -470,27 +471,26 @@ class TargetDOS:
         dos : ase.spectrum.dosdata.DOSData, ase.spectrum.doscollection.DOSCollection or ase.dft.dos.DOS
         site : int, optional
             For a collection: the rows whose ``info["index"]`` is this number, summed; in a collection without indices,
-            the row of this number. If there is a row labelled "Total", sites are scaled so that they add up to it,
-            otherwise the projection is taken as it is. By default the total: that row, or the sum of all rows.
+            the row of this number. If there is a row labelled "Total" (or "TDOS", "sum"), sites are scaled so that they
+            add up to it, otherwise the projection is taken as it is. By default the total: that row, or the sum of all.
         sigma : float, optional
-            Standard deviation (eV), which is what ``ase.spectrum`` calls width. For grid data: the broadening that they
-            have (default unknown). For raw data: the broadening to give them (default `MODEL_SIGMA`). Not for
-            ``ase.dft.dos.DOS``, which knows its own: its ``width`` is ``sqrt(2) * sigma``.
+            Standard deviation (eV), the width of ``ase.spectrum``: what grid data have (default unknown), raw data get
+            (default `MODEL_SIGMA`). Not for ``ase.dft.dos.DOS``, which knows its own: ``width`` is ``sqrt(2) * sigma``.
         efermi : float
             Zero of energy (eV) on the scale of `dos`; ``ase.dft.dos.DOS`` has it at 0 already.
         reference : {"fermi", "vbm"}
             What that zero is.
+        kind : {"site", "total"}, optional
+            By default what a collection is asked for; a lone row is a site's unless it is labelled as a total.
 
         Raises
         ------
-        TypeError
-            If `dos` is something else.
-        ValueError
-            If the site does not exist or the rows do not fit together.
+        TypeError, ValueError
+            If `dos` is something else, the site does not exist, or the rows do not fit together.
         """
         from dosmatgen_ase.dos.readers.ase import read_ase
 
-        return read_ase(dos, site, sigma=sigma, efermi=efermi, reference=reference)
+        return read_ase(dos, site, sigma=sigma, efermi=efermi, reference=reference, kind=kind)
 
     @classmethod
     def from_text(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,16 @@ from dosmatgen_ase.dos.readers.common import clip_negative_lobes
 from dosmatgen_ase.dos.target import TargetDOS
 
 _MAX_ENERGIES = 1_000_000
+_TOTAL = re.compile(
+    r"(?P<name>t(?:ot(?:al)?)?[\s_-]*dos|tot(?:al)?|sum)(?P<spin>[\s_,(-]*(?:spin)?[\s_-]*(?:up|down|dn|dw)\)?)?",
+    re.IGNORECASE,
+)
+"""Label of a row that holds a total, or one spin of it."""
 
 
-def read_ase(dos: Any, site: int | None, *, sigma: float | None, efermi: float, reference: str) -> TargetDOS:
+def read_ase(
+    dos: Any, site: int | None, *, sigma: float | None, efermi: float, reference: str, kind: str | None
+) -> TargetDOS:
     """What `TargetDOS.from_ase` does."""
     from ase.dft.dos import DOS
     from ase.spectrum.doscollection import DOSCollection
@@ -30,7 +39,7 @@ def read_ase(dos: Any, site: int | None, *, sigma: float | None, efermi: float, 
         values, note = clip_negative_lobes(np.asarray(dos.get_dos()))
         record = {"source": "ase.dft.dos.DOS", "steps": note}
         width = dos.width / math.sqrt(2)
-        return TargetDOS(energies - efermi, values, energies <= e_max, reference, width, "total", record)
+        return TargetDOS(energies - efermi, values, energies <= e_max, reference, width, kind or "total", record)
     if isinstance(dos, DOSData):
         if site is not None:
             raise ValueError("a single DOSData holds one DOS: leave out site")
@@ -40,14 +49,14 @@ def read_ase(dos: Any, site: int | None, *, sigma: float | None, efermi: float, 
     else:
         raise TypeError(f"from_ase reads ASE DOSData, DOSCollection or DOS objects, not {type(dos).__name__}")
     energies, table, sigma = _ase_table(rows, sigma)
-    known, kind, steps = np.ones(energies.shape, dtype=bool), "site", list[str]()
+    known, steps = np.ones(energies.shape, dtype=bool), list[str]()
     if isinstance(dos, DOSData):
-        values = table[0]
+        values, read_kind = table[0], "total" if _totals(rows, [0]) and "index" not in dos.info else "site"
     else:
-        values, known, kind, steps = _ase_select(rows, table, energies, site)
+        values, known, read_kind, steps = _ase_select(rows, table, energies, site)
     values, note = clip_negative_lobes(values)
     record = {"source": f"ASE {type(dos).__name__}", "steps": steps + note}
-    return TargetDOS(energies - efermi, values, known, reference, sigma, kind, record)
+    return TargetDOS(energies - efermi, values, known, reference, sigma, kind or read_kind, record)
 
 
 def _ase_table(rows: list[Any], sigma: float | None) -> tuple[Array, Array, float | None]:
@@ -81,21 +90,41 @@ def _ase_table(rows: list[Any], sigma: float | None) -> tuple[Array, Array, floa
     return np.linspace(lo, hi, size), np.array(table), sigma
 
 
+def _totals(rows: list[Any], chosen: Sequence[int]) -> list[int]:
+    """Those of the chosen rows that add up to their total, by their labels; empty if none is labelled so.
+
+    Of several totals one counts: a sum of projections only for want of another, spins only if no row holds both.
+    """
+    ranks: dict[int, tuple[bool, bool, str]] = {}
+    for i in chosen:
+        if found := _TOTAL.fullmatch(str(rows[i].info.get("label", "")).strip()):
+            name = found["name"].lower()
+            ranks[i] = (name == "sum", bool(found["spin"]) or "spin" in rows[i].info, name)
+    return [i for i, rank in ranks.items() if rank == min(ranks.values())]
+
+
 def _ase_select(rows: list[Any], table: Array, energies: Array, site: int | None) -> tuple[Array, Mask, str, list[str]]:
     """Values, known mask, kind and provenance of one site (or of the total) of a collection."""
-    is_total = np.array([row.info.get("label", "").lower() == "total" for row in rows])
     known = np.ones(energies.shape, dtype=bool)
-    if site is None:
-        return table[is_total if is_total.any() else slice(None)].sum(axis=0), known, "total", []
-    parts = [i for i in range(len(rows)) if not is_total[i]]
+    owners: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        owners.setdefault(f"site {row.info['index']}" if "index" in row.info else "", []).append(i)
+    of_cell = owners.pop("", [])
+    totals = _totals(rows, of_cell)
+    # A row that is labelled as the total of a site holds its orbitals.
+    parts = [i for group in owners.values() for i in _totals(rows, group) or group]
+    parts = sorted([*parts, *(i for i in of_cell if not _totals(rows, [i]))])
     indexed = all("index" in rows[i].info for i in parts)
-    names = [str(rows[i].info["index"]) if indexed else str(number) for number, i in enumerate(parts)]
-    if str(site) not in names:
-        raise ValueError(f"site {site} does not exist: this DOSCollection has {', '.join(dict.fromkeys(names))}")
-    order = list(dict.fromkeys(names))
-    sites = np.array([sum(table[i] for i, n in zip(parts, names, strict=True) if n == name) for name in order])
-    chosen = order.index(str(site))
-    if not is_total.any():
+    groups: dict[str, list[int]] = {}
+    for number, i in enumerate(parts):
+        groups.setdefault(str(rows[i].info["index"]) if indexed else str(number), []).append(i)
+    sites = np.array([table[group].sum(axis=0) for group in groups.values()])
+    if site is None:
+        return (table[totals] if totals else sites).sum(axis=0), known, "total", []
+    if str(site) not in groups:
+        raise ValueError(f"site {site} does not exist: this DOSCollection has {', '.join(groups)}")
+    chosen = list(groups).index(str(site))
+    if not totals:
         return sites[chosen], known, "site", [f"site {site}: raw projection, no total DOS to scale by"]
-    scaled, known = scale_sites_to_total(sites, table[is_total].sum(axis=0), energies=energies, min_coverage=0.0)
+    scaled, known = scale_sites_to_total(sites, table[totals].sum(axis=0), energies=energies, min_coverage=0.0)
     return scaled[chosen], known, "site", [f"site {site}, sites scaled to add up to the total"]

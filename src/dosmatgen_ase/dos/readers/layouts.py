@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dosmatgen_ase.dos.readers.numbers import Table
+from dosmatgen_ase.dos.readers.zeros import ENERGY_UNITS, claims, header_lines, zero_of_header
 
 UP = re.compile(r"(?:^|[^a-z])(?:up|alpha|majority)(?:[^a-z]|$)|dosup|spin[\s_-]*(?:up|1)|↑")
 DOWN = re.compile(r"(?:^|[^a-z])(?:down|dn|dw|dwn|beta|minority)(?:[^a-z]|$)|dosd[wn]|spin[\s_-]*(?:down|dn|2)|↓")
@@ -26,30 +27,23 @@ BINDING = re.compile(r"(?<!tight[ _-])\bbinding[ _-]*energ\w*", re.IGNORECASE)
 PER_VOLUME = re.compile(
     r"/\s*(?:Å|A|Ang|Angstrom|bohr)\s*\^?\s*3|(?:Å|A|Ang)\s*\^\s*-?3|per volume|/volume|cm\^?-3", re.IGNORECASE
 )
-HARTREE = 27.211386245988
-ENERGY_UNITS = {"ev": 1.0, "mev": 1e-3, "ha": HARTREE, "hartree": HARTREE, "ry": HARTREE / 2, "rydberg": HARTREE / 2}
-"""eV (CODATA 2018) of the units that energies are written in."""
+_UNIT = r"(m?eV|Ry|Rydberg|Ha|Hartree)(?![a-z])"
+_STATES = r"(?:states?|electrons?|\b1)"
+PER_UNIT = re.compile(
+    rf"{_STATES}\s*/\s*(?:(?:unit |formula )?[\w.]+\s?[/*·]\s?){{0,3}}{_UNIT}|"
+    rf"{_STATES}\s*/\s*[(\[]\s*(?:[\w.]+[\s/*·,]+){{0,3}}{_UNIT}|"
+    rf"(?<![a-z]){_UNIT}(?:\s*\^\s*)?[{{(]?(?:-1|⁻¹)(?![.\d])|(?:states?|electrons?|DOS) (?:per \w+ )?per {_UNIT}",
+    re.IGNORECASE,
+)
+"""The unit of energy that states are counted per."""
 
-FERMI_ZERO = re.compile(
-    r"E\s*[-−]\s*E_?\{?f(?:ermi)?\b|"
-    r"(?:relative|referenced?|aligned|shifted|respect) (?:\w+ ){0,3}(?:the )?(?:E_?f|fermi)|"
-    r"(?:fermi(?: level| energy)?|E_?F(?:ermi)?) (?:is )?(?:at|set to|=|:) ?(?:zero|0(?:\.0*)?(?: ?eV)?)(?![.\d])",
+PER_SPIN = re.compile(
+    rf"(?:{_UNIT}|states?|DOS|cell|atom|site|f\.?u\.?|\))\s*/\s*spin(?!\w|-[a-z])|{_STATES}\s*/\s*\([^()]{{0,40}}\bspin\b|"
+    r"spin\s*\^\s*[{(]?-1|-1 spin-1|spin⁻¹|\bper (?:one |each |a |single )?spin(?!\w|-(?:orbit|pol))|"
+    r"\b(?:one|single) spin[ -](?:channel|direction|component)",
     re.IGNORECASE,
 )
-VBM_ZERO = re.compile(
-    r"E\s*[-−]\s*E_?\{?v(?:bm|b)?\b|(?:relative|referenced?|aligned|shifted|respect) (?:\w+ ){0,3}(?:the )?"
-    r"(?:E_?v\b|vbm|valence)|vbm (?:is )?(?:at|set to|=) ?(?:zero|0(?:\.0*)?(?: ?eV)?)(?![.\d])",
-    re.IGNORECASE,
-)
-FERMI_VALUE = re.compile(
-    r"(?:E_?\{?fermi\}?|fermi[\s_-]*(?:level|energy)?|\bE_?F)(?:\s*\(\w+\))?\s*(?:is|at|[=:])\s*([+-]?\d+\.?\d*(?:[eE][+-]?\d+)?)",
-    re.IGNORECASE,
-)
-OTHER_ZERO = re.compile(
-    r"(?<![a-z])(vacuum|e_?\{?vac|homo|mid-?gap|core[ -]level|n\.?h\.?e|s\.?h\.?e|average potential|"
-    r"absolute (?:scale|energ\w+)|cbm|conduction[ -]band minimum)(?![a-z])",
-    re.IGNORECASE,
-)
+"""What says that the DOS is that of one spin."""
 
 PER_CELL = re.compile(
     r"/\s*(?:unit[ _-]?)?cell\b|/\s*(?:f\.?u\.?|u\.?c\.?|formula unit)(?![a-z])|"
@@ -91,6 +85,8 @@ class Layout:
         What is to be told, and what the file does not say.
     partner : path or None
         File of the other spin.
+    per_spin : bool
+        Whether a column counts the states of one spin.
     siblings : tuple of paths
         Further files whose columns add up with this one's to the DOS of one site.
     total : path or None
@@ -110,6 +106,7 @@ class Layout:
     notes: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     partner: Path | None = None
+    per_spin: bool = False
     siblings: tuple[Path, ...] = ()
     total: Path | None = None
 
@@ -149,7 +146,7 @@ def named_columns(names: Sequence[str]) -> tuple[int, ...]:
     """
     if len(names) < 2:
         return ()
-    low = [re.sub(r"[(\[](?:e|ev|states[^)\]]*|1/ev|arb[^)\]]*)[)\]]", "", name.lower()).strip() for name in names]
+    low = [_without_unit(name) for name in names]
     energies = [i for i, name in enumerate(low) if ENERGY.match(name)]
     if not energies or (energies[0] != 0 and len(energies) > 1):
         return ()
@@ -157,7 +154,7 @@ def named_columns(names: Sequence[str]) -> tuple[int, ...]:
     values = [i for i in range(len(low)) if i != energy and not INTEGRATED.search(low[i])]
     if len(values) == 1:
         return (energy, values[0])
-    bare = [re.sub(r"[(\[_\s-]*(?:spin)?[\s_-]*(?:up|down|dn|dw|dwn)[)\]]?$", "", name).strip(" _-([") for name in low]
+    bare = [_without_spin(name) for name in low]
     totals = [i for i in values if TOTAL.match(bare[i]) or not bare[i] or bare[i] == "spin"]
     orbitals = [i for i in values if ORBITAL.fullmatch(bare[i])]
     if one_or_both_spins(totals, low):
@@ -165,6 +162,20 @@ def named_columns(names: Sequence[str]) -> tuple[int, ...]:
     if not totals and len(orbitals) == len(values):
         return (energy, *orbitals)
     return (energy, *values) if one_or_both_spins(values, low) and len(values) == 2 else ()
+
+
+def are_orbitals(names: Sequence[str]) -> bool:
+    """Whether columns are orbitals by their names, of whatever spin; not if they have none."""
+    return bool(names) and all(ORBITAL.fullmatch(_without_spin(_without_unit(name))) for name in names)
+
+
+def _without_unit(name: str) -> str:
+    """The name of a column in small letters, without a unit in brackets."""
+    return re.sub(r"[(\[](?:e|ev|(?:states|electrons|1/)[^)\]]*|arb[^)\]]*)[)\]]+", "", name.lower()).strip()
+
+
+def _without_spin(name: str) -> str:
+    return re.sub(r"[(\[_\s-]*(?:spin)?[\s_-]*(?:up|down|dn|dw|dwn)[)\]]?$", "", name).strip(" _-([")
 
 
 def one_or_both_spins(columns: Sequence[int], names: Sequence[str]) -> bool:
@@ -203,16 +214,39 @@ def _espresso(table: Table, path: Path) -> Layout | None:
         )
     siblings: tuple[Path, ...] = ()
     total = None
-    if kind == "site" and (found := re.search(r"\.pdos_atm#\d+\(\w+\)_wfc#", path.name)):
-        others = path.parent.iterdir() if path.parent.is_dir() else ()
-        start = path.name[: found.end()]
-        siblings = tuple(sorted(o for o in others if o.name.startswith(start) and o.name != path.name))
-        total = path.with_name(path.name[: found.start()] + ".pdos_tot")
+    if kind == "site" and (found := PROJECTION.fullmatch(path.name)):
+        siblings = _other_orbitals(path)
+        total = path.with_name(f"{found['prefix']}.pdos_tot")
     return Layout(
         source, columns, kind, float(levels[0]) if levels else None, periodic=True, unit=1.0, siblings=siblings,
         total=total,
         absolute="Quantum ESPRESSO writes absolute energies, and no Fermi level in this file: ",
     )  # fmt: skip
+
+
+PROJECTION = re.compile(
+    r"(?P<atom>(?P<prefix>.*)\.pdos_atm#\d+\([\w-]+\)_wfc#)(?P<orbital>\d+)\([\w.]+\)"
+    r"(?P<ending>.*?)(?P<packed>\.(?:gz|bz2|xz))?"
+)
+"""Name of a file of projwfc.x: ``si.pdos_atm#1(Si)_wfc#2(p)``, ``(p_j1.5)`` with spin-orbit coupling."""
+
+
+def _other_orbitals(path: Path) -> tuple[Path, ...]:
+    """Files beside `path` of the atom's other orbitals, one for each, packed or not.
+
+    A backup, or any other ending that Quantum ESPRESSO does not write, counts only where `path` has the same ending.
+    """
+    own = PROJECTION.fullmatch(path.name)
+    assert own is not None
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    known = [(found, other) for other in beside if (found := PROJECTION.fullmatch(other.name)) and other.is_file()]
+    # Of two files of an orbital, the one that is named like `path`.
+    known.sort(key=lambda k: (k[0]["ending"] != own["ending"], k[0]["packed"] != own["packed"], k[1]))
+    orbitals = {own["orbital"]: path}
+    for found, other in known:
+        if found["atom"] == own["atom"] and found["ending"] in (own["ending"], ""):
+            orbitals.setdefault(found["orbital"], other)
+    return tuple(orbitals.values())[1:]
 
 
 def _aims(table: Table, path: Path) -> Layout | None:
@@ -326,25 +360,26 @@ def _other_spin(path: Path, pairs: Sequence[tuple[str, str]]) -> Path | None:
 def _unknown(table: Table) -> Layout:
     """A table that no program is known for: what its header says."""
     text = f"{table.text} "
-    unit = None
-    if table.names and (found := re.search(r"[(\[]\s*([A-Za-z/]+)\s*[)\]]", table.names[0])):
+    unit, columns = None, named_columns(table.names)
+    energy = table.names[columns[0] if columns else 0] if table.names else ""
+    if found := re.search(r"[(\[]\s*([A-Za-z/]+)\s*[)\]]", energy):
         unit = ENERGY_UNITS.get(found[1].lower())
         if unit is None and not re.fullmatch(r"e|ef|efermi|fermi", found[1], re.IGNORECASE):
             raise ValueError(f"{table.name}: energies in {found[1]!r}: give them in eV, meV, Ry or Ha")
-    per = 1.0 if re.search(r"(?:states|1|electrons)\s*/\s*eV|eV\s*\^?-1|(?:states|electrons) per eV", text) else None
-    columns = named_columns(table.names)
     kind = "total" if re.search(r"\btotal[ _-]dos|\btdos\b|total density of states", text, re.IGNORECASE) else None
     notes: tuple[str, ...] = ()
     if kind is None and PER_CELL.search(text) and not OF_SITE.search(text):
         kind, notes = "total", ("counted per cell in its header, so taken as the total DOS",)
-    common = {"columns": columns, "kind": kind, "unit": unit, "per": per, "notes": notes}
-    if VBM_ZERO.search(text):
-        return Layout(zero=0.0, reference="vbm", **common)  # type: ignore[arg-type]
-    if FERMI_ZERO.search(text):
-        return Layout(zero=0.0, **common)  # type: ignore[arg-type]
-    if found := OTHER_ZERO.search(text):
-        return Layout(absolute=f"its header names another zero of energy ({found[0]}): ", **common)  # type: ignore[arg-type]
-    if (found := FERMI_VALUE.search(text)) and float(found[1]) != 0.0:
-        told = f"its header has a Fermi level of {found[1]} eV, but not whether its energies are relative to it: "
-        return Layout(absolute=told, **common)  # type: ignore[arg-type]
-    return Layout(zero=0.0 if found else None, **common)  # type: ignore[arg-type]
+    per_spin = bool(claims(PER_SPIN, header_lines(table))[0])
+    zero = zero_of_header(table, unit)
+    return Layout(
+        columns=columns, kind=kind, unit=unit, per=_counted_per(table), per_spin=per_spin, notes=notes, **zero
+    )
+
+
+def _counted_per(table: Table) -> float | None:
+    """eV of the unit that states are counted per: of the names of the columns, else of the header; eV if among them."""
+    for text in (" ".join(table.names), table.text):
+        if units := [ENERGY_UNITS[found[found.lastindex or 0].lower()] for found in PER_UNIT.finditer(text)]:
+            return 1.0 if 1.0 in units else units[0]
+    return None

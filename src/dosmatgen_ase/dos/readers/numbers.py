@@ -21,6 +21,8 @@ NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 # Fortran leaves the letter out where the exponent has three digits.
 FORTRAN = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))[dDqQ]([+-]?\d+)|([+-]?\d*\.\d+)([+-]\d{3})")
 NUMBER_START = re.compile(r"[+-]?\.?\d|\*\*|[+-]?(?:nan|inf)(?:inity)?$", re.IGNORECASE)
+# A name with its units in brackets, which may hold brackets themselves: "DOS (states/(eV atom))".
+NAME = re.compile(r"[^\s(\[,;]+(?:\s*[(\[](?:[^()\[\]]|[(\[][^()\[\]]*[)\]])*+[)\]])*")
 DECIMAL_COMMA = re.compile(r"[+-]?\d+(?:,\d+)?(?:[eEdD][+-]?\d+)?")
 # Typeset signs and blanks as ASCII.
 PLAIN = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2010": "-", "\u00a0": " ", "\u2009": " ", "\u202f": " "})
@@ -234,8 +236,7 @@ def column_names(header: tuple[str, ...], count: int, separator: str | None) -> 
     """The names of `count` columns in the last header line that has as many; empty if none has."""
     for line in reversed(header[-3:]):
         ways = [re.split(r"[,;]", line)] if separator in (",", ";") else []
-        # A unit in brackets belongs to the name before it.
-        ways += [re.findall(r"[^\s(\[,;]+(?:\s*[(\[][^)\]]*[)\]])*", line), re.split(r"\s{2,}|\t", line), line.split()]
+        ways += [NAME.findall(line), re.split(r"\s{2,}|\t", line), line.split()]
         for names in ways:
             names = [name.strip().strip("\"'") for name in names]
             if len(names) == count and all(names) and not any(is_number_like(name) for name in names[:1]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -13,8 +14,9 @@ from dosmatgen_ase.dos.broadening import scale_sites_to_total
 from dosmatgen_ase.dos.checks import gap_at_zero
 from dosmatgen_ase.dos.grid import GAP_DOS, Array, Mask
 from dosmatgen_ase.dos.readers.common import Request, clip_negative_lobes, named, read_bytes, record
-from dosmatgen_ase.dos.readers.layouts import DOWN, ENERGY_UNITS, UP, Layout, layout_of
+from dosmatgen_ase.dos.readers.layouts import DOWN, UP, Layout, are_orbitals, layout_of
 from dosmatgen_ase.dos.readers.numbers import Table, counted, read_table
+from dosmatgen_ase.dos.readers.zeros import ENERGY_UNITS
 from dosmatgen_ase.dos.target import TargetDOS
 
 SPINS = ("summed", "one", "separate")
@@ -192,12 +194,7 @@ def _curve(
     table: Table, columns: tuple[int, ...], layout: Layout, request: Request, steps: list[str], assumed: list[str]
 ) -> tuple[Array, Array]:
     """Energies (eV, increasing) and values (states/eV, spins added) of the chosen columns; NaN where unknown."""
-    unit = ENERGY_UNITS[request.units.lower()] if request.units else layout.unit
-    if unit is None:
-        unit = 1.0
-    per = layout.per if layout.per is not None and not request.units else unit
-    if unit != 1.0:
-        steps.append(f"energies converted from units of {unit:g} eV, the DOS from states per {per:g} eV")
+    unit, per = _units(layout, request, steps, assumed)
     energies = table.rows[:, columns[0]] * unit
     if np.isnan(energies).any():
         line = table.lines[np.flatnonzero(np.isnan(energies))[0]]
@@ -209,23 +206,59 @@ def _curve(
         span = float(np.ptp(energies))
         usual = USUAL_SPAN[0] <= span <= USUAL_SPAN[1]
         doubt = "" if usual else f", although the energies span {span:.3g} (if they are in meV, Ry or Ha: --units)"
-        assumed.append(f"eV and states/eV{doubt}")
+        told = "eV and states/eV" if per == 1.0 else f"energies in eV, states per {per:g} eV"
+        assumed.append(f"{told}{doubt}")
     parts = table.rows[:, list(columns[1:])].T / per
     values = _spins_added(table, columns, parts, layout, request, steps)
     energies, values = _sorted(table, energies, values, layout, request, steps)
-    low = [table.names[i].lower() for i in columns[1:]] if table.names else [""]
-    if len(columns) == 2 and request.spin is None and layout.partner is None:
-        if bool(UP.search(low[0])) != bool(DOWN.search(low[0])):
+    if request.spin is None and layout.partner is None:
+        if lone := _lone_spin(table, columns, layout, steps):
             raise ValueError(
-                f"{table.name}: column {columns[1]} ({table.names[columns[1]]}) is one spin: add the other "
-                '(columns=(0, 1, 2), --columns), or say spin="one" (--spin one) if both are alike'
+                f"{table.name}: {lone}: add the other (columns=(0, 1, 2), --columns), or say "
+                'spin="one" (--spin one) if both are alike'
             )
-        if layout.source == "text" and not any("spins" in step for step in steps):
+        if len(columns) == 2 and layout.source == "text" and not any("spins" in step for step in steps):
             assumed.append("both spins in the DOS")
     if request.spin == "one":
         steps.append("one spin, doubled")
         values = 2.0 * values
     return energies, values
+
+
+def _units(layout: Layout, request: Request, steps: list[str], assumed: list[str]) -> tuple[float, float]:
+    """eV of the unit of energy, and of the unit that states are counted per; what the caller says comes first."""
+    unit = ENERGY_UNITS[request.units.lower()] if request.units else layout.unit or 1.0
+    if not request.units:
+        per = layout.per or unit
+    else:
+        per = unit
+        if layout.per not in (None, unit):
+            assumed.append(
+                f"states per {unit:g} eV, as units says, although the header counts them per {layout.per:g} eV"
+            )
+    if unit != 1.0:
+        steps.append(f"energies converted from units of {unit:g} eV, the DOS from states per {per:g} eV")
+    elif per != 1.0:
+        steps.append(f"the DOS converted from states per {per:g} eV")
+    return unit, per
+
+
+def _lone_spin(table: Table, columns: tuple[int, ...], layout: Layout, steps: list[str]) -> str:
+    """What says that the columns hold one spin of two; empty if nothing does."""
+    names = [table.names[i] for i in columns[1:]] if table.names else []
+    spins = _spins_named(names)
+    if (len(columns) > 2 and not are_orbitals(names)) or len(spins) == 2:
+        return ""
+    if spins:
+        return f"column {', '.join(map(str, columns[1:]))} ({', '.join(names)}) is one spin"
+    in_rows = any(step.startswith("two spins in") for step in steps)
+    return "its header counts states per spin" if layout.per_spin and not in_rows else ""
+
+
+def _spins_named(names: Sequence[str]) -> set[str]:
+    """Spins that are in the names of columns."""
+    marks = {"up": UP, "down": DOWN}
+    return {spin for spin, mark in marks.items() if any(mark.search(name.lower()) for name in names)}
 
 
 def _spins_added(
@@ -243,7 +276,8 @@ def _spins_added(
     if request.spin == "separate" and len(parts) == 1 and not repeated:
         needed = "needs two columns of DOS (columns=(0, 1, 2), --columns) or two rows at every energy"
         raise ValueError(f'{table.name}: spin="separate" {needed}')
-    if request.spin == "one" and len(parts) > 1:
+    names = [table.names[i] for i in columns[1:]] if table.names else []
+    if request.spin == "one" and len(parts) > 1 and not (are_orbitals(names) and len(_spins_named(names)) < 2):
         raise ValueError(f'{table.name}: spin="one" goes with one column of DOS, not with {len(parts)}')
     signs = np.ones((len(parts), 1))
     if len(parts) > 1 or request.spin == "one":  # otherwise the other spin stands in other rows, or in another file
