@@ -9,7 +9,7 @@ import pytest
 import torch
 from ase.build import bulk
 
-from dosmatgen_ase.forward.bands import predict_bands, pymatgen_bands
+from dosmatgen_ase.forward.bands import predict_bands, predict_levels, pymatgen_bands
 from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig
 from dosmatgen_ase.forward.tight_binding.basis import start_levels
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
@@ -75,6 +75,16 @@ def test_a_drawn_band_ends_where_its_path_breaks(predictor: DOSPredictor, tmp_pa
     np.testing.assert_allclose(pieces[0][:, 1], bands.energies[0, : len(pieces[0]), 0])
     assert all((np.diff(piece[:, 0]) > 0).all() for piece in pieces)  # no upright line
     assert (tmp_path / "bands.png").stat().st_size > 5_000
+
+
+def test_levels_at_given_points_are_those_of_the_path(predictor: DOSPredictor) -> None:
+    bands = predict_bands(bulk("Fe"), "GHN", npoints=40, predictor=predictor)
+    levels = predict_levels(bulk("Fe"), bands.path.kpts, predictor=predictor)
+    np.testing.assert_array_equal(levels, bands.energies)
+    assert levels.shape[0] == 2
+    for wrong in ([0, 0, 0], np.zeros((0, 3)), [[0, 0, np.nan]], [[0, 0]]):
+        with pytest.raises(ValueError, match=r"must be finite numbers of shape \(k, 3\)"):
+            predict_levels(bulk("Fe"), wrong, predictor=predictor)
 
 
 def test_bad_requests_are_told(predictor: DOSPredictor) -> None:

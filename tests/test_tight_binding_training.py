@@ -124,6 +124,11 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     assert [json.loads(line)["epochs"] for line in logs[0].splitlines()] == [1, 2, 3]
     with pytest.raises(ValueError, match="other settings: choose a new folder"):
         fit(new_model(crystals, SMALL, 1), train, val, QUICK, seed=1, directory=tmp_path / "cut")
+    with pytest.raises(ValueError, match="on other labels: choose a new folder, or remove this one"):
+        fit(new_model(crystals, SMALL, 1), crystals[12:24], val, settings, seed=1, directory=tmp_path / "cut")
+    moved = [crystals[0]._replace(dos=crystals[0].dos + 1e-3), *crystals[1:12]]
+    with pytest.raises(ValueError, match="on other labels"):
+        fit(new_model(crystals, SMALL, 1), moved, val, settings, seed=1, directory=tmp_path / "cut")
     with pytest.raises(ValueError, match="0 validation"):
         fit(whole, train, [], settings)
 

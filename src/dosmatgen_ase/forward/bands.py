@@ -1,4 +1,4 @@
-"""Bands of a crystal along a path through its Brillouin zone, by learned tight binding."""
+"""Bands of a crystal, at any points of its Brillouin zone and along a path through it, by learned tight binding."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dosmatgen_ase.crystals.checks import formula_of
 from dosmatgen_ase.forward.features import tight_binding_graph
 from dosmatgen_ase.forward.predictor import DOSPredictor, default_predictor
-from dosmatgen_ase.forward.tight_binding.graph import collate
+from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, collate
 from dosmatgen_ase.forward.tight_binding.kpoints import symmetric_mesh
-from dosmatgen_ase.forward.tight_binding.model import bloch
+from dosmatgen_ase.forward.tight_binding.model import TightBinding, bloch
 from dosmatgen_ase.forward.tight_binding.predict import mesh_points
 from dosmatgen_ase.threads import cpu_threads
 
 if TYPE_CHECKING:
     from ase import Atoms
     from ase.spectrum.band_structure import BandStructure
+    from numpy.typing import ArrayLike
 
 POINTS_PER_STEP = 32
 
@@ -48,31 +50,67 @@ def predict_bands(
     """
     from ase.spectrum.band_structure import BandStructure
 
+    model, graph = _readable(atoms, predictor)
+    try:
+        band_path = atoms.cell.bandpath(path, npoints=npoints)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"path={path!r} is not a path through special points of this lattice: {error}") from error
+    return BandStructure(band_path, _levels(model, graph, torch.tensor(band_path.kpts).float()), reference=0.0)
+
+
+def predict_levels(atoms: Atoms, kpoints: ArrayLike, *, predictor: DOSPredictor | None = None) -> np.ndarray:
+    """Predict the eigenvalues of a crystal at any points of its Brillouin zone, by its first tight-binding model.
+
+    Parameters
+    ----------
+    atoms : periodic crystal
+    kpoints : (k, 3)
+        In units of the reciprocal cell.
+    predictor : by default the one that ships
+
+    Returns
+    -------
+    array, shape (spins, k, bands)
+        eV, ascending, from the Fermi level, or the valence-band maximum where there is a gap.
+
+    Raises
+    ------
+    ValueError
+        If the crystal cannot be read, the points are not (k, 3), or the predictor has no tight-binding model.
+    """
+    model, graph = _readable(atoms, predictor)
+    wanted = torch.from_numpy(np.array(kpoints, dtype=np.float32))
+    if wanted.ndim != 2 or wanted.shape[1] != 3 or not len(wanted) or not wanted.isfinite().all():
+        raise ValueError(f"kpoints of shape {tuple(wanted.shape)} must be finite numbers of shape (k, 3)")
+    return _levels(model, graph, wanted)
+
+
+def _readable(atoms: Atoms, predictor: DOSPredictor | None) -> tuple[TightBinding, CrystalGraph]:
+    """The model that tells the bands, and what it sees of the crystal."""
     predictor = predictor or default_predictor()
     if not predictor.tight_binding:
         raise ValueError("bands need a tight-binding model, and this predictor has none: use the one that ships")
     model = predictor.tight_binding[0]
     try:
-        graph = tight_binding_graph(atoms, model.config.cutoff)
+        return model, tight_binding_graph(atoms, model.config.cutoff)
     except ValueError as error:
         raise ValueError(f"no bands for {formula_of(atoms)}: {error}") from error
-    try:
-        band_path = atoms.cell.bandpath(path, npoints=npoints)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"path={path!r} is not a path through special points of this lattice: {error}") from error
+
+
+def _levels(model: TightBinding, graph: CrystalGraph, kpoints: Tensor) -> np.ndarray:
     batch = collate([graph])
-    points, weights = symmetric_mesh(graph.reciprocal, 8 * mesh_points(len(atoms)))
+    points, weights = symmetric_mesh(graph.reciprocal, 8 * mesh_points(len(graph.numbers)))
     with torch.no_grad(), cpu_threads(1):
         mesh, _ = model.spectrum(batch, torch.tensor(points)[None].float(), torch.tensor(weights)[None].float())
         elements = model.matrix_elements(batch)
-        parts = torch.tensor(band_path.kpts).float().split(POINTS_PER_STEP)
+        parts = kpoints.split(POINTS_PER_STEP)
         levels = torch.cat([torch.linalg.eigvalsh(bloch(batch, elements, part[None]))[0] for part in parts], 1)
     zero = mesh.zero
-    if mesh.gap > 0:  # the path may meet a higher top of the valence band than the mesh does
+    if mesh.gap > 0:  # these points may meet a higher top of the valence band than the mesh does
         filled = round(graph.electrons * len(levels) / 2)
         together = levels.transpose(0, 1).flatten(1).sort(1).values
         zero = torch.maximum(zero, together[:, filled - 1].max())
-    return BandStructure(band_path, (levels - zero).numpy().astype(float), reference=0.0)
+    return np.asarray((levels - zero).numpy().astype(float))
 
 
 def pymatgen_bands(bands: BandStructure, atoms: Atoms) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -206,11 +207,11 @@ def fit(
     Raises
     ------
     ValueError
-        If there is nothing to train on, or the folder holds a run with other settings.
+        If there is nothing to train on, or the folder holds a run with other settings or on other labels.
     """
     if not train or not val:
         raise ValueError(f"{len(train)} training and {len(val)} validation crystals: both are needed")
-    run = _Run(model, settings, seed, Path(directory) if directory is not None else None)
+    run = _Run(model, train, val, settings, seed, Path(directory) if directory is not None else None)
     run.resume()
     with tqdm(total=1000, initial=round(1000 * run.done), disable=not progress, desc="tight binding") as bar:
         bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -220,6 +221,17 @@ def fit(
             bar.set_postfix_str(f"epoch {run.epochs}, val {error:.3f}")
             run.save(error)
     return model.eval()
+
+
+def labels_digest(crystals: Sequence[LabelledCrystal]) -> str:
+    """Digest of crystals and their labels, in order."""
+    found = hashlib.sha256()
+    for crystal in crystals:
+        graph = crystal.graph
+        for part in (graph.numbers, graph.bond, crystal.shells, crystal.dos, crystal.known, crystal.moment):
+            found.update(part.numpy().tobytes())
+        found.update(f"{crystal.gap}".encode())
+    return found.hexdigest()[:16]
 
 
 def mean_error(model: TightBinding, crystals: Sequence[LabelledCrystal], points: int) -> float:
@@ -242,12 +254,21 @@ def mean_error(model: TightBinding, crystals: Sequence[LabelledCrystal], points:
 class _Run:
     """What changes while a model is trained."""
 
-    def __init__(self, model: TightBinding, settings: TightBindingTraining, seed: int, directory: Path | None) -> None:
+    def __init__(
+        self,
+        model: TightBinding,
+        train: Sequence[LabelledCrystal],
+        val: Sequence[LabelledCrystal],
+        settings: TightBindingTraining,
+        seed: int,
+        directory: Path | None,
+    ) -> None:
         self.model, self.settings, self.seed, self.directory = model, settings, seed, directory
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
         self.done, self.epochs, self.steps = 0.0, 0, 0
         self.described = {"config": asdict(model.config), "training": asdict(settings), "seed": seed}
+        self.labels = labels_digest([*train, *val])
 
     def epoch(self, train: Sequence[LabelledCrystal], bar: tqdm) -> None:
         """Walk through the crystals once, or until the time is over; what is drawn depends on seed and epoch only."""
@@ -294,7 +315,8 @@ class _Run:
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{i}.{k}": v for k, v in state.items()})
         told = {"done": self.done, "epochs": self.epochs, "steps": self.steps}
-        save_tensors(self.directory / "state.safetensors", tensors, {"kind": "tight-binding", **self.described, **told})
+        header = {"kind": "tight-binding", **self.described, "labels": self.labels, **told}
+        save_tensors(self.directory / "state.safetensors", tensors, header)
         with (self.directory / "log.jsonl").open("a") as log:
             log.write(json.dumps({**told, "val": error}) + "\n")
 
@@ -305,6 +327,8 @@ class _Run:
         tensors, header = load_tensors(path)
         if {k: header.get(k) for k in self.described} != json.loads(json.dumps(self.described)):
             raise ValueError(f"{self.directory} holds a run with other settings: choose a new folder")
+        if header.get("labels") != self.labels:
+            raise ValueError(f"{self.directory} holds a run on other labels: choose a new folder, or remove this one")
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         state: dict[int, dict[str, Any]] = {}
         for name, value in tensors.items():
