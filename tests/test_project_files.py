@@ -232,7 +232,7 @@ def test_every_library_that_the_source_imports_is_declared() -> None:
 
 RESULTS = {path.stem: path for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))}
 # Of the readers of DFT output, of the labels, of the predictors, and of the search: no generator has a part in them.
-WITHOUT_GENERATOR = {"electronic", "label_error", "predictor", "search", "training_throughput"}
+WITHOUT_GENERATOR = {"bands", "electronic", "label_error", "predictor", "search", "training_throughput"}
 JUDGED = {"candidates", "constraints", "round_trip"}  # by the predictor that judges
 
 
@@ -251,6 +251,12 @@ def what_is_not_of_this_version(name: str, report: dict[str, Any]) -> list[str]:
 def test_results_are_of_the_models_that_ship(name: str) -> None:
     told = "measure it again, or name it in WITHOUT_GENERATOR if no generator has a part in it"
     assert what_is_not_of_this_version(name, json.loads(RESULTS[name].read_text())) == [], told
+
+
+def test_the_errors_of_the_predictor_are_of_the_one_that_ships() -> None:
+    shipped = DOSPredictor.load().info
+    assert json.loads(RESULTS["bands"].read_text())["trained_on"] == shipped
+    assert json.loads(RESULTS["predictor"].read_text())["trained_on"]["predictor"] == shipped
 
 
 def test_every_exception_is_of_a_result_that_exists() -> None:
