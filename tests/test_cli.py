@@ -395,6 +395,15 @@ def test_a_window_is_what_is_asked_for(weights: Path, tmp_path: Path) -> None:
     assert "[-2.00, 0.50] eV" in run("dos", NICKEL, "--site", 3, "--window", -2, 0.5).output
 
 
+def test_a_zero_that_is_moved_is_told(weights: Path, tmp_path: Path) -> None:
+    total = TargetDOS.from_peaks([(-2.0, 4.0, 0.4), (3.0, 4.0, 0.4)], window=(-6, 5), kind="total", reference="fermi")
+    (tmp_path / "total.json").write_text(json.dumps(total.to_dict()))
+    line = command(weights, tmp_path / "out.extxyz", "-n", 1, "--num-atoms", 2, "--num-steps", 10)
+    result = run(*[tmp_path / "total.json" if word == NICKEL else word for word in line if word not in ("--site", 3)])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"total\.json: zero moved by [+-]?\d\.\d+ eV to the valence-band maximum", result.stderr)
+
+
 def test_electrons_are_those_of_the_whole_file_with_a_window_or_without(tmp_path: Path) -> None:
     energies = np.linspace(-12, 6, 361)
     curve = 0.4 * (abs(energies + 5) < 4) + 2.0 * np.exp(-(((energies + 0.5) / 0.5) ** 2))

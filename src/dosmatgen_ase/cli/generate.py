@@ -23,6 +23,7 @@ from dosmatgen_ase.cli.options import (
     figure,
     generation_settings,
     output,
+    tell_moved,
     with_options,
 )
 from dosmatgen_ase.generate.settings import DEFAULT_COUNT, GenerationSettings
@@ -113,6 +114,7 @@ def generate(
     start = time.perf_counter()
     _check_calculator(best)
     dos = target.read(dos_file)
+    tell_moved(dos_file, dos)
     files = _Files.of(out, best)
     _check_before(ctx, files, n, best)
 

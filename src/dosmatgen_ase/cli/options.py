@@ -213,6 +213,15 @@ class TargetOptions:
         return target
 
 
+def tell_moved(dos_file: Path, target: TargetDOS) -> None:
+    """Say on the standard error if a total with a gap is moved to its valence-band maximum before it is used."""
+    from dosmatgen_ase.dos import on_common_zero
+
+    moved = on_common_zero({0: target})[0]
+    if moved != target:
+        tell(f"{dos_file}: {moved.provenance['steps'][-1]}", err=True)
+
+
 def tell_doubts(target: TargetDOS) -> None:
     """Say on the standard error what is probably wrong with a target, as `generate` does."""
     from dosmatgen_ase.dos.checks import doubts
