@@ -36,6 +36,7 @@ from dosmatgen_ase.files import write_extxyz
 from dosmatgen_ase.forward.bands import predict_bands
 from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig, default_predictor, predict_dos
 from dosmatgen_ase.generate.settings import GenerationSettings, described
+from dosmatgen_ase.judge import ranking as ranking_module
 from dosmatgen_ase.judge.ranking import RELAXED
 from dosmatgen_ase.model.checkpoint import load_model, save_model
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser
@@ -395,6 +396,22 @@ def test_a_window_is_what_is_asked_for(weights: Path, tmp_path: Path) -> None:
     assert "[-2.00, 0.50] eV" in run("dos", NICKEL, "--site", 3, "--window", -2, 0.5).output
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_what_relaxes_into_known_crystals_is_told(
+    weights: Path, tmp_path: Path, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ranking_module.score_and_relax
+    monkeypatch.setattr(ranking_module, "score_and_relax", lambda *given, **more: whole(*given, **more)[:left])
+    result = generate(weights, tmp_path / "out.extxyz", "-n", 2, "--num-atoms", 2, "--new-only")
+    assert result.exit_code == (0 if left else 1)
+    told = (
+        "warning: only 1 of the 2 crystals drawn are new"
+        if left
+        else "none of the 2 crystals drawn is new"
+    )
+    assert told in result.output
+
+
 def test_a_zero_that_is_moved_is_told(weights: Path, tmp_path: Path) -> None:
     total = TargetDOS.from_peaks([(-2.0, 4.0, 0.4), (3.0, 4.0, 0.4)], window=(-6, 5), kind="total", reference="fermi")
     (tmp_path / "total.json").write_text(json.dumps(total.to_dict()))
@@ -610,8 +627,9 @@ def test_of_many_draws_the_command_relaxes_those_that_python_does_and_goes_on(tm
     target = TargetDOS.from_file(NICKEL, site=3)
     expected = DOSGenerator(device="cpu").generate(target, oversample=6, relax="chgnet", **wish)
     assert (best.numbers == expected.numbers).all()
-    np.testing.assert_allclose(best.positions, expected.positions, atol=1e-6)
-    assert best.info["scores"]["score"] == pytest.approx(expected.info["scores"]["score"], abs=1e-6)
+    # A relaxation makes more of the rounding of the file, on some machines up to 1e-5 A.
+    np.testing.assert_allclose(best.positions, expected.positions, atol=1e-4)
+    assert best.info["scores"]["score"] == pytest.approx(expected.info["scores"]["score"], abs=1e-4)
 
     write_extxyz(relaxed, first[:2])  # as a kill leaves it
     assert run(*arguments).exit_code == 0

@@ -160,6 +160,46 @@ def test_every_format_is_what_its_name_says(name: str, generator: DOSGenerator, 
     assert set(tmp_path.iterdir()) == {out, stream_of(out)}
 
 
+def test_numbered_files_of_a_longer_run_do_not_stay(generator: DOSGenerator, tmp_path: Path) -> None:
+    out = tmp_path / "run.vasp"
+    make(generator, out, n=4, num_atoms=2)
+    (tmp_path / "run-0007.vasp").write_text("by hand\n")
+    (tmp_path / "run-5.vasp").write_bytes((tmp_path / "run-0003.vasp").read_bytes())
+    make(generator, out, n=2, num_atoms=3, overwrite=True)
+    kept = sorted(file.name for file in tmp_path.glob("*.vasp"))
+    assert kept == ["run-0000.vasp", "run-0001.vasp", "run-0007.vasp", "run-5.vasp"]
+    assert [len(ase.io.read(tmp_path / name)) for name in kept[:2]] == [3, 3]
+
+
+@pytest.mark.parametrize("ending", STRUCTURES)
+def test_a_run_without_a_crystal_says_why_in_every_format(generator: DOSGenerator, tmp_path: Path, ending: str) -> None:
+    collapsed = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 0.3]], cell=[3, 3, 3], pbc=True)
+    with pytest.raises(RuntimeError, match="rejected"):
+        generator.generate(None, 2, template=collapsed, strength=0, seed=0, out=tmp_path / f"bad{ending}")
+    if ending not in (".extxyz", ".xyz"):
+        assert not (tmp_path / f"bad{ending}").exists()
+
+
+@pytest.mark.parametrize("ending", [".extxyz", ".traj", ".json", ".db"])
+def test_a_structure_of_any_file_that_keeps_its_record_is_made_again(
+    generator: DOSGenerator, tmp_path: Path, ending: str
+) -> None:
+    target = TargetDOS.from_peaks([(-1.0, 3.0, 0.5)], window=(-3, 1))
+    out = tmp_path / f"some{ending}"
+    generator.generate(target, 2, num_atoms=2, fixed_species={1: "Cu"}, num_steps=3, seed=0, out=out)
+    if ending in (".json", ".db"):
+        with connect(out) as database:
+            made = [row.toatoms(add_additional_information=True) for row in database.select()]
+        for atoms in made:
+            atoms.info |= atoms.info.pop("data")
+    else:
+        made = ase.io.read(out, ":")
+    for atoms in made:
+        again = generator.regenerate(atoms, target)
+        assert again.symbols.get_chemical_formula() == atoms.symbols.get_chemical_formula()
+        np.testing.assert_allclose(again.positions, atoms.positions, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "files"), [("a.vasp", "a-000{}.vasp"), ("POSCAR", "POSCAR-000{}")])
 def test_several_structures_in_poscar_format_are_numbered_files(
     name: str, files: str, generator: DOSGenerator, tmp_path: Path

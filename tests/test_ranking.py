@@ -238,6 +238,9 @@ def test_of_many_draws_the_best_are_relaxed_and_ranked_again(copper: TargetDOS) 
     again = [str(atoms.symbols) for atoms in score(kept, {0: copper})]
     assert [str(atoms.symbols) for atoms in kept] == again  # by the DOS of the relaxed crystals
     assert all("relaxation" in atoms.info for atoms in kept)
+    energies = [atoms.info["relaxation"]["energy"] for atoms in kept]
+    assert [atoms.get_potential_energy() for atoms in kept] == pytest.approx(energies)
+    assert all(atoms.get_forces().shape == (1, 3) and atoms.get_stress().shape == (6,) for atoms in kept)
 
 
 def test_more_draws_are_relaxed_where_the_best_are_refused_or_alike(copper: TargetDOS) -> None:

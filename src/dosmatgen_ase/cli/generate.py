@@ -232,7 +232,12 @@ def _ranked(
             drawn, n, sites, total, accepts=lambda atoms: not_new(request, atoms) is None,  # some relax into known ones
             relaxed=None if files.relaxed is None else relaxed, predictor=forward, ranking=ranking, progress=progress,
         )  # fmt: skip
-    return best(found, n)
+    if not found:
+        raise RuntimeError(f"none of the {len(drawn)} crystals drawn is new once relaxed: draw more (--oversample)")
+    picked = best(found, n)
+    if len(picked) < min(n, len(drawn)):
+        tell(f"warning: only {len(picked)} of the {len(drawn)} crystals drawn are new once relaxed", err=True)
+    return picked
 
 
 def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking) -> None:

@@ -169,6 +169,8 @@ def write_extxyz(path: Path, structures: Sequence[Atoms]) -> None:
 MARK = b"dosmatgen"
 """Stands in every file that this package writes; `check_output` knows them by it."""
 
+_BY_US = f" by {MARK.decode()}-ase"  # at the end of the first line of a POSCAR
+
 STREAMS = (".extxyz", ".xyz")
 STRUCTURES = (*STREAMS, ".cif", ".vasp", ".traj", ".db", ".json")
 """Endings of files of structures that `write_structures` writes; POSCAR and CONTCAR are names of such files, too."""
@@ -210,7 +212,8 @@ def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
     """Write structures in the format that the ending names; as :func:`write_atomic`.
 
     ``info`` is kept by all but CIF and POSCAR; a database of ASE (.db, .json) has it as ``data`` of its rows. Several
-    structures in POSCAR format are numbered files: x-0000.vasp, x-0001.vasp and so on.
+    structures in POSCAR format are numbered files: x-0000.vasp, x-0001.vasp and so on; those of a longer run before are
+    removed, so that no two runs are mixed.
     """
     import ase.io
 
@@ -224,7 +227,9 @@ def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
             text = io.StringIO()
             ase.io.write(text, atoms, format="vasp", direct=True)
             _, rest = text.getvalue().split("\n", 1)  # the first line is a comment
-            write_atomic(file, f"{atoms.get_chemical_formula()} by {MARK.decode()}-ase\n{rest}".encode())
+            write_atomic(file, f"{atoms.get_chemical_formula()}{_BY_US}\n{rest}".encode())
+        if len(structures) > 1:
+            _remove_further(path, len(structures))
     else:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / f"structures{kind}"
@@ -233,6 +238,17 @@ def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
             else:
                 _write_database(part, structures)
             write_atomic(path, part.read_bytes())
+
+
+def _remove_further(path: Path, count: int) -> None:
+    """Remove the numbered files from `count` on that this package has written under this name."""
+    name = re.compile(re.escape(path.stem) + r"-(\d{4,})" + re.escape(path.suffix))
+    for file in path.parent.iterdir():
+        if (found := name.fullmatch(file.name)) and int(found[1]) >= count and file.is_file():
+            with file.open("rb") as opened:
+                ours = opened.readline(4096).rstrip().endswith(_BY_US.encode())
+            if ours:
+                file.unlink()
 
 
 def _cif(structures: Sequence[Atoms]) -> bytes:

@@ -287,8 +287,9 @@ class Request:
 
 
 def completed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record with what version 0.1.0 did not write yet."""
-    return {"free_species": [], "new_only": False, **record}
+    """Return a record with what version 0.1.0 did not write yet, and sites as text, which ASE's files make numbers."""
+    by_site = {key: {str(i): value for i, value in record[key].items()} for key in ("targets", "fixed_species")}
+    return {"free_species": [], "new_only": False, **record, **by_site}
 
 
 def settings_of(record: Mapping[str, Any], num_atoms: int, dos: DOSInput, template: Atoms | None) -> GenerationSettings:

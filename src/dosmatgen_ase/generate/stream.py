@@ -52,9 +52,8 @@ class Stream:
         return frames
 
     def finish(self) -> None:
-        """Write what was made in the format that was asked for, if that is not the stream's own."""
-        if self.out != self.path:
-            frames, _, _ = self._read()
+        """Write what was made, if anything, in the format that was asked for, if that is not the stream's own."""
+        if self.out != self.path and (frames := self._read()[0]):
             write_structures(self.out, sorted(frames, key=lambda atoms: atoms.info["dosmatgen"]["index"]))
 
     def _begun(self) -> tuple[list[Atoms], str, str]:

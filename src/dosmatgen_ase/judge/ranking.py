@@ -132,7 +132,7 @@ def score(
     if ranking.distance and not sites and total is None:
         raise ValueError("there is no DOS to rank by: give one, or Ranking(distance=0, energy=1)")
     sites, total = on_common_zero(sites), None if total is None else on_common_zero({0: total})[0]
-    found = [atoms.copy() for atoms in candidates]
+    found = [_copy(atoms) for atoms in candidates]
     if relax is not None:
         held: dict[str, Any] = {"fixed_cell": fixed_cell, "fixed_sites": fixed_sites}
         found = relax_atoms(found, relax, progress=progress, trust_model=trust_model, **held)
@@ -156,6 +156,13 @@ def score(
         known = not broken and screen_given(atoms).accepted and not any(cost is None for _, cost in parts)
         atoms.info["scores"] = {"score": sum(w * cost for w, cost in parts if cost) if known else None, **costs}
     return sorted(found, key=_place)
+
+
+def _copy(atoms: Atoms) -> Atoms:
+    """A copy with the energy, forces and stress of a relaxation, which ASE's own leaves behind."""
+    copy = atoms.copy()
+    copy.calc = atoms.calc
+    return copy
 
 
 def _place(atoms: Atoms) -> tuple[bool, float]:
