@@ -56,7 +56,7 @@ def stand_in_engine(log: Path, seconds: float = 0.0) -> None:
     def compute(atoms: Atoms, settings: Any, directory: Path, stop: Any) -> ElectronicStructure:
         with log.open("a") as file:
             file.write(f"{directory.name}\n")
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         (directory / "scf.in").touch()
         time.sleep(seconds)
         if "Au" in atoms.symbols:
@@ -431,6 +431,33 @@ def test_labels_by_other_pseudopotentials_are_of_no_recipe(tmp_path: Path, monke
     assert report.labels == 1
 
 
+def test_a_failure_is_that_of_a_crystal_and_not_of_its_id(tmp_path: Path) -> None:
+    stand_in_engine(tmp_path / "log")
+    label({"a-0": bulk("Cu"), "a-1": bulk("Au")}, tmp_path / "shards")
+    (shard,) = (tmp_path / "shards").glob("*.npz")
+    with np.load(shard) as arrays:
+        assert arrays["failed_crystal"].tolist() == ["Au, 1 atoms, 16.98 A^3"]
+    label({"a-1": bulk("Au")}, tmp_path / "shards")
+    assert tries(tmp_path)["a-1"] == 1
+    assert list(unlabelled({"a-1": bulk("Ni")}, tmp_path / "shards")) == ["a-1"]
+    assert label({"a-1": bulk("Ni")}, tmp_path / "shards").labels == 1
+    with np.load(shard) as arrays:  # an older shard does not tell the crystal: its failures block the id
+        older = {key: value for key, value in arrays.items() if key != "failed_crystal"}
+    (tmp_path / "older").mkdir()
+    np.savez(tmp_path / "older" / shard.name, **older)
+    assert unlabelled({"a-1": bulk("Ni")}, tmp_path / "older") == {}
+
+
+def test_a_failure_is_tried_again_with_other_pseudopotentials(tmp_path: Path) -> None:
+    stand_in_engine(tmp_path / "log")
+    for _ in range(2):
+        batch.compute_many({"a": bulk("Au")}, tmp_path / "out")
+    assert tries(tmp_path)["a"] == 1
+    (tmp_path / "upf" / "Au.upf").write_text("mended")
+    batch.compute_many({"a": bulk("Au")}, tmp_path / "out")
+    assert tries(tmp_path)["a"] == 2
+
+
 def test_an_id_is_that_of_one_crystal(tmp_path: Path) -> None:
     stand_in_engine(tmp_path / "log")
     label({"POSCAR": bulk("Cu"), "lock": bulk("Ni")}, tmp_path / "shards")
@@ -481,6 +508,7 @@ def test_what_has_no_label_yet_is_told_in_the_order_of_a_run(tmp_path: Path) -> 
     ("options", "fragment"),
     [
         ({"limit": 0}, "limit=0 must be at least 1"),
+        ({"settings": EspressoSettings(sigma=0.2)}, "sigma=0.2: labels are broadened by 0.1 eV"),
         ({"order": "random"}, "order='random' must be"),
         ({"order": ["x-1", "nowhere"]}, "1 ids that are not among the structures, such as nowhere"),
         ({"split": {"x-0": "dev"}}, "choose among train, val and test"),

@@ -4,8 +4,8 @@
     python workflows/validate_with_vasp.py --demo --out vasp_inputs
 
 The machine needs what atomate2 needs: VASP (VASP_CMD of atomate2) and its POTCAR files (PMG_VASP_PSP_DIR
-in ~/.pmgrc.yaml). --demo writes the inputs of the static step for Au3Ni and stops: it needs neither. PBE, as the labels
-are. Through FireWorks: flow_to_workflow(flow), as in inverse_design_fireworks.py.
+in ~/.pmgrc.yaml). --demo writes the inputs of the static step for Au3Ni and stops: it needs neither. PBE without +U,
+as the labels are. Through FireWorks: flow_to_workflow(flow), as in inverse_design_fireworks.py.
 """
 
 import argparse
@@ -28,7 +28,8 @@ parser.add_argument("--keep", type=int, default=3, help="how many candidates, be
 parser.add_argument("--out", type=Path, default=Path("vasp"), help="folder of results and calculations")
 arguments = parser.parse_args()
 arguments.out.mkdir(parents=True, exist_ok=True)
-maker = update_user_incar_settings(UniformBandStructureMaker(), {"GGA": "PE"})
+# As the labels are: PBE, and without the +U that atomate2 adds for oxides and fluorides of transition metals.
+maker = update_user_incar_settings(UniformBandStructureMaker(), {"GGA": "PE", "LDAU": False})
 
 if arguments.demo:
     sites = [[0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0], [0, 0, 0]]

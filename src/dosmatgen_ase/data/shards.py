@@ -16,14 +16,16 @@ SHARD_KEYS = {  # kinds of number and axes
     "frac_coords": ("f", 2), "cell": ("f", 2), "energies": ("f", 1), "site_dos": ("iu", 3), "total_dos": ("iu", 2),
     "e_max": ("f", 1), "band_gap": ("f", 1),
 }  # fmt: skip
-_SHARD_EXTRAS = {"recipe": ("iu", 0), "failed_id": ("U", 1), "origin": ("U", 1), "parent": ("U", 1)}
+_SHARD_EXTRAS = {
+    "recipe": ("iu", 0), "failed_id": ("U", 1), "failed_crystal": ("U", 1), "origin": ("U", 1), "parent": ("U", 1)
+}  # fmt: skip
 
 ORIGINS = ("given", "perturbed", "generated")
 """What the crystal of a label is: a known one, a copy of one off equilibrium, or one that a model made."""
 
 
 def read_shard(path: Path) -> dict[str, np.ndarray]:
-    """Read the arrays of one label shard: those of `SHARD_KEYS`, recipe, failed_id, origin, parent; bands are left out.
+    """Read the arrays of one label shard: those of `SHARD_KEYS` and the extras, which older ones lack; no bands.
 
     Raises
     ------
@@ -35,6 +37,7 @@ def read_shard(path: Path) -> dict[str, np.ndarray]:
         n = len(read["material_id"])
         older = {"failed_id": np.array([], np.str_), "origin": np.full(n, "given"), "parent": np.full(n, "")}
         data = {"recipe": np.array(1), **older, **read}
+        data.setdefault("failed_crystal", np.full(len(data["failed_id"]), ""))
         if wrong := _misfit(data):
             raise ValueError(wrong)
     except ValueError as error:
@@ -118,6 +121,7 @@ def _misfit(data: dict[str, np.ndarray]) -> str | None:
     """What does not fit in the arrays of a shard."""
     n, sites, energies = len(data["material_id"]), len(data["atomic_numbers"]), data["energies"]
     shapes = {
+        "failed_crystal": data["failed_id"].shape,
         "origin": (n,), "parent": (n,), "split": (n,), "cell": (n, 9), "e_max": (n,), "band_gap": (n,),
         "atom_offset": (n + 1,),
         "frac_coords": (sites, 3), "site_dos": (sites, 4, energies.size), "total_dos": (n, energies.size),

@@ -142,7 +142,8 @@ def _alone(
     crystal = {"numbers": atoms.numbers.tolist(), "cell": atoms.cell.tolist(), "positions": atoms.positions.tolist()}
     if (done := read_record(file)) is not None:
         same = done["structure"] == crystal
-        if "failed" in done and same and done["settings"] == given:
+        pseudos_told = done.get("pseudopotentials", fingerprints(pseudos))  # of an old record they are not known
+        if "failed" in done and same and done["settings"] == given and pseudos_told == fingerprints(pseudos):
             return ElectronicStructureError(str(done["failed"]))
         if (result := recorded_result(file)) is not None:
             same = same and all(done["settings"].get(k) == given[k] for k in (*PHYSICS, "recipe"))
@@ -154,6 +155,7 @@ def _alone(
                 shutil.rmtree(out / name, ignore_errors=True)
             return result
     record = {"format": "dosmatgen_ase.compute_many", "structure": crystal, "settings": given}
+    record["pseudopotentials"] = fingerprints(pseudos)
     if (out / name).exists() and not is_calculation(out / name):
         raise ValueError(f"{out / name} is there and holds something else: choose another folder for the results")
     try:

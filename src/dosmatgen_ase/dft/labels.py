@@ -27,7 +27,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import ArrayLike
 
 from dosmatgen_ase.crystals.checks import fault
-from dosmatgen_ase.data import ORIGINS, SHARD_UNIT, Structures, read_shard
+from dosmatgen_ase.data import LABEL_SIGMA, ORIGINS, SHARD_UNIT, Structures, read_shard
 from dosmatgen_ase.data.bands import pack_bands
 from dosmatgen_ase.data.coverage import MAX_LABELLED_VOLUME_PER_ATOM, UNLABELLED
 from dosmatgen_ase.dft.batch import compute_each, is_calculation, read_record
@@ -122,25 +122,28 @@ def label(
     FileNotFoundError
         If the programs or the pseudopotentials' folder are not there.
     ValueError
-        If another run works in this folder, a split contradicts that of another structure of the formula, an id is
-        that of another crystal's label or of one of another origin, a perturbed copy has no parent, or an argument is
-        none of the above.
+        If another run works in this folder, the broadening is not that of labels, a split contradicts that of another
+        structure of the formula, an id is that of another crystal's label or of one of another origin, a perturbed copy
+        has no parent, or an argument is none of the above.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1")
+    if settings is not None and settings.sigma != LABEL_SIGMA:
+        raise ValueError(f"sigma={settings.sigma}: labels are broadened by {LABEL_SIGMA} eV, so leave it out")
     made = _Origin.of(origin, parents or {}, structures)
     settings = settings or EspressoSettings(time_limit=600.0, nice=19)
     folder, work = Path(shards), Path(shards) / "unpacked" if unpacked is None else Path(unpacked)
     output_folder(work)
     with _alone_in(work):
         recipe, labelled, candidates = _survey(structures, folder, settings, split, table)
-        _tidy(work, labelled.done)
+        done = labelled.done_of(candidates)
+        _tidy(work, done)
         remove_parts(folder)
         left = _Unpacked.read(work, candidates)
         _check_ids(candidates, {**labelled.crystal, **left.crystal}, folder)
         _check_origin(candidates, labelled.origin, origin, folder)
 
-        done = labelled.done.union(left.failed)
+        done |= left.failed.keys()
         skipped = _skipped(candidates, settings)
         waiting = {n: c for n, c in candidates.items() if n not in done and n not in skipped}
         queue = in_order(waiting, order, elements=labelled.elements, recipes=labelled.recipe, known=candidates)
@@ -176,7 +179,8 @@ def unlabelled(
     settings = settings or EspressoSettings()
     _, labelled, candidates = _survey(structures, Path(shards), settings, None, None)
     skipped = _skipped(candidates, settings)
-    waiting = {n: c for n, c in candidates.items() if n not in labelled.done and n not in skipped}
+    done = labelled.done_of(candidates)
+    waiting = {n: c for n, c in candidates.items() if n not in done and n not in skipped}
     names = in_order(waiting, "need", elements=labelled.elements, recipes=labelled.recipe, known=candidates)
     return {name: waiting[name].atoms for name in names[:limit]}
 
@@ -323,6 +327,10 @@ class _Crystal:
         volume = abs(float(np.linalg.det(np.reshape(np.asarray(cell, dtype=float), (3, 3)))))
         return cls(_formula(numbers), len(np.asarray(numbers)), volume)
 
+    @classmethod
+    def of_atoms(cls, atoms: Atoms) -> _Crystal:
+        return cls.of(atoms.numbers, atoms.cell.array)
+
     def is_like(self, other: _Crystal) -> bool:
         same = (self.formula, self.num_atoms) == (other.formula, other.num_atoms)
         return same and abs(self.volume - other.volume) <= 1e-3 * other.volume  # shards hold cells in single precision
@@ -335,11 +343,12 @@ class _Crystal:
 class _LabelSet:
     """What is in the shards of a folder.
 
-    Ids with a label of a recipe (or a later one) or a failure; number of labels by element, split by formula; crystal,
-    latest recipe and origin by the id of a label.
+    Ids with a label of a recipe (or a later one); crystals that failed by id, "" where an older shard does not tell;
+    number of labels by element, split by formula; crystal, latest recipe and origin by the id of a label.
     """
 
     done: set[str]
+    failed: dict[str, set[str]]
     elements: Counter[str]
     split: dict[str, str]
     crystal: dict[str, _Crystal]
@@ -348,7 +357,7 @@ class _LabelSet:
 
     @classmethod
     def read(cls, folder: Path, recipe: int) -> _LabelSet:
-        known = cls(set(), Counter(), {}, {}, {}, {})
+        known = cls(set(), {}, Counter(), {}, {}, {}, {})
         for path in sorted(folder.glob("*.npz")):
             shard = read_shard(path)
             made_by = int(shard["recipe"])
@@ -361,8 +370,19 @@ class _LabelSet:
                     known.split[known.crystal[name].formula] = split
             known.origin.update(zip(ids, shard["origin"].tolist(), strict=True))
             known.recipe.update({name: max(made_by, known.recipe.get(name, 0)) for name in ids})
-            known.done.update(ids if made_by >= recipe else [], failed)
+            known.done.update(ids if made_by >= recipe else [])
+            for name, crystal in zip(failed, shard["failed_crystal"].tolist(), strict=True):
+                known.failed.setdefault(name, set()).add(crystal)
         return known
+
+    def done_of(self, candidates: Mapping[str, Candidate]) -> set[str]:
+        """Ids that are not tried again; a failure is that of a crystal, not of its id."""
+        failed = {
+            name
+            for name, crystals in self.failed.items()
+            if name in candidates and crystals & {"", str(_Crystal.of_atoms(candidates[name].atoms))}
+        }
+        return self.done | failed
 
 
 @dataclass(frozen=True)
@@ -486,7 +506,9 @@ class _NextShard:
         if self.labels:
             crystals = [self.candidates[name] for name in self.labels]
             told = {"recipe": np.int16(self.recipe), **self.made.arrays(self.labels)}
-            path = _pack(self.folder, self.work, crystals, list(self.labels.values()), self.failed, told)
+            path = _pack(
+                self.folder, self.work, crystals, list(self.labels.values()), self.failed, told, self.candidates
+            )
             self.written.append(path)
             self.packed += len(self.labels)
             self.labels.clear()
@@ -499,6 +521,7 @@ def _pack(
     results: Sequence[ElectronicStructure],
     failed: Mapping[str, str],
     told: Mapping[str, Any],
+    tried: Mapping[str, Candidate],
 ) -> Path:
     """Write one shard and then remove what it holds from `work`. The only place that knows how a shard is written."""
 
@@ -521,6 +544,7 @@ def _pack(
         **told,
         "failed_id": np.array(list(new), np.str_),
         "failed_reason": np.array(list(new.values()), np.str_),
+        "failed_crystal": np.array([str(_Crystal.of_atoms(tried[name].atoms)) for name in new], np.str_),
         **pack_bands([r.bands for r in results]),
     }  # fmt: skip
     for name in ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment", "fermi_level"):
