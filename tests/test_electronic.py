@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
@@ -809,6 +810,27 @@ def test_damaged_espresso_files(tmp_path: Path, xml: str, states: str, fragment:
     for sigma in (0.0, 0.02, float("nan")):
         with pytest.raises(ValueError, match=r"sigma must be at least 0\.05 eV"):
             read_espresso(tmp_path / "p.xml", tmp_path / "p.out", PAIR, sigma=sigma)
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "told"),
+    [
+        (("Si ", "O  "), (1, 0), "atom 1 is Si in p.out and O in atoms"),
+        (("Si1", "O_a"), (1, 0), "atom 1 is Si in p.out and O in atoms"),
+        (("up ", "o-2"), (1, 0), "atom 2 is O in p.out and Si in atoms"),
+        (("Si1", "O_a"), (0, 1), None),
+        (("SI ", "O"), (0, 1), None),
+        (("abc", "X1 "), (1, 0), None),  # they name no element
+    ],
+)
+def test_atoms_in_another_order_than_the_calculation_are_refused(
+    tmp_path: Path, labels: tuple[str, str], order: tuple[int, int], told: str | None
+) -> None:
+    levels = np.array([[[-5.0, -1.0, 3.0, 9.0], [-5.5, -1.0, 3.0, 9.0]]])
+    (tmp_path / "p.xml").write_text(atomic_proj(levels, np.full((1, 2, 4, 4), 0.5)))
+    (tmp_path / "p.out").write_text(STATES.replace("Si ", labels[0]).replace("O  ", labels[1]))
+    with pytest.raises(ValueError, match=told) if told else nullcontext():
+        read_espresso(tmp_path / "p.xml", tmp_path / "p.out", PAIR[list(order)])
 
 
 def abinit_file(path: Path, energies: np.ndarray, blocks: list[np.ndarray]) -> None:

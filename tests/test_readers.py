@@ -490,12 +490,95 @@ def test_doscar_of_lobster_is_told_by_its_window_too(tmp_path: Path) -> None:
     assert target.energies[0] == pytest.approx(-8.0, abs=1e-6)
 
 
+def band_of_levels(energies: Any, width: float) -> tuple[Array, Array]:
+    """A valence band from -6 to 0 eV and a conduction band from 3 eV, 8 states each, of VASP's Gaussian smearing."""
+    centres = np.concatenate([-6 * np.linspace(0, 1, 400) ** 1.5, 3 + 4 * np.linspace(0, 1, 400)])
+    parts = [np.array(level(energies, centre, width)) * 8 / 400 for centre in centres]
+    return tuple(np.sum(parts, axis=0))
+
+
+@pytest.mark.parametrize("form", ["DOSCAR", "dos.json"])
+@pytest.mark.parametrize("width", [0.02, 0.05, 0.1, 0.2])
+def test_the_tail_of_smearing_is_taken_off_or_told(tmp_path: Path, form: str, width: float) -> None:
+    """SIGMA is `width`; the valence band ends at 2 eV on the file's scale."""
+    energies = np.linspace(-12.0, 12.0, 2401)
+    dos, integrated = (x[None] for x in band_of_levels(energies, width))
+    path = tmp_path / form
+    made = pymatgen_dict(energies + 2, dos, None, 3.5)
+    path.write_text(json.dumps(made) if form == "dos.json" else doscar(energies + 2, dos, integrated, None, 3.5))
+    known, unknown = TargetDOS.from_file(path, sigma=width / math.sqrt(2)), TargetDOS.from_file(path)
+    assert known.reference == unknown.reference == "vbm"
+    assert -10.0 - known.energies[0] == pytest.approx(2.0, abs=0.4 * width + 0.01)
+    assert -10.0 - unknown.energies[0] == pytest.approx(2.0 + 2.5 * width, abs=0.4 * width)
+    assert "assumed" not in known.provenance
+    assert unknown.provenance["assumed"][0].startswith(
+        "zero of energy: the end of the smearing's tail, up to about 2.5"
+    )
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.01, 0.05, 0.1, 0.3, None])
+def test_a_sharp_band_edge_has_no_tail(tmp_path: Path, sigma: float | None) -> None:
+    """As the tetrahedron method makes it, whatever sigma is stated."""
+    energies = np.linspace(-12.0, 12.0, 2401)
+    dos = np.sqrt(np.maximum(-energies, 0) * (energies > -6)) + np.sqrt(np.maximum(energies - 3, 0))
+    path = tmp_path / "dos.json"
+    path.write_text(json.dumps(pymatgen_dict(energies + 2, dos[None], None, 3.5)))
+    target = TargetDOS.from_file(path, sigma=sigma)
+    assert -10.0 - target.energies[0] == pytest.approx(2.0, abs=0.0101)
+
+
+def test_negative_lobes_are_no_gaussian_tail(tmp_path: Path) -> None:
+    """Methfessel-Paxton crosses zero: the logarithm is steep there and says nothing of the edge."""
+    energies = np.linspace(-12.0, 12.0, 2401)
+    dos = np.zeros_like(energies)
+    for centre in (-3.0, 3.0):
+        x = (energies - centre) / 0.2
+        dos += np.exp(-(x**2)) * (1.5 - x**2) / (0.2 * math.sqrt(math.pi))
+    path = tmp_path / "dos.json"
+    path.write_text(json.dumps(pymatgen_dict(energies, dos[None], None, 0.0)))
+    target = TargetDOS.from_file(path, sigma=0.1)
+    assert -12.0 - target.energies[0] == pytest.approx(-3.0 + 0.2 * math.sqrt(1.5), abs=0.0101)
+    assert target.provenance["assumed"][0].startswith("zero of energy")
+
+
+@pytest.mark.parametrize("sigma", [-0.1, math.nan, math.inf, "0.1"])
+def test_a_stated_sigma_that_cannot_be_is_refused(tmp_path: Path, sigma: Any) -> None:
+    path = tmp_path / "dos.json"
+    path.write_text(json.dumps(pymatgen_dict(SPREAD, spins_and_sites(1)[0], None, 1.0)))
+    with pytest.raises(ValueError, match=r"sigma must be a finite standard deviation >= 0 in eV"):
+        TargetDOS.from_file(path, sigma=sigma)
+
+
+@pytest.mark.parametrize("title", [" NaCl static for LOBSTER", "lobster", LOBSTER])
+@pytest.mark.parametrize("efermi", [2.0, -2.0])
+def test_doscar_of_vasp_whose_title_names_lobster(tmp_path: Path, title: str, efermi: float) -> None:
+    """The title is free text; the energies start with the window, so they are on VASP's scale."""
+    energies = np.linspace(-8.0, 8.0, 801)
+    dos, integrated = (2 * x[None] for x in level(energies, efermi, 2.0))
+    text = doscar(energies, dos, integrated, None, efermi).replace(" unknown system", title)
+    (tmp_path / "DOSCAR").write_text(text)
+    target = TargetDOS.from_file(tmp_path / "DOSCAR")
+    assert target.energies[0] == pytest.approx(-8.0 - efermi, abs=1e-6)
+    assert target.provenance["source"] == "VASP DOSCAR"
+
+
+def test_doscar_of_lobster_is_told_by_its_sentence(tmp_path: Path) -> None:
+    """A window on the scale of neither."""
+    energies = np.linspace(-8.0, 8.0, 801)
+    dos, integrated = (2 * x[None] for x in level(energies, 0.0, 2.0))
+    text = doscar(energies, dos, integrated, None, 3.0, lobster=True).replace(f"{-5.0:16.8f}", f"{-9.0:16.8f}")
+    (tmp_path / "DOSCAR").write_text(text)
+    target = TargetDOS.from_file(tmp_path / "DOSCAR")
+    assert target.energies[0] == pytest.approx(-8.0, abs=1e-6)
+    assert target.provenance["source"] == "LOBSTER DOSCAR"
+
+
 def test_sites_that_hold_far_more_than_the_total_are_told(tmp_path: Path) -> None:
     """Seen in a public DOSCAR: a total a hundred times too small."""
     dos, sites = spins_and_sites(1)
     path = tmp_path / "dos.json"
     path.write_text(json.dumps(pymatgen_dict(SPREAD, 0.01 * dos, sites, 1.0)))
-    assert TargetDOS.from_file(path, 0).provenance["assumed"] == [
+    assert TargetDOS.from_file(path, 0).provenance["assumed"][1:] == [
         "scale: the sites hold 80.0 times the total DOS; the total is taken as right"
     ]
 

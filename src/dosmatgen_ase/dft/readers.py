@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
+from ase.data import chemical_symbols
 from ase.units import Hartree, Ry
 
 from dosmatgen_ase.dft.bands import Bands, broadened_dos
@@ -60,11 +61,13 @@ def read_espresso(
     ElectronicStructureError
         If the files do not belong together, cannot be read or hold no empty bands.
     ValueError
-        If sigma is below the step of the energy grid, 0.05 eV.
+        If sigma is below the step of the energy grid, 0.05 eV, or the elements of atoms are not those of the output.
     """
     check_sigma(sigma)
     proj, output = _existing(atomic_proj), _existing(projwfc_output)
-    read = read_projections(proj, output.read_text(errors="replace"), len(atoms))
+    printed = output.read_text(errors="replace")
+    read = read_projections(proj, printed, len(atoms))
+    _check_elements(printed, atoms, output.name)
     projections = by_shell(read.orbitals, len(atoms), np.abs(read.amplitudes) ** 2)
     bands = Bands(read.eigenvalues, projections, read.weights, read.num_electrons, read.noncollinear)
     dos = broadened_dos(bands, site_symmetry(atoms)["equivalent_atoms"], sigma)
@@ -174,6 +177,21 @@ def read_projections(path: Path, projwfc_output: str, num_sites: int) -> Project
     except (OSError, ET.ParseError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         told = " ".join(f"{error}".split()) if isinstance(error, (OSError, ValueError, ET.ParseError)) else repr(error)
         raise ElectronicStructureError(f"not an atomic_proj.xml that fits its output: {told[:300]}", path) from error
+
+
+# "atom   1 (Fe1)": a label is a symbol, then digits, or _ or - and anything.
+_LABEL = re.compile(r"[^(]*\(([A-Za-z]{1,2})(?![A-Za-z])")
+
+
+def _check_elements(projwfc_output: str, atoms: Atoms, name: str) -> None:
+    """Raise ValueError if the order of the atoms is not that of the calculation; a label may name no element."""
+    symbols = atoms.get_chemical_symbols()
+    for state in _STATE.finditer(projwfc_output):
+        label, given = _LABEL.match(state[0]), symbols[int(state[1]) - 1]
+        element = label[1].capitalize() if label else given
+        if element in chemical_symbols[1:] and element != given:
+            told = f"atom {int(state[1])} is {element} in {name} and {given} in atoms"
+            raise ValueError(f"{told}: give the structure in the order of the calculation")
 
 
 def _parse_projections(path: Path, orbitals: list[Orbital], spinors: bool) -> Projections:

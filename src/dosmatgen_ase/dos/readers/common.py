@@ -51,8 +51,8 @@ READ_ERRORS = (
 class Request:
     """What the caller asks of a reader, and what he states that a file may not say; None where he does not.
 
-    `read_file` puts the stated values into the target. A reader looks at them for one reason: what is stated is not
-    assumed (`assumed`).
+    `read_file` puts the stated values into the target. A reader looks at them for two reasons: what is stated is not
+    assumed (`assumed`), and a stated `sigma` tells how far the tail of a band reaches into the gap.
     """
 
     site: int | None = None

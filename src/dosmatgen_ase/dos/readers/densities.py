@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from dosmatgen_ase.dos.broadening import scale_sites_to_total
+from dosmatgen_ase.dos.edges import gap_around_zero
 from dosmatgen_ase.dos.grid import GAP_DOS, MIN_GAP, Array, Mask, cell_widths
 from dosmatgen_ase.dos.readers.common import MAX_NEGATIVE, check_site, clip_negative_lobes, record
 from dosmatgen_ase.dos.target import TargetDOS
@@ -21,6 +22,11 @@ MOST_HELD = 1.5
 """Most states that overlapping spheres may hold, as a share of the total DOS, before it is told."""
 
 _LEVEL_ERROR = 0.005  # eV: the Fermi level may be printed as the band edge itself, rounded to another digit
+_TAIL = (
+    "zero of energy: the end of the smearing's tail, up to about 2.5 SIGMA above the valence-band maximum; give sigma= "
+    "(--sigma) of a Gaussian smearing, or a vasprun.xml, which has the bands"
+)
+_GAUSSIAN = 0.9  # share of a Gaussian's rise, in logarithms, that steps and printed digits may leave of it
 _LOST = 0.005  # share of all states that the density column may lack before it is given up for the integrated one
 
 
@@ -74,14 +80,16 @@ class Densities:
     steps: Sequence[str] = ()
     assumptions: Sequence[str] = ()
 
-    def target(self, site: int | None) -> TargetDOS:
-        """The DOS of the cell, or of one site.
+    def target(self, site: int | None, sigma: float | None = None) -> TargetDOS:
+        """The DOS of the cell, or of one site; `sigma` (eV) is what the caller states in place of the file's.
 
         Raises
         ------
         TypeError, ValueError
             If the site does not exist, or the file contradicts itself.
         """
+        if sigma is not None:
+            return replace(self, sigma=sigma).target(site)
         self._check()
         if site is not None:
             if self.sites is None:
@@ -92,12 +100,17 @@ class Densities:
         steps = [*self.steps, *steps]
         energies, total, first, note = self._representation(spins.sum(axis=0))
         steps += note
-        total, note = clip_negative_lobes(total, self.negative_limit)
-        steps += note
+        total, lobes = clip_negative_lobes(total, self.negative_limit)
+        steps += lobes
         self._check_sign(total)
         if not (total >= GAP_DOS).any():
             raise ValueError(f"the DOS of {self.source} is zero everywhere")
-        gap, vbm = gap_of(self.levels, self.fermi) if self.levels else _gap_of_density(energies, total, self.fermi)
+        if self.levels:
+            gap, vbm = gap_of(self.levels, self.fermi)
+        else:
+            gaussian = None if lobes else self.sigma  # no Gaussian has lobes, nor the tail of one next to them
+            gap, vbm = _gap_of_density(energies, total, self.fermi, gaussian)
+            assumptions += [_TAIL] if gap and gaussian is None else []
         zero, reference = (vbm, "vbm") if gap >= MIN_GAP else (self.fermi, "fermi")
         if energies[-1] - zero > HIGHEST:
             raise ValueError(f"energies reach {energies[-1] - zero:.0f} eV above the zero: are they in meV?")
@@ -136,6 +149,11 @@ class Densities:
             raise ValueError("energies must be finite and strictly increasing: sort them and drop repeated ones")
         if not math.isfinite(self.fermi):
             raise ValueError(f"the Fermi level is {self.fermi}: the zero of energy is not known")
+        sigma: Any = self.sigma
+        if sigma is not None and not (
+            isinstance(sigma, (int, float, np.integer, np.floating)) and 0 <= sigma < math.inf
+        ):
+            raise ValueError(f"sigma must be a finite standard deviation >= 0 in eV, not {sigma!r}")
 
     def _check_sign(self, total: Array) -> None:
         if (total < 0).any():
@@ -226,16 +244,31 @@ def gap_of(levels: Sequence[Array], fermi: float) -> tuple[float, float]:
     return 0.0, fermi
 
 
-def _gap_of_density(energies: Array, total: Array, fermi: float) -> tuple[float, float]:
-    """Gap (eV, 0 for a metal) and the valence-band maximum as the density tells them."""
+def _gap_of_density(energies: Array, total: Array, fermi: float, sigma: float | None) -> tuple[float, float]:
+    """Gap (eV, 0 for a metal) and the valence-band maximum as the density of a broadening (eV) tells them."""
     states, occupied = total >= GAP_DOS, energies <= fermi
     below, above = np.flatnonzero(states & occupied), np.flatnonzero(states & ~occupied)
     # Neighbouring energies that both hold states are no gap, however coarse the grid is.
     if below.size and above.size and above[0] > below[-1] + 1:
-        width = float(energies[above[0]] - energies[below[-1]])
-        if width >= MIN_GAP:
-            return width, float(energies[below[-1]])
+        inside = float(energies[above[0] - 1])
+        scale, known = energies - inside, np.ones(total.size, dtype=bool)
+        edges = gap_around_zero(scale, total, known, sigma)
+        ends = (int(below[-1]), int(above[0]))
+        if edges and sigma and not all(_is_tail(scale, total, *pair, sigma) for pair in zip(ends, edges, strict=True)):
+            edges = gap_around_zero(scale, total, known, None)
+        if edges:
+            return edges[1] - edges[0], edges[0] + inside
     return 0.0, fermi
+
+
+def _is_tail(energies: Array, total: Array, end: int, edge: float, sigma: float) -> bool:
+    """Whether the DOS rises from its end to the edge as a Gaussian does, or more.
+
+    No sum of Gaussians rises by less than ``exp(d^2 / 2 sigma^2)`` over a distance d so estimated: where the DOS does,
+    its edge is sharper than sigma, as the tetrahedron method makes it, whatever was stated.
+    """
+    rise = math.log(max(float(np.interp(edge, energies, total)), 1e-99) / total[end])
+    return bool(2 * sigma**2 * rise >= _GAUSSIAN * (energies[end] - edge) ** 2)
 
 
 def _upward(spins: Array) -> tuple[Array, list[str]]:

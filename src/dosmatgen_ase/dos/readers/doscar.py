@@ -17,6 +17,8 @@ from dosmatgen_ase.dos.target import TargetDOS
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[EeDd][+-]?\d+|[+-]\d{3}(?![\d.]))?"
 # Ends of the window, number of energies, Fermi level, weight; LOBSTER adds element and orbitals of an atom.
 _SECTION = re.compile(rf"^\s*({_NUMBER})\s*({_NUMBER})\s+(\d+)\s*({_NUMBER})\s+({_NUMBER})\s*(;.*)?$")
+# "DOS and projected DOS file by LOBSTER. Energy is shifted such that the Fermi level lies at 0 eV."
+_BY_LOBSTER = re.compile(r"\bby\s+LOBSTER\b.*\bFermi level\b", re.IGNORECASE)
 _MAX_ENERGIES, _MAX_LINES = 2_000_000, 10_000_000
 
 
@@ -31,7 +33,7 @@ def is_doscar(content: Content) -> bool:
 def read_doscar(content: Content, request: Request) -> TargetDOS:
     """Read the total DOS or one site's."""
     try:
-        return _densities(content).target(request.site)
+        return _densities(content).target(request.site, request.sigma)
     except (IndexError, ValueError) as error:
         raise unreadable(content.name, error) from None
 
@@ -62,9 +64,7 @@ def _densities(content: Content) -> Densities:
         raise ValueError("its projections and its total DOS have different energies")
     low, high, fermi = (_float(headers[0][i]) for i in (2, 1, 4))
     low, high = min(low, high), max(low, high)
-    lobster = "lobster" in "".join(lines[:6]).lower() or any(header[6] for header in headers)
-    # The window of LOBSTER's header is on the scale of VASP, its energies start from the Fermi level.
-    lobster |= abs(total[0, 0] + fermi - low) + 0.01 < abs(total[0, 0] - low)
+    lobster = any(header[6] for header in headers) or _is_shifted(lines[4], total[0, 0], low, fermi)
     energies = even(total[:, 0], 3)
     if not lobster and abs(total[[0, -1], 0] - [low, high]).max() <= 0.011:
         energies = np.linspace(low, high, len(total))  # the column has fewer digits
@@ -81,6 +81,17 @@ def _densities(content: Content) -> Densities:
         no_sites="leave out site, or run LOBSTER / VASP with LORBIT = 11",
         steps=steps,
     )
+
+
+def _is_shifted(title: str, first: float, low: float, fermi: float) -> bool:
+    """Whether the energies start from the Fermi level, as LOBSTER's do; the window in its header is on VASP's scale.
+
+    Where the energies start with the window, they are not shifted, whatever the title says. LOBSTER's name alone is no
+    sign: it may stand in any title.
+    """
+    if abs(first - low) <= 0.01 < abs(fermi):
+        return False
+    return _BY_LOBSTER.search(title) is not None or abs(first + fermi - low) + 0.01 < abs(first - low)
 
 
 def _is_noncollinear(header: str, ion: Array) -> bool:

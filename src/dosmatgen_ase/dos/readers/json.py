@@ -36,7 +36,7 @@ def read_json(content: Content, request: Request) -> TargetDOS:
         raise ValueError(f"{name} is not valid JSON ({' '.join(str(error).split())})") from None
     data = _only_entry(data, name)
     if is_dict_of_dos(data):
-        return named(name, read_pymatgen, data, site)
+        return named(name, read_pymatgen, data, site, request.sigma)
     if "failed" in data:
         raise ValueError(f"{name} tells of a calculation that failed: {' '.join(str(data['failed']).split())[:300]}")
     result = data.get("result", data)

@@ -19,10 +19,10 @@ _MODULE = "pymatgen.electronic_structure.dos"
 _CLASSES = ("Dos", "CompleteDos", "LobsterCompleteDos", "FermiDos")
 
 
-def read_pymatgen(dos: Any, site: int | None) -> TargetDOS:
-    """What `TargetDOS.from_pymatgen` does."""
+def read_pymatgen(dos: Any, site: int | None, sigma: float | None = None) -> TargetDOS:
+    """What `TargetDOS.from_pymatgen` does; `sigma` (eV) is the broadening where it is known."""
     if isinstance(dos, Mapping):
-        return of_dict(dos).target(site)
+        return of_dict(dos).target(site, sigma)
     from pymatgen.electronic_structure.dos import Dos
 
     if not isinstance(dos, Dos):
@@ -32,7 +32,7 @@ def read_pymatgen(dos: Any, site: int | None) -> TargetDOS:
         densities = _of_object(dos, source)
     except READ_ERRORS as error:
         raise unreadable(f"this {source} is incomplete", error) from None
-    return densities.target(site)
+    return densities.target(site, sigma)
 
 
 def _of_object(dos: Any, source: str) -> Densities:

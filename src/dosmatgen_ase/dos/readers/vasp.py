@@ -44,7 +44,7 @@ def parse_vasprun(content: Content, request: Request) -> TargetDOS:
         told = "it is cut off or damaged" if isinstance(error, ET.ParseError) else ""
         raise unreadable(name, error, f" is not a complete vasprun.xml with a DOS{told and ', ' + told}") from None
     try:
-        return densities.target(request.site)
+        return densities.target(request.site, request.sigma)
     except ValueError as error:
         raise unreadable(name, error) from None
 
