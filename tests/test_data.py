@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +209,48 @@ def test_join_refuses_a_label_of_other_sites(structures: Structures, labels: Sit
     one.atomic_numbers[0, 0] += 1
     with pytest.raises(ValueError, match="list different sites"):
         CrystalDataset.join(one, labels)
+
+
+def _swapped(one: Structures) -> Structures:
+    """The first two sites exchange their places, not their elements."""
+    frac = one.frac_coords.copy()
+    frac[0, :2] = frac[0, 1::-1]
+    return replace(one, frac_coords=frac)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_swapped, "list different sites or cells"),
+        (lambda one: replace(one, cell=one.cell * 1.3), "list different sites or cells"),
+        (lambda one: replace(one, split=np.array(["train"])), "are of different splits"),
+    ],
+)
+def test_join_refuses_a_label_of_another_crystal(
+    structures: Structures, labels: SiteDOSLabels, change: Callable[[Structures], Structures], told: str
+) -> None:
+    of_test = (labels.split == "test") & (labels.num_atoms == 2) & (labels.atomic_numbers[:, 0] > 0)
+    one = structures.select(np.isin(structures.material_id, labels.material_id[of_test]))
+    one = one.select(np.abs(one.frac_coords[:, 0] - one.frac_coords[:, 1]).max(1).argmax()[None])
+    assert len(CrystalDataset.join(one, labels).labelled) == 1
+    turned = replace(one, frac_coords=np.where(one.frac_coords < 1e-4, 1 - 1e-5, one.frac_coords))
+    turned.frac_coords[:, 2:] = 0
+    assert len(CrystalDataset.join(turned, labels).labelled) == 1, "the same sites, on the other side of the cell"
+    with pytest.raises(ValueError, match=f"of {one.material_id[0]} {told}"):
+        CrystalDataset.join(change(one), labels)
+
+
+def test_join_refuses_what_was_predicted_for_another_structure(structures: Structures, labels: SiteDOSLabels) -> None:
+    few = structures.select(np.flatnonzero(~np.isin(structures.material_id, labels.material_id))[:3])
+    shape = (3, MAX_ATOMS, 151)
+    guess = {"material_id": few.material_id, "values": np.ones(shape, np.float16), "known": np.ones(shape, bool)}
+    told = {**guess, "structure": few.fingerprints()}
+    backwards = few.select(np.array([2, 0]))
+    assert CrystalDataset.join(backwards, labels, told).pseudo.sum() == 2
+    other = replace(few, cell=few.cell * np.array([1, 1.1, 1])[:, None, None])
+    assert CrystalDataset.join(other, labels, guess).pseudo.sum() == 3, "older files do not tell"
+    with pytest.raises(ValueError, match=f"predicted DOS of {few.material_id[1]} is of another structure"):
+        CrystalDataset.join(other, labels, told)
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)

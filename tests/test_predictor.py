@@ -14,6 +14,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.data import chemical_symbols
 
+from dosmatgen_ase.cli.train import _predict_once
 from dosmatgen_ase.data import SiteDOSLabels, load_pseudo_labels, load_site_dos, load_structures
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.dos.checks import labelled_elements
@@ -29,7 +30,7 @@ from dosmatgen_ase.forward.predictor import (
     predict_dos,
 )
 from dosmatgen_ase.forward.predictor_training import evaluate, train_predictor
-from dosmatgen_ase.forward.pseudo_labels import pseudo_labels, write_pseudo_labels
+from dosmatgen_ase.forward.pseudo_labels import check_pseudo_labels, pseudo_labels, write_pseudo_labels
 
 ROOT = Path(__file__).parents[1]
 SMALL = PredictorConfig(hidden=64, depth=1, dropout=0.0, members=2, epochs=40, batch_size=16)
@@ -321,6 +322,58 @@ def test_pseudo_labels_resume_and_survive_the_disk(tmp_path: Path) -> None:
     for feature, i in zip(cached_site_features(structures.select(np.array([5, 1])), tmp_path), (5, 1), strict=True):
         np.testing.assert_allclose(feature, fresh[i], atol=0.05)
     assert len(list(tmp_path.glob("*.npz"))) == 2
+
+
+def test_features_are_kept_of_a_crystal_not_of_its_name(tmp_path: Path) -> None:
+    structures = load_structures(ROOT / "data" / "structures.parquet", split="train", max_atoms=2).select(np.arange(2))
+    cached_site_features(structures, tmp_path)
+    wider = replace(structures, cell=structures.cell * 1.15)
+    fresh = site_features([wider.atoms(i) for i in range(2)])
+    for _ in range(2):  # computed, then read
+        for one, two in zip(cached_site_features(wider, tmp_path), fresh, strict=True):
+            np.testing.assert_allclose(one, two, atol=0.05)
+    assert len(list(tmp_path.glob("*.npz"))) == 2, "those of the first crystals stay"
+    piece = min(tmp_path.glob("*.npz"))
+    with np.load(piece) as file:
+        older = {name: file[name] for name in file.files if name != "structure"}
+    np.savez(piece, **older)
+    assert len(cached_site_features(structures, tmp_path)) == len(cached_site_features(wider, tmp_path)) == 2
+
+
+def test_pseudo_labels_tell_what_they_are_of(tmp_path: Path) -> None:
+    structures = load_structures(ROOT / "data" / "structures.parquet", split="train", max_atoms=2).select(np.arange(4))
+    ranker, judge = (DOSPredictor.load(ROOT / "benchmarks" / f"{name}.safetensors") for name in ("ranker", "judge"))
+    path, some = tmp_path / "p.npz", structures.select(np.arange(3))
+    write_pseudo_labels(path, some, judge)
+    judge.save(tmp_path / "copy.safetensors")
+    for predictor in (judge, DOSPredictor.load(tmp_path / "copy.safetensors")):
+        assert check_pseudo_labels(path, some.select(np.array([2, 0])), predictor)
+    with pytest.raises(ValueError, match="is of another predictor"):
+        check_pseudo_labels(path, some, ranker)
+    for other in (structures, replace(some, cell=some.cell * np.array([1, 1, 1.1])[:, None, None])):
+        with pytest.raises(ValueError, match=r"lacks 1 of the structures, the first is .*: move it away"):
+            check_pseudo_labels(path, other, judge)
+    with np.load(path) as file:
+        older = {name: file[name] for name in ("material_id", "values", "known")}
+    np.savez(path, **older)
+    assert not check_pseudo_labels(path, some, ranker)
+    assert load_pseudo_labels(path).keys() == older.keys()
+    with pytest.raises(ValueError, match="lacks 1 of the structures"):
+        check_pseudo_labels(path, structures, judge)
+
+
+def test_predictions_in_a_folder_are_not_taken_for_others(tmp_path: Path) -> None:
+    structures = load_structures(ROOT / "data" / "structures.parquet", split="train", max_atoms=2).select(np.arange(3))
+    path, judge = tmp_path / "pseudo_labels.npz", ROOT / "benchmarks" / "judge.safetensors"
+    some = structures.select(np.arange(2))
+    _predict_once(path, some, judge, "cpu")
+    before = path.read_bytes()
+    _predict_once(path, some, judge, "cpu")
+    with pytest.raises(ValueError, match="is of another predictor: name that one"):
+        _predict_once(path, some, ROOT / "benchmarks" / "ranker.safetensors", "cpu")
+    with pytest.raises(ValueError, match="lacks 1 of the structures"):
+        _predict_once(path, structures, judge, "cpu")
+    assert path.read_bytes() == before
 
 
 def test_threads_predict_what_one_does() -> None:

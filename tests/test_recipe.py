@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from test_training import CONFIG, bulk_dataset
 
 from dosmatgen_ase.data import CrystalDataset
+from dosmatgen_ase.files.tensors import load_tensors, save_tensors
 from dosmatgen_ase.model.checkpoint import DEFAULT_WEIGHTS, load_model
 from dosmatgen_ase.train.recipe import Recipe, Stage, train_stages
-from dosmatgen_ase.train.trainer import Trainer, TrainingConfig
+from dosmatgen_ase.train.trainer import Trainer, TrainingConfig, train
 
 ROOT = Path(__file__).parents[1]
 SMALL = Recipe((Stage(replace(CONFIG, steps=12), "wide"), Stage(replace(CONFIG, steps=8, seed=1, save_every=4))))
@@ -83,6 +85,39 @@ def test_other_settings_need_another_folder(tmp_path: Path) -> None:
     other = Recipe((replace(SMALL.stages[0], training=replace(SMALL.stages[0].training, seed=5)), SMALL.stages[1]))
     with pytest.raises(ValueError, match=r"was started with other settings of \['seed'\]"):
         train_stages(other, datasets([]), tmp_path, progress=False)
+
+
+def test_what_a_stage_began_with_must_be_the_same(tmp_path: Path) -> None:
+    first, second = SMALL.stages
+    final = train_stages(SMALL, datasets([]), tmp_path / "run", progress=False)
+    other = train(replace(CONFIG, steps=3, seed=9), bulk_dataset(), tmp_path / "other", progress=False)
+    longer = replace(first, training=replace(first.training, steps=16))
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
+    for stages, init, told in (
+        ((first, second), other, r"stage_1 did not start from .*: choose a new folder"),
+        ((replace(first, structures="data"), second), None, r"stage_1 has structures='wide', the recipe 'data'"),
+        ((first, replace(second, predicted=False)), None, r"stage_2 has predicted=True, the recipe False"),
+        ((longer, second), None, r"stage_2 began from the 12 steps of .*stage_1, of which the recipe has 16"),
+    ):
+        with pytest.raises(ValueError, match=told) as error:
+            train_stages(Recipe(stages), datasets([]), tmp_path / "run", init=init, progress=False)
+        assert "choose a new folder" in str(error.value)
+    assert kept == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
+    shutil.copy(other, tmp_path / "run" / "stage_1" / "weights.safetensors")  # trained again elsewhere
+    with pytest.raises(ValueError, match="choose a new folder"):
+        train_stages(SMALL, datasets([]), tmp_path / "run", progress=False)
+    assert final.read_bytes() == kept[final]
+
+
+def test_a_stage_of_an_older_version_is_still_done(tmp_path: Path) -> None:
+    final = train_stages(SMALL, datasets([]), tmp_path, progress=False)
+    for weights in tmp_path.glob("stage_*/weights.safetensors"):
+        tensors, header = load_tensors(weights)
+        assert header.pop("predicted") is True
+        save_tensors(weights, tensors, header)
+    asked: list[str] = []
+    assert train_stages(SMALL, datasets(asked), tmp_path, progress=False) == final
+    assert asked == []
 
 
 @pytest.mark.parametrize(

@@ -146,14 +146,20 @@ def _check_folder(ctx: typer.Context, out: Path) -> None:
 
 
 def _predict_once(path: Path, structures: Structures, predictor: Path | None, device: str) -> None:
-    """Write the predicted DOS of structures, unless they are there; tight binding on the device."""
+    """Write the predicted DOS of structures, unless they are there; tight binding on the device.
+
+    Others in their place are refused, not replaced: they took hours, and the run may have begun with them.
+    """
     from dosmatgen_ase.files import exclusive
     from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
-    from dosmatgen_ase.forward.pseudo_labels import write_pseudo_labels
+    from dosmatgen_ase.forward.pseudo_labels import check_pseudo_labels, write_pseudo_labels
 
     with exclusive(path):
-        if not path.exists():
-            forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR).to(device)
+        forward = DOSPredictor.load(predictor or DEFAULT_PREDICTOR).to(device)
+        if path.exists():
+            if not check_pseudo_labels(path, structures, forward):
+                tell(f"{path} does not tell its predictor (an older version): it is used as it is", err=True)
+        else:
             tell(f"predicting the DOS of {len(structures)} structures (once; kept in {path})", err=True)
             write_pseudo_labels(path, structures, forward, cache=path.with_name("chgnet_features"))
 

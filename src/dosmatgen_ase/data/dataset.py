@@ -25,6 +25,7 @@ from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
 
 LABEL_SIGMA = 0.1  # eV, broadening of the stored labels
 ROUNDING_FLOOR = 10 * SHARD_UNIT  # states/eV per cell: below, the rounding of the shards decides the ratio of two DOS
+SAME_SITES = 1e-3  # fractional, and share of the cell's largest number: labels and tables are in single precision
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -51,6 +52,12 @@ class _Crystals:
             pbc=True,
             info={"material_id": str(self.material_id[i])},
         )
+
+    def fingerprints(self) -> np.ndarray:
+        """(n,) str array: of cell, sites and elements, so that an id given to another crystal is not taken for it."""
+        cell, frac = np.round(self.cell, 4) + 0.0, np.round(self.frac_coords, 4) + 0.0  # -0.0 + 0.0 is 0.0
+        parts = (b"".join(a.tobytes() for a in row) for row in zip(cell, frac, self.atomic_numbers, strict=True))
+        return np.array([hashlib.sha256(part).hexdigest()[:16] for part in parts], dtype="U16")
 
     def select(self, rows: np.ndarray) -> Self:
         """Return the rows picked by a boolean mask or an index array, in that order."""
@@ -437,7 +444,8 @@ def load_pseudo_labels(path: str | Path) -> dict[str, np.ndarray]:
     Returns
     -------
     dict
-        `material_id` (m,), `values` (m, 20, 151) float16 in states/eV, `known` (m, 20, 151) bool.
+        `material_id` (m,), `values` (m, 20, 151) float16 in states/eV, `known` (m, 20, 151) bool; `structure` (m,)
+        and `predictor` tell in newer files what was predicted, and by what.
 
     Raises
     ------
@@ -448,15 +456,16 @@ def load_pseudo_labels(path: str | Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"no pseudo-labels at {path}: make them with predictor.write_pseudo_labels")
     try:
-        data = read_npz(path, {"material_id": ("U", 1), "values": ("f", 3), "known": ("b", 3)})
+        wanted = {"material_id": ("U", 1), "values": ("f", 3), "known": ("b", 3)}
+        data = read_npz(path, wanted, {"structure": ("U", 1), "predictor": ("U", 0)})
         shape = (len(data["material_id"]), MAX_ATOMS, MODEL_GRID.size)
-        if data["values"].shape != shape or data["known"].shape != shape:
-            raise ValueError(f"values and known must have the shape {shape}")
+        of = data.get("structure", data["material_id"])
+        if data["values"].shape != shape or data["known"].shape != shape or of.shape != shape[:1]:
+            raise ValueError(f"values and known must have the shape {shape}, and structure that length")
         if not all(np.isfinite(part).all() and (part >= 0).all() for part in data["values"]):
             raise ValueError("values hold negative numbers, or such that are not finite")
     except ValueError as error:
-        fix = "make it with predictor.write_pseudo_labels"
-        raise ValueError(f"{path} holds no pseudo-labels ({error}): {fix}") from None
+        raise ValueError(f"{path} holds no pseudo-labels ({error}): write them again") from None
     return data
 
 
@@ -499,7 +508,7 @@ class CrystalDataset:
         Raises
         ------
         ValueError
-            If a label's sites are not those of the structure of the same `material_id`, in the same order.
+            If a label's cell, sites or split, or what a DOS was predicted for, are not those of the structure.
         """
         row_of = {material_id: i for i, material_id in enumerate(structures.material_id.tolist())}
         real = [(row_of[m], j) for j, m in enumerate(labels.material_id.tolist()) if m in row_of]
@@ -508,15 +517,18 @@ class CrystalDataset:
         if pseudo_labels is not None:
             pairs = ((row_of.get(m, -1), j) for j, m in enumerate(pseudo_labels["material_id"].tolist()))
             guess = [(i, j) for i, j in pairs if i >= 0 and i not in taken]
-        for i, j in real:
-            if not np.array_equal(structures.atomic_numbers[i], labels.atomic_numbers[j]):
-                raise ValueError(f"label and structure of {labels.material_id[j]} list different sites: rebuild it")
+        _check_same(structures, labels, real)
         rows = np.array([j for _, j in real], dtype=np.int64)
         site = labels.atomic_numbers[rows] > 0
         dos = [labels.values[rows].astype(np.float16)]
         known = [labels.known[rows][:, None, :] & site[:, :, None]]
         if pseudo_labels is not None:
             rows = np.array([j for _, j in guess], dtype=np.int64)
+            if "structure" in pseudo_labels:  # older files do not tell
+                guessed = structures.select(np.array([i for i, _ in guess], dtype=np.int64))
+                if (other := guessed.fingerprints() != pseudo_labels["structure"][rows]).any():
+                    name = guessed.material_id[other.argmax()]
+                    raise ValueError(f"the predicted DOS of {name} is of another structure: predict it again")
             dos.append(pseudo_labels["values"][rows].astype(np.float16))
             known.append(pseudo_labels["known"][rows])
         dos_index = np.full(len(structures), -1, dtype=np.int64)
@@ -529,6 +541,19 @@ class CrystalDataset:
             dos_index=dos_index,
             pseudo=np.arange(len(owners)) >= len(real),
         )
+
+
+def _check_same(structures: Structures, labels: SiteDOSLabels, pairs: Sequence[tuple[int, int]]) -> None:
+    """Refuse labels (second of each pair) of other crystals than the structures of that name."""
+    i, j = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    apart, cell = structures.frac_coords[i] - labels.frac_coords[j], structures.cell[i]
+    other = (structures.atomic_numbers[i] != labels.atomic_numbers[j]).any(1)
+    other |= (np.abs(apart - np.rint(apart)) > SAME_SITES).any((1, 2))
+    other |= (np.abs(cell - labels.cell[j]) > SAME_SITES * np.abs(cell).max((1, 2), keepdims=True)).any((1, 2))
+    moved = structures.split[i] != labels.split[j]  # the test split must not be trained on
+    for bad, fault in ((other, "list different sites or cells"), (moved, "are of different splits")):
+        if bad.any():
+            raise ValueError(f"label and structure of {structures.material_id[i[bad.argmax()]]} {fault}: rebuild one")
 
 
 def size_bucket_batches(num_atoms: np.ndarray, max_pairs: int, generator: np.random.Generator) -> Iterator[np.ndarray]:

@@ -178,30 +178,35 @@ def cached_site_features(
 ) -> list[np.ndarray | str]:
     """Return `site_features` of a table of structures, kept on disk in pieces so that an interrupted run resumes.
 
-    Pieces (`*.npz`) are looked up by `material_id`, so one folder serves any selection of the same structures.
+    Pieces (`*.npz`) are looked up by `material_id` and the crystal itself, so one folder serves any selection of any
+    structures. Pieces of older versions do not tell the crystal: they are left there, and made again.
     """
     directory = Path(directory)
-    known: dict[str, np.ndarray | str] = {}
+    prints = structures.fingerprints()
+    keys = list(zip(structures.material_id.tolist(), prints.tolist(), strict=True))
+    known: dict[tuple[str, str], np.ndarray | str] = {}
     for path in sorted(directory.glob("*.npz")):
         kinds = {"features": ("f", 2), "counts": ("iu", 1), "material_id": ("U", 1), "reason": ("U", 1)}
+        kinds["structure"] = ("U", 1)
         with contextlib.suppress(ValueError):  # what is damaged is made again
             file = read_npz(path, kinds)
             parts = np.split(file["features"], np.cumsum(file["counts"])[:-1])
-            ids, reasons = file["material_id"].tolist(), file["reason"].tolist()
-            known |= {i: reason or part for i, part, reason in zip(ids, parts, reasons, strict=True)}
-    missing = [i for i, material_id in enumerate(structures.material_id.tolist()) if material_id not in known]
+            ids, of, reasons = (file[name].tolist() for name in ("material_id", "structure", "reason"))
+            known |= {(i, s): reason or part for i, s, part, reason in zip(ids, of, parts, reasons, strict=True)}
+    missing = [i for i, key in enumerate(keys) if key not in known]
     for start in trange(0, len(missing), piece, disable=not progress, unit="piece", desc="CHGNet features"):
         rows = missing[start : start + piece]
         fresh = site_features([structures.atoms(i) for i in rows])
         arrays = [f if isinstance(f, np.ndarray) else np.zeros((0, NUM_FEATURES), np.float32) for f in fresh]
         ids = structures.material_id[rows]
         write_npz(
-            directory / f"{ids[0]}.npz",
+            directory / f"{ids[0]}-{prints[rows[0]]}.npz",  # a piece of another crystal of that name stays
             material_id=ids,
+            structure=prints[rows],
             counts=np.array([len(a) for a in arrays]),
             features=np.concatenate(arrays).astype(np.float16),
             reason=np.array([f if isinstance(f, str) else "" for f in fresh]),
         )
         rounded = [f if isinstance(f, str) else f.astype(np.float16) for f in fresh]  # as a resumed run reads them
-        known.update(zip(ids.tolist(), rounded, strict=True))
-    return [known[material_id] for material_id in structures.material_id.tolist()]
+        known.update(zip([keys[i] for i in rows], rounded, strict=True))
+    return [known[key] for key in keys]

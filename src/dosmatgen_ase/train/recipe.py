@@ -102,7 +102,8 @@ def train_stages(
     Parameters
     ----------
     recipe : Recipe
-    dataset_of : gives the training structures of a stage; it is not asked for a stage that is done
+    dataset_of : gives the training structures of a stage; it is not asked for a stage that is done, whose data are thus
+        not compared with those of today (the record tells their digest)
     out : path
         Folder for ``stage_1``, ``stage_2`` and so on, ``record.json`` and ``weights.safetensors``.
     init : path, optional
@@ -118,15 +119,17 @@ def train_stages(
     Raises
     ------
     ValueError, BlockingIOError, OSError
-        As `trainer.train`.
+        As `trainer.train`; also if a stage in `out` began with other structures, or from other weights than it would
+        begin with now.
     """
     out, told = Path(out), []
     for number, stage in enumerate(recipe.stages, start=1):
         folder = out / f"stage_{number}"
         weights = folder / "weights.safetensors"
-        if not _is_done(folder, stage.training):
+        if not _is_done(folder, stage, init):
+            _check_last(stage, weights, out / f"stage_{number + 1}" / "weights.safetensors")
             dataset = dataset_of(stage)
-            metadata = {"structures": stage.structures, "data": counts_of(dataset)}
+            metadata = {"structures": stage.structures, "predicted": stage.predicted, "data": counts_of(dataset)}
             train(stage.training, dataset, folder, init=init, device=device, metadata=metadata, progress=progress)
         told.append(_told(folder))
         init = weights
@@ -150,12 +153,34 @@ def counts_of(dataset: CrystalDataset) -> dict[str, int]:
     }
 
 
-def _is_done(folder: Path, config: TrainingConfig) -> bool:
-    """Whether the stage was trained to its end with these settings; else `train` goes on, or refuses the folder."""
+def _is_done(folder: Path, stage: Stage, init: str | Path | None) -> bool:
+    """Whether the stage was trained to its end with these settings; else `train` goes on, or refuses the folder.
+
+    Raises
+    ------
+    ValueError
+        If it began with other structures, or from other weights than `init`.
+    """
     if not ((folder / "state.safetensors").exists() and (folder / "weights.safetensors").exists()):
         return False
-    training = load_model(folder / "weights.safetensors")[1].get("training", {})
-    return bool(training == json.loads(json.dumps({"steps": config.steps, "config": asdict(config)})))
+    header = load_model(folder / "weights.safetensors")[1]
+    for name in ("structures", "predicted"):  # older versions do not tell the second
+        if header.get(name, value := getattr(stage, name)) != value:
+            fix = "restore it or choose a new folder"
+            raise ValueError(f"the run in {folder} has {name}={header[name]!r}, the recipe {value!r}: {fix}")
+    if init is not None and load_model(init)[1]["sha256"] != header.get("init"):
+        raise ValueError(f"the run in {folder} did not start from {init}: choose a new folder")
+    config = stage.training
+    return bool(header.get("training", {}) == json.loads(json.dumps({"steps": config.steps, "config": asdict(config)})))
+
+
+def _check_last(stage: Stage, weights: Path, after: Path) -> None:
+    """Refuse more steps for a stage from whose weights another one began: before it is trained, not after."""
+    if weights.exists() and after.exists():
+        steps = load_model(weights)[1].get("training", {}).get("steps")
+        if isinstance(steps, int) and steps < stage.training.steps:
+            told = f"{after.parent} began from the {steps} steps of {weights.parent}, of which the recipe has"
+            raise ValueError(f"{told} {stage.training.steps}: restore them or choose a new folder")
 
 
 def _told(folder: Path) -> dict[str, Any]:
