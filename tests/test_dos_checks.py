@@ -6,6 +6,7 @@ import json
 import math
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,16 @@ def test_a_gapped_curve_is_compared_by_its_valence_band() -> None:
     assert normalised_l1(gapped(-1.5).aligned(), gapped(reference="vbm")) < 0.02
 
 
-def test_one_reference_and_metals_are_compared_as_they_are() -> None:
+def test_a_gapped_total_is_compared_by_its_valence_band_whatever_the_other_is() -> None:
+    """A target stands at one zero for all candidates, that of generate and score."""
+    high, low = gapped(-0.3, kind="total"), gapped(-1.5, kind="total")
+    assert normalised_l1(high, low) < 0.03  # one crystal, its Fermi level at two places in the gap
+    metal = replace(METAL, kind="total")
+    assert normalised_l1(metal, low) == normalised_l1(metal, low.aligned())
+    assert normalised_l1(metal, low) == normalised_l1(replace(metal, reference="vbm"), low)
+
+
+def test_sites_of_one_reference_and_metals_are_compared_as_they_are() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert normalised_l1(gapped(-1.5), gapped(-1.5)) == 0.0

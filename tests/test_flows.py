@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -267,6 +268,32 @@ def test_the_screen_names_a_reason_for_each_rejection(tmp_path: Path) -> None:
     assert len(ScreeningDoc.model_validate(kept).survivors) == 2
 
 
+def screened(records: list[dict[str, Any]], *structures: Structure, **targets: TargetDOS) -> list[str | None]:
+    """What the screen says of structures with these records."""
+    records = [{"index": i, **record} for i, record in enumerate(records)]
+    made = GenerationDoc(structures=list(structures), records=records, targets=targets, settings={})
+    return [candidate.reason for candidate in ScreenMaker().make.original(ScreenMaker(), made).candidates]
+
+
+def test_twins_have_equivalent_sites_under_the_targets() -> None:
+    alloy = bulk("NiAl", "cesiumchloride", a=2.88)
+    pair = to_structure(alloy), to_structure(alloy[[1, 0]])
+    assert screened([{}, {}], *pair, **{"0": TARGET}) == [None, None]
+    assert screened([{}, {}], *pair, total=replace(TARGET, kind="total")) == [None, "the same crystal as candidate 0"]
+
+
+@pytest.mark.parametrize("held", [{"fixed_cell": True, "fixed_sites": []}, {"fixed_cell": False, "fixed_sites": [1]}])
+def test_what_is_held_is_no_twin_of_what_is_free(held: dict[str, Any]) -> None:
+    salt = to_structure(bulk("MgO", "rocksalt", a=4.21))
+    strained = salt.copy()
+    strained.apply_strain([0.06, 0.06, -0.03])
+    known: dict[str, Any] = {"search": {"material_id": "mp-1265"}}
+    held = {**held, "template_sha256": "of the substrate"}
+    other = {**held, "template_sha256": "of another"}
+    reasons = screened([known, held, held, other, {}], salt, strained, strained, salt, strained, **{"0": TARGET})
+    assert reasons == [None, None, "the same crystal as candidate 1", None, "the same crystal as candidate 0"]
+
+
 def candidate_doc() -> CandidateDoc:
     return CandidateDoc(index=7, formula="Cu", generated=COPPER, record={"seed": 1})
 
@@ -413,6 +440,31 @@ def test_dft_leaves_what_is_held_where_it_is(record: dict[str, Any], relaxing: M
     assert makers_of(record, FailingMaker(), PredictDOSMaker()) == [FailingMaker(), PredictDOSMaker()]  # as given
 
 
+@pytest.mark.parametrize(
+    ("relaxing", "engine", "tolerance"),
+    [
+        (RelaxMaker(fixed_cell=True), "forward model", 0.0),
+        (RelaxMaker(fixed_sites=[1]), "forward model", 0.0),
+        (RelaxMaker(), "forward model", 0.1),
+        (RelaxMaker(), "Quantum ESPRESSO", 0.0),
+    ],
+)
+def test_what_was_held_or_computed_by_dft_is_validated_as_it_is(
+    relaxing: RelaxMaker, engine: str, tolerance: float
+) -> None:
+    record = {"fixed_cell": False, "fixed_sites": []}
+    first = CandidateDoc(index=0, formula="Cu", generated=COPPER, record=record)
+    screening = ScreeningDoc(candidates=[first], targets={"0": TARGET}, generation={})
+    flow = evaluate_candidates.original(screening, relaxing, PredictDOSMaker(), CompareDOSMaker()).replace
+    computed = {"structure": COPPER, "distance": 0.1, "engine": engine}
+    done = flow.jobs[-2].function_args[1].model_copy(update=computed)
+    assert done.record == record, "regenerate reads it"
+    result = InverseDesignDoc(targets={"0": TARGET}, candidates=[done], generation={})
+    again = validate_candidates(InverseDesignDoc.model_validate_json(result.model_dump_json()), DOSMaker())
+    steps = evaluate_candidates.original(*again.function_args, **again.function_kwargs).replace.jobs
+    assert steps[0].maker.symmetry_tolerance == tolerance
+
+
 def test_a_relaxation_that_cannot_be_told_what_is_held_is_warned_of() -> None:
     def made(relax_maker: Maker | None, template: Structure = COPPER, **settings: Any) -> None:
         maker = InverseDesignMaker(generate_maker=GenerateMaker(**settings), relax_maker=relax_maker)
@@ -523,6 +575,23 @@ def test_a_target_for_the_cell_is_compared_with_the_total() -> None:
     assert vasp.achieved["total"].kind == "total"
     assert vasp.distance > 0
     assert targets_by_site(total) == {"total": total}
+
+
+def test_a_target_of_the_cell_stands_at_one_zero_for_all_candidates() -> None:
+    bands = [(-3.0, 6.0, 0.2), (2.0, 6.0, 0.2)]
+    target = TargetDOS.from_peaks(bands, window=(-8, 6), kind="total", reference="fermi")
+    metal = TargetDOS.from_peaks([(-1.0, 8.0, 0.8)], window=(-8, 6), kind="total", reference="fermi")
+    make = CompareDOSMaker().make.original
+    for made in (metal, target.aligned(), target.shift(1.0)):
+        distances = [
+            make(
+                CompareDOSMaker(), {"total": wanted}, candidate_doc(), RelaxDoc(structure=COPPER),
+                DOSDoc(engine="x", total_dos=made),
+            ).distance
+            for wanted in (target, target.aligned())
+        ]  # fmt: skip
+        assert distances[0] == distances[1]
+        assert (distances[0] < 0.1) == (made is not metal)
 
 
 def test_a_training_job_finds_its_folders_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -919,6 +988,21 @@ def test_the_vasp_script_reports_what_failed(tmp_path: Path) -> None:
     said = script("validate_with_vasp.py", str(tmp_path / "result.json"), "--out", str(tmp_path / "vasp"))
     assert "another 0.300, VASP None no DOS: see the log of its job" in said  # there is no VASP here
     assert (tmp_path / "vasp" / "report.html").exists()
+
+
+def test_vasp_is_asked_for_pbe_without_u_as_the_labels_are() -> None:
+    pytest.importorskip("atomate2")
+    from atomate2.vasp.flows.core import UniformBandStructureMaker
+    from atomate2.vasp.powerups import update_user_incar_settings
+
+    oxide = Structure(np.eye(3) * 4.17, ["Ni", "O"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    texts = [(ROOT / "workflows" / name).read_text() for name in ("validate_with_vasp.py", "README.md")]
+    for text in texts:
+        (asked,) = re.findall(r"update_user_incar_settings\(UniformBandStructureMaker\(\), (\{.*?\})\)", text)
+        maker = update_user_incar_settings(UniformBandStructureMaker(), ast.literal_eval(asked))
+        incar = maker.static_maker.input_set_generator.get_input_set(oxide, potcar_spec=True)["INCAR"]
+        assert (incar["GGA"], incar["LDAU"]) == ("Pe", False)
+        assert not incar.get("LDAUU")
 
 
 def test_the_vasp_script_writes_inputs(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import ase.io
@@ -20,9 +21,11 @@ pytest.importorskip("pydantic")
 
 from pymatgen.core import Lattice, Structure
 
+from dosmatgen_ase import report
 from dosmatgen_ase.cli import app
 from dosmatgen_ase.dos import TargetDOS
 from dosmatgen_ase.flows.schemas import CandidateDoc, InverseDesignDoc
+from dosmatgen_ase.plotting import plot_dos
 from dosmatgen_ase.report import read_result, write_report, write_result
 
 TARGET = TargetDOS.from_peaks([(-1.0, 8.0, 0.5)], window=(-5.0, 2.0)).on_grid()
@@ -158,6 +161,26 @@ def test_a_target_of_the_cell_has_a_report(result: InverseDesignDoc, tmp_path: P
         ).read_text()
     )
     assert page.tags.count("img") == 3
+
+
+def test_curves_are_drawn_as_they_were_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A total whose Fermi level lies in the gap, and the same crystal's DOS of DFT, whose zero is the valence band."""
+    drawn: list[list[TargetDOS]] = []
+
+    def look(curves: TargetDOS | list[TargetDOS], labels: list[str]) -> Any:
+        drawn.append(curves if isinstance(curves, list) else [curves])
+        return plot_dos(curves, labels)
+
+    monkeypatch.setattr(report, "plot_dos", look)
+    bands = [(-1.0, 6.0, 0.2), (4.0, 6.0, 0.2)]
+    made = TargetDOS.from_peaks(bands, window=(-8, 6), kind="total", reference="fermi").aligned()
+    target = replace(made.on_grid(sigma=0.3).shift(-1.5), reference="fermi")
+    best = candidate(0, "Ni", 0.0, None, None).model_copy(update={"achieved": {"total": made}})
+    write_report(InverseDesignDoc(targets={"total": target}, candidates=[best], generation={}), tmp_path / "r.html")
+    tops = [[float(dos.energies[dos.values.argmax()]) for dos in curves] for curves in drawn]
+    assert sorted(map(len, tops)) == [1, 2]
+    assert max(abs(top - tops[0][0]) for pair in tops for top in pair) < 0.11
+    assert {dos.sigma for curves in drawn for dos in curves} == {0.3}
 
 
 def test_a_result_folder_is_read_again(result: InverseDesignDoc, tmp_path: Path) -> None:

@@ -195,6 +195,36 @@ def test_duplicates_and_known_crystals_are_rejected_by_name_and_the_first_is_kep
     assert not any(o.accepted for o in screen_many(many, min_distance=3.0))
 
 
+def test_sites_that_count_must_be_equivalent_too() -> None:
+    """NiAl as [Ni, Al] and [Al, Ni]; layers of Al whose second and third are equivalent, the first is not."""
+    alloy = bulk("NiAl", "cesiumchloride", a=2.88)
+    known = KnownCrystals([alloy])
+    assert known.find(alloy[[1, 0]]) == "0"
+    assert known.find(alloy[[1, 0]], [0]) is None
+    larger = alloy.repeat((2, 1, 1))[[3, 0, 2, 1]]  # Al, Ni, Ni, Al
+    larger.rattle(0.02, seed=0)
+    assert known.find(larger, [0]) is None
+    assert known.find(larger[[2, 0, 1, 3]], [0, 1]) == "0"  # of another cell each, and not the first of its element
+    assert known.find(larger, [3]) is None  # it has no such site
+    layers = crystal([[3, 0, 0], [0, 3, 0], [0, 0, 7.5]], [[0, 0, 0], [0.5, 0.5, 0.28], [0.5, 0.5, 0.72]])
+    layers.numbers[:] = 13
+    known = KnownCrystals([layers])
+    assert known.find(layers[[0, 2, 1]], [0, 1]) == "0"
+    assert known.find(layers[[1, 0, 2]]) == "0"
+    assert known.find(layers[[1, 0, 2]], [0]) is None
+
+
+def test_generated_twins_have_their_targets_on_equivalent_sites() -> None:
+    alloy = bulk("NiAl", "cesiumchloride", a=2.88)
+    for record, twins in (({"targets": {"0": "a digest"}}, False), ({"targets": {}}, True), ("text", True)):
+        pair = [alloy.copy(), alloy[[1, 0]]]
+        for atoms in pair:
+            atoms.info["dosmatgen"] = record
+        assert [outcome.accepted for outcome in screen_many(pair)] == [True, not twins]
+    pair[0].info = pair[1].info = {"dosmatgen": {"targets": {0: "a digest"}}}  # a file of ASE made it a number
+    assert screen_many(pair)[1].accepted
+
+
 def test_known_crystals_are_read_from_the_training_split() -> None:
     path = Path(__file__).parents[1] / "data" / "structures.parquet"
     known = KnownCrystals.from_file(path)

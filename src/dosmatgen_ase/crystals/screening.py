@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -24,6 +24,7 @@ from dosmatgen_ase.crystals.convert import to_structure
 if TYPE_CHECKING:
     from ase import Atoms
     from numpy.typing import NDArray
+    from pymatgen.core import Structure
 
 MAX_DRAWN_VOLUME_PER_ATOM = 100.0  # A^3; of what a model draws freely
 MAX_GIVEN_VOLUME_PER_ATOM = 1000.0  # A^3; of a cell that was given: a slab has vacuum, caesium alone has 111
@@ -206,11 +207,36 @@ class KnownCrystals:
         """Whether a crystal of this reduced formula is known."""
         return reduced_formula(atoms) in self._named
 
-    def find(self, atoms: Atoms) -> str | None:
-        """Return the name of the first known crystal that is the same, None if there is none."""
-        same = self._named.get(reduced_formula(atoms), [])
-        wanted = to_structure(atoms)
-        return next((name for name, other in same if self._matcher.fit(wanted, to_structure(other))), None)
+    def find(self, atoms: Atoms, sites: Iterable[int] = ()) -> str | None:
+        """Return the name of the first known crystal that is the same, None if there is none.
+
+        Where ``sites`` are given, such as those with a target DOS, a crystal is the same only if these of its sites, by
+        their numbers, are equivalent to those of ``atoms``, too.
+        """
+        sites, same = list(sites), self._named.get(reduced_formula(atoms), [])
+        return next((name for name, other in same if self._are_same(atoms, other, sites)), None)
+
+    def _are_same(self, one: Atoms, other: Atoms, sites: Sequence[int]) -> bool:
+        if not sites:
+            return bool(self._matcher.fit(to_structure(one), to_structure(other)))
+        if max(sites) >= min(len(one), len(other)):
+            return False
+        # One site at a time: in a larger cell, equivalent ones may lie in different copies of the primitive cell.
+        return all(self._matcher.fit(_marked(one, i), _marked(other, i)) for i in sites)
+
+
+def _marked(atoms: Atoms, site: int) -> Structure:
+    """The primitive cell with an X on the site; of two of one formula, it is on one element where the rest agrees."""
+    from pymatgen.core import DummySpecies
+
+    order = [site, *(i for i in range(len(atoms)) if i != site)]  # of sites that become one, the first gives properties
+    structure = to_structure(atoms[order])
+    structure.add_site_property("marked", [True] + [False] * (len(atoms) - 1))
+    structure = structure.get_primitive_structure()
+    place = structure.site_properties["marked"].index(True)
+    structure.remove_site_property("marked")
+    structure[place] = DummySpecies("X")
+    return structure
 
 
 def reduced_formula(atoms: Atoms) -> tuple[tuple[int, int], ...]:
@@ -229,7 +255,8 @@ def screen_many(
     ----------
     structures : sequence of Atoms
     drop_duplicates : bool
-        Keep the first of several structures that are the same crystal.
+        Keep the first of several structures that are the same crystal. Of generated ones, the sites that had a target,
+        as ``info["dosmatgen"]`` tells, must be equivalent, too: else only one of the two has the DOS asked for.
     known : KnownCrystals
         Reject these.
     **limits : float
@@ -243,7 +270,7 @@ def screen_many(
     before, outcomes = KnownCrystals(), []
     for i, atoms in enumerate(structures):
         outcome = screen(atoms, **limits)
-        if outcome.accepted and drop_duplicates and (twin := before.find(atoms)) is not None:
+        if outcome.accepted and drop_duplicates and (twin := before.find(atoms, _conditioned(atoms))) is not None:
             outcome = replace(outcome, accepted=False, reason=f"the same crystal as candidate {twin}")
         if outcome.accepted and known is not None and (twin := known.find(atoms)) is not None:
             outcome = replace(outcome, accepted=False, reason=f"not new: the same crystal as {twin}")
@@ -251,6 +278,12 @@ def screen_many(
             before.add(atoms, str(i))
         outcomes.append(outcome)
     return outcomes
+
+
+def _conditioned(atoms: Atoms) -> list[int]:
+    """Numbers of the sites that had a target when the structure was generated."""
+    record = atoms.info.get("dosmatgen")
+    return [int(i) for i in record.get("targets", ())] if isinstance(record, Mapping) else []
 
 
 def charge_balanced(atoms: Atoms) -> bool | None:

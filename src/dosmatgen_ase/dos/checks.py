@@ -75,16 +75,15 @@ def on_common_zero(targets: Mapping[Key, TargetDOS], name: str = "site {}") -> d
 def pair_on_common_zero(dos: TargetDOS, target: TargetDOS) -> tuple[TargetDOS, TargetDOS]:
     """Two DOS of possibly different crystals as they are compared: each with its highest occupied level at zero.
 
-    Those of one reference are left as they are. Of two references, a total DOS with a gap around its Fermi level is
-    moved to its valence-band maximum; a site's is not, but a `DOSWarning` tells how.
+    A total DOS with a gap around its Fermi level is moved to its valence-band maximum, whatever the other's reference:
+    a target must not stand at one zero for metals and at another for insulators. A site's is left as it is, but where
+    the other DOS has its zero at the valence-band maximum, a `DOSWarning` tells how it is moved.
     """
-    if dos.reference == target.reference:
-        return dos, target
     pair = []
     for one in (dos, target):
         gap = gap_at_zero(one)
-        if gap and one.kind == "site" and gap[0] < -SEEN_SHIFT:
-            warnings.warn(f"{_shift_advice(gap)}; the other DOS has its zero there", DOSWarning, stacklevel=4)
+        if gap and one.kind == "site" and gap[0] < -SEEN_SHIFT and dos.reference != target.reference:
+            warnings.warn(f"{_shift_advice(gap)}; the other DOS has its zero there", DOSWarning, stacklevel=5)
         pair.append(one.aligned() if gap and one.kind == "total" else one)
     return pair[0], pair[1]
 

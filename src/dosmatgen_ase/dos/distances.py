@@ -51,7 +51,8 @@ def normalised_l1(dos: TargetDOS, target: TargetDOS, *, window: tuple[float, flo
     Parameters
     ----------
     dos, target : TargetDOS
-        Of the same kind. Zero is the highest occupied level of each (`checks.pair_on_common_zero`).
+        Of the same kind. Zero is the highest occupied level of each: a total whose Fermi level lies in a gap is moved
+        to its valence-band maximum, a site's DOS is taken as it is (`checks.pair_on_common_zero`).
     window : (lo, hi), optional
         eV; the whole grid by default, `NEAR_GAP` for the near-gap figure.
 
@@ -133,14 +134,25 @@ def band_centre_difference(dos: TargetDOS, target: TargetDOS, *, lo: float = -10
     return float(np.average(energies, weights=weights * values) - np.average(energies, weights=weights * wanted))
 
 
-def _on_common_grid(
-    dos: TargetDOS, target: TargetDOS, window: tuple[float, float] | None
-) -> tuple[Array, Array, Mask, Array]:
+def as_compared(dos: TargetDOS, target: TargetDOS) -> tuple[TargetDOS, TargetDOS]:
+    """The two DOS as distances compare them: the highest occupied level of each at zero, on one grid, equally broad.
+
+    Raises
+    ------
+    ValueError
+        If one is a site's and the other a total.
+    """
     if dos.kind != target.kind:
         raise ValueError(f"a {dos.kind} DOS cannot be compared with a {target.kind} DOS: give two of one kind")
     dos, target = pair_on_common_zero(dos, target)
     sigma = max(MODEL_SIGMA, dos.sigma or 0.0, target.sigma or 0.0)
-    first, second = dos.on_grid(MODEL_GRID, sigma), target.on_grid(MODEL_GRID, sigma)
+    return dos.on_grid(MODEL_GRID, sigma), target.on_grid(MODEL_GRID, sigma)
+
+
+def _on_common_grid(
+    dos: TargetDOS, target: TargetDOS, window: tuple[float, float] | None
+) -> tuple[Array, Array, Mask, Array]:
+    first, second = as_compared(dos, target)
     known = first.known & second.known
     if window is not None:
         known = known & inside_window(MODEL_GRID.energies, window)

@@ -20,6 +20,7 @@ from pymatgen.core import Structure
 from dosmatgen_ase.crystals.convert import to_atoms
 from dosmatgen_ase.dos.checks import labelled_elements
 from dosmatgen_ase.flows.jobs import (
+    ESPRESSO,
     CompareDOSMaker,
     DOSMaker,
     GenerateMaker,
@@ -141,7 +142,7 @@ def evaluate_candidates(
         structure: Any = candidate.generated
         relaxation: Any = {"structure": structure}
         chain: list[Job | Flow] = []
-        relaxing, computing = _holding(candidate, relax_maker, dos_maker)
+        candidate, relaxing, computing = _holding(candidate, relax_maker, dos_maker)
         if relaxing is not None:
             chain.append(relaxing.make(structure))
             output = chain[-1].output
@@ -165,16 +166,25 @@ def evaluate_candidates(
     return Response(replace=flow)
 
 
-def _holding(candidate: CandidateDoc, relax_maker: Maker | None, dos_maker: Maker) -> tuple[Maker | None, Maker]:
-    """The Makers of one candidate, which keep what its generation held; the record of a known crystal holds nothing."""
-    cell = bool(candidate.record.get("fixed_cell"))
-    sites = set(candidate.record.get("fixed_sites") or ())
+def _holding(
+    candidate: CandidateDoc, relax_maker: Maker | None, dos_maker: Maker
+) -> tuple[CandidateDoc, Maker | None, Maker]:
+    """The candidate with what is held of it, and its Makers, which keep that.
+
+    Held is what its generation held (the record of a known crystal holds nothing), what the Maker holds by itself, and
+    what was held when the candidate was relaxed before.
+    """
+    told: list[Mapping[str, Any]] = [candidate.record, candidate.held]
     if isinstance(relax_maker, RelaxMaker):
-        cell, sites = cell or relax_maker.fixed_cell, sites | {*relax_maker.fixed_sites}
-        relax_maker = replace(relax_maker, fixed_cell=cell, fixed_sites=sorted(sites))
+        told.append({"fixed_cell": relax_maker.fixed_cell, "fixed_sites": relax_maker.fixed_sites})
+    cell = any(held.get("fixed_cell") for held in told)
+    sites = sorted({i for held in told for i in held.get("fixed_sites") or ()})
+    if isinstance(relax_maker, RelaxMaker):
+        relax_maker = replace(relax_maker, fixed_cell=cell, fixed_sites=sites)
     if isinstance(dos_maker, DOSMaker) and (cell or sites):
         dos_maker = replace(dos_maker, symmetry_tolerance=0.0)  # exact symmetry would move what is held
-    return relax_maker, dos_maker
+    held = {"fixed_cell": cell, "fixed_sites": sites}
+    return candidate.model_copy(update={"held": held}), relax_maker, dos_maker
 
 
 @job(output_schema=DOSDoc, data=LARGE)
@@ -197,8 +207,14 @@ def read_abinit_dos(directory: str | None, structure: Structure | None) -> DOSDo
 
 
 def validate_candidates(result: InverseDesignDoc, dos_maker: Maker, keep: int = 3) -> Job:
-    """Compute the best candidates of a finished run again by another engine, as they are, and rank them by that."""
+    """Compute the best candidates of a finished run again by another engine, as they are, and rank them by that.
+
+    What `DOSMaker` has computed, it computes again as it is: its symmetry was made exact then, where nothing was held.
+    Of what another engine computed, it makes the symmetry exact first, where nothing was held.
+    """
     best = [candidate for candidate in result.candidates if candidate.distance is not None][:keep]
+    if isinstance(dos_maker, DOSMaker) and all(candidate.engine == ESPRESSO for candidate in best):
+        dos_maker = replace(dos_maker, symmetry_tolerance=0.0)  # a second search may find more symmetry, and move atoms
     # What the first engine found must not stand under the name of the second where that fails.
     found = ("achieved", "distance", "near_gap_distance", "mae", "band_gap", "engine", "directory", "reason")
     forgotten = {name: CandidateDoc.model_fields[name].default for name in found}

@@ -7,9 +7,11 @@ with the machine (a missing program, missing weights) fails the job.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, GenerationD
 from dosmatgen_ase.generate.settings import DEFAULT_COUNT, GenerationOptions, GenerationSettings
 from dosmatgen_ase.parsing import DOSInput, split_targets, whole_number
 
+ESPRESSO = "Quantum ESPRESSO"  # the engine of `DOSMaker`
 LATTICE_MATCH = 0.5  # Angstrom: an engine that reorders sites moves none of them this far
 
 
@@ -134,7 +137,9 @@ class ScreenMaker(Maker):
     min_distance, min_volume_per_atom, max_volume_per_atom
         As in `screening.screen`, but as sparse as a template may be: the generator has judged the cells that it drew.
     drop_duplicates
-        Keep the first of structures that pymatgen's StructureMatcher takes for one crystal.
+        Keep the first of structures that pymatgen's StructureMatcher takes for one crystal, and whose sites with a
+        target are equivalent. What holds a cell or sites is compared only with what holds the same of one template: a
+        strained cell is not the crystal that it would relax to.
     keep
         Let only so many go on: those whose predicted DOS is nearest to the targets. None lets all go on. Known crystals
         of a `SearchMaker`, which gives their number, go on besides.
@@ -160,15 +165,17 @@ class ScreenMaker(Maker):
             targets=generation.targets,
             generation=generation.model_dump(include={"settings", "reason", "version"}),
         )
-        before, known = KnownCrystals(), default_index()
+        before: defaultdict[str, KnownCrystals] = defaultdict(KnownCrystals)
+        known, sites = default_index(), [int(key) for key in generation.targets if key != "total"]
         for structure, record in zip(generation.structures, generation.records, strict=True):
             atoms = to_atoms(structure)
             reason = screen(atoms, **limits).reason
             if reason is None and self.drop_duplicates:
-                if (twin := before.find(atoms)) is not None:
+                alike = before[_held(record)]
+                if (twin := alike.find(atoms, sites)) is not None:
                     reason = f"the same crystal as candidate {twin}"
                 else:
-                    before.add(atoms, str(record["index"]))
+                    alike.add(atoms, str(record["index"]))
             told = {"index": record["index"], "formula": structure.composition.reduced_formula, "reason": reason}
             searched = record.get("search", {}).get("material_id")
             name = searched or (known.find(atoms) if reason is None else None)
@@ -176,6 +183,12 @@ class ScreenMaker(Maker):
         if self.keep is not None and generation.targets:
             _keep_best(result, self.keep)
         return result
+
+
+def _held(record: Mapping[str, Any]) -> str:
+    """What the record of a structure says is held, and of which template; empty if nothing is."""
+    held = [record.get("fixed_cell"), record.get("fixed_sites")]
+    return json.dumps([*held, record.get("template_sha256")]) if any(held) else ""
 
 
 def _keep_best(screening: ScreeningDoc, keep: int) -> None:
@@ -257,7 +270,7 @@ class DOSMaker(Maker):
         from dosmatgen_ase.dft.settings import EspressoSettings
         from dosmatgen_ase.judge.relaxation import symmetrized
 
-        done = DOSDoc(engine="Quantum ESPRESSO", settings=self.settings)
+        done = DOSDoc(engine=ESPRESSO, settings=self.settings)
         if structure is None:
             done.reason = "there is no structure: its relaxation failed"
             return done

@@ -83,6 +83,7 @@ class CandidateDoc(BaseModel):
     known_as: str | None = Field(default=None, description="The known crystal that it is, if it is one")
     predicted_distance: Figure = Field(default=None, description="Of the DOS predicted for it as generated")
     structure: Crystal | None = Field(default=None, description="As computed: relaxed, if it was, its symmetry exact")
+    held: dict[str, Any] = Field(default={}, description="What the relaxation was to hold: fixed_cell, fixed_sites")
     energy_per_atom: Figure = Field(default=None, description="eV/atom, of the calculator that relaxed")
     energy_above_hull: Figure = Field(default=None, description="eV/atom; known where CHGNet relaxed")
     relaxation: str | None = Field(default=None, description="How the relaxation ended, in words")

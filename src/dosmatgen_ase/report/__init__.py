@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 
 from dosmatgen_ase.crystals.convert import to_atoms
 from dosmatgen_ase.dos import TargetDOS
+from dosmatgen_ase.dos.distances import as_compared
 from dosmatgen_ase.files import no_file, write_atomic, write_extxyz
 from dosmatgen_ase.flows.schemas import CandidateDoc, InverseDesignDoc
 from dosmatgen_ase.plotting import draw_crystal, plot_dos
@@ -120,7 +121,8 @@ def write_report(result: InverseDesignDoc, path: str | os.PathLike[str]) -> Path
         good=[_row(c, result.targets, path.parent) for c in result.candidates if c.distance is not None],
         lost=[_told(c) for c in result.candidates if c.reason is not None],
         targets=[
-            (_name(key), _picture(plot_dos(target.on_grid(), [_name(key)]))) for key, target in result.targets.items()
+            (_name(key), _picture(plot_dos(as_compared(target, target)[1], [_name(key)])))
+            for key, target in result.targets.items()
         ],
         columns=COLUMNS,
         settings=json.dumps(result.generation, indent=1),
@@ -183,12 +185,12 @@ def _link(directory: str | None, home: Path) -> str | None:
 
 
 def _pictures(candidate: CandidateDoc, targets: dict[str, TargetDOS]) -> list[tuple[str, str]]:
-    """DOS over target for every site that has one, and the crystal."""
+    """DOS over target, as their distance compares them, for every site that has one, and the crystal."""
     pictures = []
     for key, target in targets.items():
-        curves = [target.on_grid(), candidate.achieved[key].on_grid()]
+        made, wanted = as_compared(candidate.achieved[key], target)
         labels = [_name(key), f"{candidate.formula}, {candidate.engine}"]
-        pictures.append(("DOS", _picture(plot_dos(curves, labels))))
+        pictures.append(("DOS", _picture(plot_dos([wanted, made], labels))))
     sites = [int(key) for key in targets if key != "total"]
     crystal = draw_crystal(to_atoms(candidate.structure or candidate.generated), sites=sites)
     return [*pictures, (f"unit cell of {candidate.formula}", _picture(crystal))]
