@@ -244,7 +244,7 @@ def arrays() -> Files:
         "origin": np.full(len(found), "given"),
         "parent": np.full(len(found), ""),
     }
-    shard = labels._pack(folder, work, candidates, found, {}, told)
+    shard = labels._pack(folder, work, candidates, found, {}, told, {})
     return {
         **{name: (folder / name).read_bytes() for name in ("hull.npz", "index.npz", "piece.npz", "pseudo.npz")},
         "shard.npz": shard.read_bytes(),
