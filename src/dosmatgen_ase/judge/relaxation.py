@@ -193,7 +193,7 @@ def _begun(path: Path, origins: Sequence[str]) -> tuple[list[Atoms], int]:
 
 def _named(calculator: str | Path) -> str:
     """The name of a calculator, and the content of its file: another potential may have been put in the same place."""
-    path = Path(calculator)
+    path = Path(str(calculator))
     if not path.is_file():
         return str(calculator)
     with path.open("rb") as file:
