@@ -216,8 +216,9 @@ def test_the_total_holds_the_electrons_but_for_the_semicore(shards: dict[str, An
     whole = {label: off for label, (_, gap, _, off) in left.items() if gap}
     assert len(whole) > 0.6 * len(left)
     assert np.median(list(whole.values())) < 0.005
-    # Bands narrower than the broadening at the Fermi level (TcF6 molecules), where the slope says nothing, are rare.
-    far = Counter(file for (file, _), off in whole.items() if off > 0.15)
+    # Bands narrower than the broadening at the Fermi level (TcF6 molecules), where the slope says nothing, are rare;
+    # those with a large correction (Ti3+ in Cs2KTiF6) are counted above.
+    far = Counter(label[0] for label, off in whole.items() if off > 0.15 and left[label][2] <= 0.1)
     assert max(far.values()) <= 2, "more wrong Fermi levels in one shard than chance makes"
 
 
