@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dosmatgen_ase.crystals.screening import KnownCrystals, screen_many
     from dosmatgen_ase.dft.espresso import compute_dos
     from dosmatgen_ase.dos import DOSWarning, EnergyGrid, TargetDOS
-    from dosmatgen_ase.forward.bands import predict_bands
+    from dosmatgen_ase.forward.bands import predict_bands, predict_levels
     from dosmatgen_ase.forward.predictor import predict_dos
     from dosmatgen_ase.generate.generator import DOSGenerator
     from dosmatgen_ase.generate.settings import GenerationSettings
@@ -52,6 +52,7 @@ __all__ = [
     "energy_above_hull",
     "predict_bands",
     "predict_dos",
+    "predict_levels",
     "relax",
     "screen_many",
     "search",
@@ -70,6 +71,7 @@ _HOME = {
     "energy_above_hull": "judge.stability",
     "predict_bands": "forward.bands",
     "predict_dos": "forward.predictor",
+    "predict_levels": "forward.bands",
     "relax": "judge.relaxation",
     "screen_many": "crystals.screening",
     "search": "retrieval.query",
