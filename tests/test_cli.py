@@ -404,11 +404,7 @@ def test_what_relaxes_into_known_crystals_is_told(
     monkeypatch.setattr(ranking_module, "score_and_relax", lambda *given, **more: whole(*given, **more)[:left])
     result = generate(weights, tmp_path / "out.extxyz", "-n", 2, "--num-atoms", 2, "--new-only")
     assert result.exit_code == (0 if left else 1)
-    told = (
-        "warning: only 1 of the 2 crystals drawn are new"
-        if left
-        else "none of the 2 crystals drawn is new"
-    )
+    told = "warning: only 1 of the 2 crystals drawn are new" if left else "none of the 2 crystals drawn is new"
     assert told in result.output
 
 
