@@ -235,16 +235,16 @@ def arrays() -> Files:
     )
     work = folder / "work"
     work.mkdir(exist_ok=True)
-    found = [computed(atoms) for atoms in crystals()]
-    for atoms in crystals():
-        (work / f"{atoms.info['material_id']}.json").touch()
-    candidates = [labels.Candidate(a.info["material_id"], a, "train", 1) for a in crystals()]
+    found = {atoms.info["material_id"]: computed(atoms) for atoms in crystals()}
+    for name in found:
+        (work / f"{name}.json").touch()
+    candidates = {name: labels.Candidate(name, a, "train", 1) for name, a in zip(found, crystals(), strict=True)}
     told = {
         "recipe": np.int16(labels.RECIPE),
         "origin": np.full(len(found), "given"),
         "parent": np.full(len(found), ""),
     }
-    shard = labels._pack(folder, work, candidates, found, {}, told, {})
+    shard = labels._pack(folder, work, candidates, found, {}, told)
     return {
         **{name: (folder / name).read_bytes() for name in ("hull.npz", "index.npz", "piece.npz", "pseudo.npz")},
         "shard.npz": shard.read_bytes(),

@@ -22,8 +22,8 @@ from dosmatgen_ase.cli.options import (
     TargetOptions,
     figure,
     generation_settings,
+    on_told_zero,
     output,
-    tell_moved,
     with_options,
 )
 from dosmatgen_ase.generate.settings import DEFAULT_COUNT, GenerationSettings
@@ -114,7 +114,7 @@ def generate(
     start = time.perf_counter()
     _check_calculator(best)
     dos = target.read(dos_file)
-    tell_moved(dos_file, dos)
+    on_told_zero(dos_file, {0: dos})
     files = _Files.of(out, best)
     _check_before(ctx, files, n, best)
 

@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dosmatgen_ase.dos import TargetDOS
 
 Command = TypeVar("Command", bound=Callable[..., None])
+Key = TypeVar("Key")
 TARGET_PANEL = "How DOS_FILE is read"
 
 DosFile = Annotated[
@@ -213,13 +214,14 @@ class TargetOptions:
         return target
 
 
-def tell_moved(dos_file: Path, target: TargetDOS) -> None:
-    """Say on the standard error if a total with a gap is moved to its valence-band maximum before it is used."""
+def on_told_zero(dos_file: Path, targets: Mapping[Key, TargetDOS]) -> dict[Key, TargetDOS]:
+    """`on_common_zero`; say on the standard error if a total with a gap is moved to its valence-band maximum."""
     from dosmatgen_ase.dos import on_common_zero
 
-    moved = on_common_zero({0: target})[0]
-    if moved != target:
-        tell(f"{dos_file}: {moved.provenance['steps'][-1]}", err=True)
+    moved = on_common_zero(targets)
+    for target in dict.fromkeys(moved[key] for key, given in targets.items() if moved[key] != given):
+        tell(f"{dos_file}: {target.provenance['steps'][-1]}", err=True)
+    return moved
 
 
 def tell_doubts(target: TargetDOS) -> None:

@@ -21,11 +21,11 @@ from dosmatgen_ase.cli.options import (
     Predictor,
     TargetOptions,
     figure,
+    on_told_zero,
     output,
     read_structures,
     single_table,
     tell_doubts,
-    tell_moved,
     with_options,
 )
 from dosmatgen_ase.parsing import names_from_text, numbers_from_text
@@ -145,15 +145,10 @@ def search(
 
 def _targets(dos_file: Path, reading: TargetOptions, sites: Sequence[int | None]) -> list[TargetDOS]:
     """Read the targets as `search` compares them, one for each site, and tell what is moved and what is doubtful."""
-    from dosmatgen_ase.dos import on_common_zero
-
-    read = {site: replace(reading, site=site).read(dos_file) for site in sites}
-    moved = on_common_zero(read)
-    for target in dict.fromkeys(read.values()):
-        tell_moved(dos_file, target)
-    for target in dict.fromkeys(moved.values()):
+    targets = on_told_zero(dos_file, {site: replace(reading, site=site).read(dos_file) for site in sites})
+    for target in dict.fromkeys(targets.values()):
         tell_doubts(target)
-    return [moved[site] for site in sites]
+    return [targets[site] for site in sites]
 
 
 def _crystals(index: Path | None, among: Sequence[Path] | None) -> DOSIndex:

@@ -47,8 +47,7 @@ def train(
         typer.Option(
             help="File of predicted DOS for structures without a label, or 'auto': predict them once and keep the file "
             "in OUT. A config of several stages always does this. For the judge of the benchmarks to stay independent, "
-            "--predictor must be "
-            "benchmarks/ranker.safetensors."
+            "--predictor must be benchmarks/ranker.safetensors."
         ),
     ] = None,
     predictor: Predictor = None,

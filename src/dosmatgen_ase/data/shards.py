@@ -35,9 +35,10 @@ def read_shard(path: Path) -> dict[str, np.ndarray]:
     try:
         read = read_npz(path, SHARD_KEYS, _SHARD_EXTRAS)
         n = len(read["material_id"])
-        older = {"failed_id": np.array([], np.str_), "origin": np.full(n, "given"), "parent": np.full(n, "")}
-        data = {"recipe": np.array(1), **older, **read}
-        data.setdefault("failed_crystal", np.full(len(data["failed_id"]), ""))
+        failed = read.get("failed_id", np.array([], np.str_))
+        older = {"failed_id": failed, "failed_crystal": np.full(len(failed), "")}
+        older |= {"recipe": np.array(1), "origin": np.full(n, "given"), "parent": np.full(n, "")}
+        data = {**older, **read}
         if wrong := _misfit(data):
             raise ValueError(wrong)
     except ValueError as error:

@@ -140,22 +140,24 @@ def _alone(
     """Do what `_compute_or_read` does, while no other run works on this structure."""
     file = out / f"{name}.json"
     crystal = {"numbers": atoms.numbers.tolist(), "cell": atoms.cell.tolist(), "positions": atoms.positions.tolist()}
+    files = fingerprints(pseudos)
     if (done := read_record(file)) is not None:
         same = done["structure"] == crystal
-        pseudos_told = done.get("pseudopotentials", fingerprints(pseudos))  # of an old record they are not known
-        if "failed" in done and same and done["settings"] == given and pseudos_told == fingerprints(pseudos):
+        alike = done.get("pseudopotentials", files) == files  # of an old record they are not known
+        if "failed" in done and same and done["settings"] == given and alike:
             return ElectronicStructureError(str(done["failed"]))
         if (result := recorded_result(file)) is not None:
             same = same and all(done["settings"].get(k) == given[k] for k in (*PHYSICS, "recipe"))
             used = result.total.provenance.get("pseudopotentials")  # of an old record it is not known
-            if not same or (used is not None and used != fingerprints(pseudos)):
+            if not same or (used is not None and used != files):
                 told = "another structure, other settings or pseudopotentials, or an earlier version's recipe"
                 raise ValueError(f"{file} holds the result of {told}: choose another folder, or remove it")
             if is_calculation(out / name):  # of a run that was killed right after it wrote the result
                 shutil.rmtree(out / name, ignore_errors=True)
             return result
-    record = {"format": "dosmatgen_ase.compute_many", "structure": crystal, "settings": given}
-    record["pseudopotentials"] = fingerprints(pseudos)
+    record = {
+        "format": "dosmatgen_ase.compute_many", "structure": crystal, "settings": given, "pseudopotentials": files
+    }  # fmt: skip
     if (out / name).exists() and not is_calculation(out / name):
         raise ValueError(f"{out / name} is there and holds something else: choose another folder for the results")
     try:

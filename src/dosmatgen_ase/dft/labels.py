@@ -504,11 +504,8 @@ class _NextShard:
 
     def pack(self) -> None:
         if self.labels:
-            crystals = [self.candidates[name] for name in self.labels]
             told = {"recipe": np.int16(self.recipe), **self.made.arrays(self.labels)}
-            path = _pack(
-                self.folder, self.work, crystals, list(self.labels.values()), self.failed, told, self.candidates
-            )
+            path = _pack(self.folder, self.work, self.candidates, self.labels, self.failed, told)
             self.written.append(path)
             self.packed += len(self.labels)
             self.labels.clear()
@@ -517,11 +514,10 @@ class _NextShard:
 def _pack(
     folder: Path,
     work: Path,
-    candidates: Sequence[Candidate],
-    results: Sequence[ElectronicStructure],
+    candidates: Mapping[str, Candidate],
+    labels: Mapping[str, ElectronicStructure],
     failed: Mapping[str, str],
     told: Mapping[str, Any],
-    tried: Mapping[str, Candidate],
 ) -> Path:
     """Write one shard and then remove what it holds from `work`. The only place that knows how a shard is written."""
 
@@ -529,9 +525,9 @@ def _pack(
         return np.round(np.asarray(values) / SHARD_UNIT).clip(0, np.iinfo(kind).max).astype(kind)
 
     new = {name: reason for name, reason in failed.items() if (work / f"{name}.json").exists()}
-    crystals = [candidate.atoms for candidate in candidates]
+    crystals, results = [candidates[name].atoms for name in labels], list(labels.values())
     arrays: dict[str, Any] = {
-        "material_id": [c.name for c in candidates], "split": [c.split for c in candidates],
+        "material_id": list(labels), "split": [candidates[name].split for name in labels],
         "atom_offset": np.cumsum([0, *map(len, crystals)], dtype=np.int32),
         "cell": np.array([a.cell.array.ravel() for a in crystals], np.float32),
         "atomic_numbers": np.concatenate([a.numbers for a in crystals]).astype(np.int16),
@@ -544,7 +540,7 @@ def _pack(
         **told,
         "failed_id": np.array(list(new), np.str_),
         "failed_reason": np.array(list(new.values()), np.str_),
-        "failed_crystal": np.array([str(_Crystal.of_atoms(tried[name].atoms)) for name in new], np.str_),
+        "failed_crystal": np.array([str(_Crystal.of_atoms(candidates[name].atoms)) for name in new], np.str_),
         **pack_bands([r.bands for r in results]),
     }  # fmt: skip
     for name in ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment", "fermi_level"):

@@ -186,8 +186,8 @@ def cached_site_features(
     keys = list(zip(structures.material_id.tolist(), prints.tolist(), strict=True))
     known: dict[tuple[str, str], np.ndarray | str] = {}
     for path in sorted(directory.glob("*.npz")):
-        kinds = {"features": ("f", 2), "counts": ("iu", 1), "material_id": ("U", 1), "reason": ("U", 1)}
-        kinds["structure"] = ("U", 1)
+        kinds = {"features": ("f", 2), "counts": ("iu", 1)}
+        kinds |= dict.fromkeys(("material_id", "structure", "reason"), ("U", 1))
         with contextlib.suppress(ValueError):  # what is damaged is made again
             file = read_npz(path, kinds)
             parts = np.split(file["features"], np.cumsum(file["counts"])[:-1])
