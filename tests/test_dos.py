@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 from pymatgen.electronic_structure.core import Orbital, Spin
 from pymatgen.electronic_structure.dos import CompleteDos, Dos
+from scipy.special import ndtr
 
 from dosmatgen_ase.dos import (
     GAP_DOS,
@@ -408,6 +409,16 @@ def test_pymatgen_gap_moves_the_zero_to_the_valence_band() -> None:
     target = TargetDOS.from_pymatgen(complete_dos(gapped=True))
     assert target.reference == "vbm"
     assert target.values[target.energies < 0][-1] >= GAP_DOS > target.values[target.energies > 0.02][0]
+
+
+def test_pymatgen_tail_of_a_stated_broadening_is_no_part_of_the_band() -> None:
+    energies = np.arange(-6.0, 8.0, 0.02)
+    edges = [ndtr(sign * (energies - edge) / 0.1) for sign, edge in ((1, -4.0), (-1, 1.0), (1, 4.0))]
+    dos = Dos(2.0, energies, {Spin.up: 3 * (edges[0] * edges[1] + edges[2])})
+    unstated, stated = (TargetDOS.from_pymatgen(dos, sigma=sigma) for sigma in (None, 0.1))
+    assert (unstated.sigma, stated.sigma) == (None, 0.1)
+    assert dos.energies[0] - unstated.energies[0] > 1.2  # the zero lies in the tail
+    assert dos.energies[0] - stated.energies[0] == pytest.approx(1.0, abs=0.05)
 
 
 def test_pymatgen_coarse_metal_has_no_gap() -> None:

@@ -50,6 +50,7 @@ from dosmatgen_ase.flows import (
 )
 from dosmatgen_ase.flows.flows import evaluate_candidates, validate_candidates
 from dosmatgen_ase.flows.jobs import targets_by_site, to_atoms, to_structure
+from dosmatgen_ase.forward.predictor import predict_dos
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
@@ -652,6 +653,35 @@ def test_a_failed_job_costs_its_candidate_alone(step: str, tiny_weights: Path, t
     assert all(c.reason is None and c.distance is not None for c in good)
     with pytest.raises(RuntimeError, match="nobody foresaw"):
         run(small(tiny_weights, **{"relax_maker": None, step: maker}).make(TARGET), tmp_path)
+
+
+@dataclass
+class SortingMaker(Maker):
+    """Relaxes as VASP by atomate2 does: sites come back sorted by element."""
+
+    name: str = "sorting"
+    twice: bool = False
+
+    @job
+    def make(self, structure: Structure) -> Any:
+        relaxed = structure.get_sorted_structure()
+        return {"structure": relaxed * [1 + self.twice, 1, 1], "output": {"energy_per_atom": -1.0}}
+
+
+def test_a_site_is_the_same_site_after_the_relaxation_by_another_package(tmp_path: Path) -> None:
+    mixed = Structure(Lattice.cubic(4), ["Au", "Cu", "Au"], [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5]])
+    assert mixed.get_sorted_structure()[0].specie.symbol == "Cu"
+    candidate = CandidateDoc(index=0, formula="Au2Cu", generated=mixed, record={})
+    screening = ScreeningDoc(candidates=[candidate], targets={"2": TARGET}, generation={})
+    done = []
+    for twice in (False, True):
+        job = evaluate_candidates(screening, SortingMaker(twice=twice), PredictDOSMaker(), CompareDOSMaker())
+        done += InverseDesignDoc.model_validate(run(job, tmp_path)).candidates
+    assert done[0].structure == mixed
+    assert [site.specie.symbol for site in done[0].structure] == ["Au", "Cu", "Au"]
+    assert done[0].energy_per_atom == -1.0
+    assert done[0].achieved["2"] == predict_dos(to_atoms(mixed))[2]
+    assert "the relaxation returned Cu2 Au4 for Cu1 Au2: which site is which is not known" in done[1].reason
 
 
 def test_a_run_without_survivors_still_has_a_result(tiny_weights: Path, tmp_path: Path) -> None:

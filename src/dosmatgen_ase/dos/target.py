@@ -405,7 +405,7 @@ class TargetDOS:
         return read_peaks(peaks, window, reference, kind)
 
     @classmethod
-    def from_pymatgen(cls, dos: Any, site: int | None = None) -> TargetDOS:
+    def from_pymatgen(cls, dos: Any, site: int | None = None, sigma: float | None = None) -> TargetDOS:
         """Read a pymatgen ``Dos`` or ``CompleteDos``, or the dict of one.
 
         Spins are summed. The zero of energy becomes the Fermi level, or the valence-band maximum where the DOS has a
@@ -415,22 +415,21 @@ class TargetDOS:
 
         Parameters
         ----------
-        dos : pymatgen.electronic_structure.dos.Dos or dict
-            Also ``CompleteDos`` and ``LobsterCompleteDos``.
+        dos : pymatgen ``Dos``, ``CompleteDos`` or ``LobsterCompleteDos``, or the dict of one
         site : int, optional
             Site index in the structure: its projections, scaled at every energy so that all sites add up to the
             total (`scale_sites_to_total`). By default the total DOS of the cell.
+        sigma : float, optional
+            Standard deviation (eV) of its broadening, where it is known: the tail at the edge of a gap is taken off.
 
         Raises
         ------
-        TypeError
-            If `dos` is something else.
-        ValueError
-            If the site does not exist or there are no projections.
+        TypeError, ValueError
+            If `dos` is something else, the site does not exist, or there are no projections.
         """
         from dosmatgen_ase.dos.readers.pymatgen import read_pymatgen
 
-        return read_pymatgen(dos, site)
+        return read_pymatgen(dos, site, sigma)
 
     @classmethod
     def from_vasprun(cls, path: str | PathLike[str], site: int | None = None) -> TargetDOS:

@@ -28,6 +28,7 @@ from dosmatgen_ase.flows.jobs import (
     RelaxMaker,
     ScreenMaker,
     add_reports,
+    in_given_order,
     label_batch,
     targets_by_site,
 )
@@ -146,9 +147,10 @@ def evaluate_candidates(
         if relaxing is not None:
             chain.append(relaxing.make(structure))
             output = chain[-1].output
-            structure = output.structure
-            own = output.output_schema is RelaxDoc
-            relaxation = output if own else {"structure": structure, "energy": output.output.energy_per_atom}
+            if output.output_schema is not RelaxDoc:
+                chain.append(in_given_order(structure, output.structure, output.output.energy_per_atom))
+                output = chain[-1].output
+            structure, relaxation = output.structure, output
         chain.append(computing.make(structure))
         output = chain[-1].output
         if output is None:  # atomate2's abinit flow leaves files only

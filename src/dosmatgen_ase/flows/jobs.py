@@ -244,6 +244,29 @@ class RelaxMaker(Maker):
         return RelaxDoc(structure=structure, energy_above_hull=above, **report)
 
 
+@job(output_schema=RelaxDoc)
+def in_given_order(given: Structure, relaxed: Structure | None, energy: float | None) -> RelaxDoc:
+    """Return the sites that another package relaxed in the order in which they were given: targets count sites.
+
+    atomate2's inputs for VASP sort sites by element, and sites of one element keep their order.
+    """
+    if relaxed is None:
+        return RelaxDoc(structure=None)
+    places, back = _places_by_element(given), _places_by_element(relaxed)
+    if {z: len(own) for z, own in places.items()} != {z: len(own) for z, own in back.items()}:
+        reason = f"the relaxation returned {relaxed.formula} for {given.formula}: which site is which is not known"
+        return RelaxDoc(structure=None, reason=reason)
+    order = dict(pair for z, own in places.items() for pair in zip(own, back[z], strict=True))
+    return RelaxDoc(structure=Structure.from_sites([relaxed[order[i]] for i in range(len(given))]), energy=energy)
+
+
+def _places_by_element(structure: Structure) -> dict[int, list[int]]:
+    places: defaultdict[int, list[int]] = defaultdict(list)
+    for i, site in enumerate(structure):
+        places[site.specie.Z].append(i)
+    return places
+
+
 @dataclass
 class DOSMaker(Maker):
     """Compute the site DOS with Quantum ESPRESSO (`dft.espresso.compute_dos`).
