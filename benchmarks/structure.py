@@ -30,7 +30,7 @@ from ase import Atoms
 from tqdm import tqdm
 
 from dosmatgen_ase.crystals.batch import CrystalBatch
-from dosmatgen_ase.crystals.screening import screen
+from dosmatgen_ase.crystals.screening import digest, screen
 from dosmatgen_ase.data import Structures, load_structures
 from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.generate.constraints import Constraints
@@ -77,12 +77,13 @@ def draw_like(
 def true_energies(truths: list[Atoms], cache: Path) -> np.ndarray:
     """CHGNet energies (eV/atom) of the true structures, kept in a file from run to run."""
     known: dict[str, float] = json.loads(cache.read_text()) if cache.exists() else {}
-    missing = [a for a in truths if a.info["material_id"] not in known]
+    named = {digest(atoms): atoms for atoms in truths}
+    missing = {name: atoms for name, atoms in named.items() if name not in known}
     if missing:
-        known.update(zip((a.info["material_id"] for a in missing), chgnet_energies(missing).tolist(), strict=True))
+        known.update(zip(missing, chgnet_energies(list(missing.values())).tolist(), strict=True))
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(cache, json.dumps(known).encode())
-    return np.array([known[a.info["material_id"]] for a in truths])
+    return np.array([known[digest(atoms)] for atoms in truths])
 
 
 def measure(made: list[Atoms], truths: list[Atoms], reference: np.ndarray) -> dict[str, Any]:

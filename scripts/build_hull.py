@@ -44,7 +44,7 @@ from ase.data import chemical_symbols
 from prototypes import prototypes
 from tqdm import tqdm
 
-from dosmatgen_ase.crystals.screening import reduced_formula, right_handed
+from dosmatgen_ase.crystals.screening import digest, reduced_formula, right_handed
 from dosmatgen_ase.files import read_records
 from dosmatgen_ase.judge.relaxation import relax_each
 from dosmatgen_ase.judge.stability import DEFAULT_HULL, Hull, chgnet_energies
@@ -125,8 +125,13 @@ def priority(crystals: Sequence[Atoms]) -> list[int]:
 
 
 def name_of(atoms: Atoms) -> str:
-    """Under which its energies are kept."""
+    """Its id."""
     return str(atoms.info["material_id"])
+
+
+def key_of(atoms: Atoms) -> str:
+    """Under which its energies are kept: tables may give one id to unlike crystals."""
+    return f"{name_of(atoms)}-{digest(atoms)[:12]}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Energies:
     base : Hull, optional
         The hull that they come to.
     known : dict
-        By the name of a crystal: its energy as it stands ("static") and relaxed, eV/atom, or None where there is none.
+        By `key_of` a crystal: its energy as it stands ("static") and relaxed, eV/atom, or None where there is none.
     file : text file
         Open at its end.
     """
@@ -151,11 +156,11 @@ class Energies:
 
     def of(self, i: int) -> dict[str, float | None]:
         """What is known of one crystal."""
-        return self.known.get(name_of(self.crystals[i]), {})
+        return self.known.get(key_of(self.crystals[i]), {})
 
     def keep(self, i: int, kind: str, energy: float | None) -> None:
         """Note an energy, or that there is none."""
-        name = name_of(self.crystals[i])
+        name = key_of(self.crystals[i])
         energy = None if energy is None or not np.isfinite(energy) else round(float(energy), 6)
         self.known.setdefault(name, {})[kind] = energy
         self.file.write(json.dumps({"id": name, kind: energy}) + "\n")
@@ -180,11 +185,24 @@ class Energies:
 
 
 def crystals_of(options: argparse.Namespace, base: Hull | None) -> list[Atoms]:
-    """Crystals of the tables that are no entries of the hull, and references of the elements that both lack."""
-    named = {name_of(atoms): atoms for path in options.structures for atoms in read_crystals(path)}
-    if options.prototypes:
-        named |= {name_of(atoms): atoms for atoms in prototypes()}
-    held = set() if base is None else set(base.name.tolist())
+    """Crystals of the tables that are no entries of the hull, and references of the elements that both lack.
+
+    Raises
+    ------
+    SystemExit
+        If an id stands for two crystals, or in the hull for another formula; as `element_references`.
+    """
+    given = [atoms for path in options.structures for atoms in read_crystals(path)]
+    given += prototypes() if options.prototypes else []
+    named = {name_of(atoms): atoms for atoms in given}
+    rows = [] if base is None else zip(base.name.tolist(), base.counts, strict=True)
+    held = {name: {int(z): int(counts[z]) for z in np.flatnonzero(counts)} for name, counts in rows}
+    for atoms in given:
+        name = name_of(atoms)
+        if key_of(atoms) != key_of(named[name]):
+            raise SystemExit(f"two crystals have the id {name}: give each an id of its own")
+        if name in held and held[name] != dict(reduced_formula(atoms)):
+            raise SystemExit(f"{name} is another formula in {options.onto}: give it another id")
     crystals = [atoms for name, atoms in named.items() if name not in held]
     present = {z for atoms in crystals for z in atoms.numbers.tolist()}
     own = {int(atoms.numbers[0]) for atoms in crystals if len(set(atoms.numbers)) == 1}

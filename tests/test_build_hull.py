@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
+from ase.data import chemical_symbols
 
 from dosmatgen_ase.judge.stability import Hull
 
@@ -101,6 +102,29 @@ def test_a_table_enlarges_a_hull_and_what_lies_far_above_is_not_kept(tmp_path: P
     script([*command, "--keep", "inf"])
     assert len(asked) == 4, "and nothing is computed again"
     assert "mp-2" in Hull.load(out).name
+
+
+def test_an_energy_is_of_the_crystal_not_of_its_id(tmp_path: Path, script: Any) -> None:
+    energies = {"Cu": -1.0, "Ni": -2.0, "Al": -3.0, "Au": -4.0}
+    command = ["--cache", str(tmp_path / "hull.jsonl"), "--out", str(tmp_path / "hull.npz"), "--minutes", "0"]
+
+    def static(crystals: list[Atoms]) -> list[float]:
+        return [energies[str(atoms.symbols[0])] for atoms in crystals]
+
+    def hull(*symbols: str) -> dict[str, float]:
+        table = in_table(*(crystal(str(i), symbol) for i, symbol in enumerate(symbols)))
+        script(command, read_crystals=table, chgnet_energies=static)
+        found = Hull.load(tmp_path / "hull.npz")
+        return {chemical_symbols[int(np.argmax(row))]: e for row, e in zip(found.counts, found.energy, strict=True)}
+
+    assert hull("Cu", "Ni") == {"Cu": -1.0, "Ni": -2.0}
+    assert hull("Al", "Au") == {"Al": -3.0, "Au": -4.0}, "the same ids in another table"
+    both = in_table(crystal("1", "Cu"), crystal("1", "Ni"))
+    with pytest.raises(SystemExit, match="two crystals have the id 1: give each an id of its own"):
+        script(command, read_crystals=both, chgnet_energies=static)
+    onto = ["--onto", str(tmp_path / "hull.npz"), *command[:3], str(tmp_path / "other.npz"), *command[4:]]
+    with pytest.raises(SystemExit, match=r"1 is another formula in .*hull.npz: give it another id"):
+        script(onto, read_crystals=in_table(crystal("1", "Cu")), chgnet_energies=static)
 
 
 def test_crystals_of_any_size_are_read_right_handed(tmp_path: Path) -> None:

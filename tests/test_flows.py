@@ -46,6 +46,7 @@ from dosmatgen_ase.flows import (
     RelaxMaker,
     ScreeningDoc,
     ScreenMaker,
+    SearchMaker,
     TrainMaker,
 )
 from dosmatgen_ase.flows.flows import evaluate_candidates, validate_candidates
@@ -397,7 +398,8 @@ def makers_of(record: dict[str, Any], relax_maker: Maker | None, dos_maker: Make
     candidate = candidate_doc().model_copy(update={"record": record})
     screening = ScreeningDoc(candidates=[candidate], targets={"0": TARGET}, generation={})
     flow = evaluate_candidates.original(screening, relax_maker, dos_maker, CompareDOSMaker()).replace
-    return [replace(step.maker, name=step.maker.name.removesuffix(" 7")) for step in flow.jobs[:-2]]
+    makers = [step.maker for step in flow.jobs[:-2] if step.maker is not None]
+    return [replace(maker, name=maker.name.removesuffix(" 7")) for maker in makers]
 
 
 def test_the_relaxation_of_a_design_holds_what_its_generation_is_to_keep(tiny_weights: Path) -> None:
@@ -603,6 +605,16 @@ def test_a_training_job_finds_its_folders_wherever_it_runs(tmp_path: Path, monke
     assert (copy.data, copy.out) == (str(tmp_path / "mine"), str(tmp_path / "runs" / "a"))
 
 
+def test_files_that_a_job_needs_are_found_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator, search, training = GenerateMaker(weights="w"), SearchMaker(index="i"), TrainMaker().make("predicted.npz")
+    monkeypatch.chdir("/")
+    assert (decoded(encoded(generator)).weights, GenerateMaker().weights) == (str(tmp_path / "w"), "default")
+    assert (decoded(encoded(search)).index, SearchMaker().index) == (str(tmp_path / "i"), None)
+    assert decoded(encoded(training)).function_args == [str(tmp_path / "predicted.npz")]
+    assert training.name == "train"
+
+
 def test_training_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_training import CONFIG, bulk_dataset
 
@@ -789,6 +801,31 @@ def test_a_disk_that_fills_up_gives_one_line_and_what_was_finished_stays(
     assert len(kept.structures) == 4
     assert kept.targets == {"0": TARGET}
     assert not list(tmp_path.glob(".*.part"))
+
+
+def put(folder: Path, name: str, value: Any) -> None:
+    from dosmatgen_ase.flows.database import file_job_store
+
+    store = file_job_store(folder)
+    store.connect()
+    store.update([{"uuid": name, "index": 1, "output": {"values": [value]}}], key=["uuid", "index"])
+    store.close()
+
+
+def test_what_json_does_not_know_costs_no_document(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", float("inf")), ("c", float("nan")), ("d", 2.0)):
+        put(tmp_path, name, value)
+    kept = json.loads((tmp_path / "outputs.json").read_text())
+    assert {d["uuid"]: d["output"]["values"] for d in kept} == {"a": [1.0], "b": [None], "c": [None], "d": [2.0]}
+
+
+def test_a_database_that_cannot_be_read_is_not_taken_for_empty(tmp_path: Path) -> None:
+    put(tmp_path, "a", 1.0)
+    torn = (tmp_path / "outputs.json").read_text()[:-5]
+    (tmp_path / "outputs.json").write_text(torn)
+    with pytest.raises(ValueError, match=r"^\S+outputs.json cannot be read: .*. Mend it, or move it away$"):
+        put(tmp_path, "b", 2.0)
+    assert (tmp_path / "outputs.json").read_text() == torn
 
 
 # -- engines -----------------------------------------------------------------------------------------------------------

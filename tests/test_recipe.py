@@ -50,7 +50,7 @@ def test_a_stage_starts_from_the_weights_of_the_one_before(tmp_path: Path) -> No
     assert record["weights"] == header["sha256"]
     assert first["data"] == {"structures": 10, "labelled": 4, "predicted": 5, "digest": first["data"]["digest"]}
     assert first["data"]["digest"] != second["data"]["digest"]
-    assert [line["step"] for line in second["curve"]] == [8]
+    assert [line["step"] for line in second["curve"]] == [4, 8]
     assert header["stages"] == [{k: v for k, v in one.items() if k != "curve"} for one in record["stages"]]
     again = train_stages(SMALL, datasets(asked), tmp_path, progress=False)  # all is done: nothing is read or trained
     assert asked == ["wide", "data"]
@@ -92,16 +92,20 @@ def test_what_a_stage_began_with_must_be_the_same(tmp_path: Path) -> None:
     final = train_stages(SMALL, datasets([]), tmp_path / "run", progress=False)
     other = train(replace(CONFIG, steps=3, seed=9), bulk_dataset(), tmp_path / "other", progress=False)
     longer = replace(first, training=replace(first.training, steps=16))
+    shorter = replace(first, training=replace(first.training, steps=8))
     kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
     for stages, init, told in (
         ((first, second), other, r"stage_1 did not start from .*: choose a new folder"),
         ((replace(first, structures="data"), second), None, r"stage_1 has structures='wide', the recipe 'data'"),
         ((first, replace(second, predicted=False)), None, r"stage_2 has predicted=True, the recipe False"),
         ((longer, second), None, r"stage_2 began from the 12 steps of .*stage_1, of which the recipe has 16"),
+        ((shorter, second), None, r"stage_1 has 12 steps already, more than steps=8: ask for as many, or choose"),
     ):
         with pytest.raises(ValueError, match=told) as error:
             train_stages(Recipe(stages), datasets([]), tmp_path / "run", init=init, progress=False)
         assert "choose a new folder" in str(error.value)
+    (tmp_path / "run" / "stage_1" / "log.jsonl").unlink()  # a curve is lost, nothing else
+    assert train_stages(SMALL, datasets([]), tmp_path / "run", progress=False).read_bytes() == kept[final]
     assert kept == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
     shutil.copy(other, tmp_path / "run" / "stage_1" / "weights.safetensors")  # trained again elsewhere
     with pytest.raises(ValueError, match="choose a new folder"):

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import stability
 import torch
@@ -59,6 +61,22 @@ def test_a_draw_is_not_paired_with_the_energy_of_another(tmp_path: Path, monkeyp
     drawn.set_cell(1.01 * drawn.cell, scale_atoms=True)
     other = stability.main(arguments)["rows"]["generated, relaxed"]["all"]
     assert other[0] == pytest.approx(same[0] - 1.0)
+
+
+def test_a_held_out_crystal_that_is_found_again_is_not_new(tmp_path: Path) -> None:
+    table = tmp_path / "structures.parquet"
+    columns = {
+        "material_id": ["mp-1"],
+        "split": ["test"],
+        "cell": [SALT.cell.array.ravel()],
+        "atomic_numbers": [SALT.numbers],
+        "frac_coords": [SALT.get_scaled_positions().ravel()],
+    }
+    pq.write_table(pa.table(columns), table)
+    crystals = [SALT, bulk("MgO", "rocksalt", a=4.21)]
+    records = [{"crystal": [a.numbers.tolist(), a.cell.array.tolist(), a.positions.tolist()]} for a in crystals]
+    found = stability.counts(crystals, records, [0.0, 0.0], table)
+    assert (found["known"], found["valid_unique_new"], found["valid_unique_new_metastable"]) == (1, 0.5, 0.5)
 
 
 def test_what_the_hull_lacks_is_counted_as_unknown() -> None:

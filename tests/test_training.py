@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,11 +196,34 @@ def test_the_log_tells_no_step_twice(tmp_path: Path) -> None:
     log.write_text(log.read_text() + later + "\n" + later[:10])  # after the saved state; the last line cut by a kill
     train(config, bulk_dataset(), tmp_path, progress=False)
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [r["step"] for r in records] == [4]
+    assert [r["step"] for r in records] == [2, 4]
     (tmp_path / "state.safetensors").unlink()  # killed before the first state was saved: all is logged anew
     train(config, bulk_dataset(), tmp_path, progress=False)
-    assert len(log.read_text().splitlines()) == 1
+    assert len(log.read_text().splitlines()) == 2
     assert {"coords", "lattice", "species", "dos", "size", "loss", "seconds"} <= set(records[0])
+
+
+def test_a_resumed_run_logs_what_a_whole_one_does(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=6, save_every=4)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(config, bulk_dataset(), whole, progress=False)
+    early = Trainer(config, bulk_dataset())
+    list(early.run(4))
+    parts.mkdir()
+    shutil.copy(whole / "log.jsonl", parts / "log.jsonl")
+    early.save(parts / "state.safetensors")
+    train(config, bulk_dataset(), parts, progress=False)
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, parts)]
+    assert [{**line, "seconds": 0} for line in logs[0]] == [{**line, "seconds": 0} for line in logs[1]]
+    assert [line["step"] for line in logs[0]] == [4, 6]
+
+
+def test_fewer_steps_than_a_run_has_are_refused(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=4, save_every=2)
+    before = train(config, bulk_dataset(), tmp_path, progress=False).read_bytes()
+    with pytest.raises(ValueError, match="has 4 steps already, more than steps=3: ask for as many, or choose a new"):
+        train(replace(config, steps=3), bulk_dataset(), tmp_path, progress=False)
+    assert (tmp_path / "weights.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from bson import json_util
 from jobflow import JobStore
 from maggma.stores import JSONStore
 
+from dosmatgen_ase.dos.readers.common import READ_ERRORS
 from dosmatgen_ase.files import write_atomic
 
 if TYPE_CHECKING:
@@ -26,10 +28,27 @@ if TYPE_CHECKING:
 
 
 class WholeJSONStore(JSONStore):
-    """A JSONStore whose file is old or new, never half written."""
+    """A JSONStore whose file is old or new, never half written, and never taken for empty where it cannot be read."""
+
+    def connect(self, force_reset: bool = False) -> None:
+        """Read the file.
+
+        Raises
+        ------
+        ValueError
+            If it is no JSON: a JSONStore would go on without its documents, and write over them.
+        """
+        for path in map(Path, self.paths):
+            if path.exists():
+                try:
+                    self.read_json_file(path)
+                except (*READ_ERRORS, OSError) as error:
+                    reason = " ".join(str(error).split())[:200]
+                    raise ValueError(f"{path} cannot be read: {reason}. Mend it, or move it away") from None
+        super().connect(force_reset)
 
     def update_json_file(self) -> None:
-        """Replace the file by what the store holds.
+        """Replace the file by what the store holds; NaN and infinity, which JSON does not know, become null.
 
         Raises
         ------
@@ -37,7 +56,17 @@ class WholeJSONStore(JSONStore):
             If it cannot be written, as on a full disk; the file stays as it was.
         """
         documents = [{key: value for key, value in d.items() if key != "_id"} for d in self.query()]
-        write_atomic(Path(self.paths[0]), json.dumps(documents, default=datetime.isoformat).encode())
+        text = json.dumps(_finite(documents), default=datetime.isoformat, allow_nan=False)
+        write_atomic(Path(self.paths[0]), text.encode())
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def file_job_store(folder: Path) -> JobStore:

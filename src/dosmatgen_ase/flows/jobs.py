@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
-from jobflow import Maker, job
+from jobflow import Job, Maker, job
 from pymatgen.core import Structure
 
 from dosmatgen_ase.crystals.checks import MIN_VOLUME_PER_ATOM
@@ -59,7 +59,7 @@ class GenerateMaker(Maker):
     settings : GenerationSettings, optional
         What to generate, and how, but for sites and template, which belong to `make`.
     weights, device : str, optional
-        As in ``DOSGenerator``.
+        As in ``DOSGenerator``. A path is made absolute at once, as a job runs in a folder of its own.
     **options
         Fields of `GenerationSettings`, which replace those of ``settings``: ``GenerateMaker(num_atoms=4, seed=1)``.
 
@@ -84,7 +84,8 @@ class GenerateMaker(Maker):
         device: str | None = device,
         **options: Unpack[GenerationOptions],
     ) -> None:
-        self.name, self.n, self.weights, self.device = name, whole_number(n, "n", 1), weights, device
+        self.name, self.n, self.device = name, whole_number(n, "n", 1), device
+        self.weights = weights if weights == "default" else str(Path(weights).absolute())
         if options.get("fixed_species"):
             options["fixed_species"] = whole_keys(options["fixed_species"])
         self.settings = settings.replace(**options)
@@ -498,7 +499,7 @@ class TrainMaker(Maker):
     data
         Folder with ``structures.parquet`` and ``site_dos/*.npz``.
     out
-        Folder of the run. Both are made absolute at once, as a job runs in a folder of its own.
+        Folder of the run. All paths are made absolute at once, as a job runs in a folder of its own.
     """
 
     name: str = "train"
@@ -510,9 +511,15 @@ class TrainMaker(Maker):
     def __post_init__(self) -> None:
         self.data, self.out = str(Path(self.data).absolute()), str(Path(self.out).absolute())
 
-    @job(output_schema=TrainDoc)
-    def make(self, pseudo_labels: str | None = None) -> TrainDoc:
+    def make(self, pseudo_labels: str | None = None) -> Job:
         """Train on the training split, with a file of predicted DOS for structures that have no label, if given."""
+        if isinstance(pseudo_labels, str | Path):  # not the output of a job before
+            pseudo_labels = str(Path(pseudo_labels).absolute())
+        return self.train(pseudo_labels)
+
+    @job(output_schema=TrainDoc)
+    def train(self, pseudo_labels: str | None = None) -> TrainDoc:
+        """What the job of `make` does."""
         from dosmatgen_ase.data import CrystalDataset, load_pseudo_labels, load_site_dos, load_structures
         from dosmatgen_ase.model.checkpoint import load_model
         from dosmatgen_ase.train.trainer import TrainingConfig, train

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobflow import Maker, job
@@ -28,7 +29,7 @@ class SearchMaker(Maker):
     elements, exclude_elements, composition, num_atoms, max_above_hull, gap
         As in ``search``.
     index
-        File made by ``dosmatgen index``; the index that ships by default.
+        File made by ``dosmatgen index``; the index that ships by default. The path is made absolute at once.
     """
 
     name: str = "search"
@@ -40,6 +41,10 @@ class SearchMaker(Maker):
     max_above_hull: float | None = None
     gap: list[float] | None = None
     index: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.index is not None:
+            self.index = str(Path(self.index).absolute())
 
     @job(output_schema=GenerationDoc, data=LARGE)
     def make(self, dos: DOSInput, sites: Iterable[int] | None = None) -> GenerationDoc:

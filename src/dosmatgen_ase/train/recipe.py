@@ -187,7 +187,8 @@ def _told(folder: Path) -> dict[str, Any]:
     """What the record tells of a stage."""
     header = load_model(folder / "weights.safetensors")[1]
     state = load_tensors(folder / "state.safetensors")[1]
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = folder / "log.jsonl"  # which a user may have thrown away: it is not needed to go on
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     every = max(1, -(-len(lines) // CURVE))
     return {
         "structures": header["structures"],

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dosmatgen_ase.crystals.batch import CrystalBatch
 from dosmatgen_ase.data import CrystalDataset, size_bucket_batches
-from dosmatgen_ase.files import exclusive, output_folder
+from dosmatgen_ase.files import exclusive, output_folder, write_atomic
 from dosmatgen_ase.files.tensors import load_tensors, save_tensors
 from dosmatgen_ase.model.checkpoint import filled_model, load_model, save_model
 from dosmatgen_ase.model.conditioning import ConditionalDenoiser, ConditionDropout, DOSCondition
@@ -518,6 +518,9 @@ def _train(
     metadata = dict(metadata or {})
     if state.exists():
         trainer.restore(state)
+        if trainer.step > config.steps:
+            told = f"the run in {out} has {trainer.step} steps already, more than steps={config.steps}"
+            raise ValueError(f"{told}: ask for as many, or choose a new folder")
         if init is not None and load_model(init)[1]["sha256"] != trainer.init:
             raise ValueError(f"the run in {out} did not start from {init}: leave init out or choose a new folder")
     elif init is not None:
@@ -534,13 +537,14 @@ def _train(
         for record in trainer.run(config.steps):
             history.append(record)
             bar.update()
-            if trainer.step % 50 == 0 or trainer.step == config.steps:
+            saved = trainer.step % config.save_every == 0 or trainer.step == config.steps
+            if saved or trainer.step % 50 == 0:  # with each state, as a resumed run does not know the steps before it
                 mean = {k: round(float(np.mean([h[k] for h in history])), 5) for k in record}
                 bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items() if k != "gradient_norm"})
                 log.write(json.dumps({"step": trainer.step, "seconds": round(time.time() - start, 1), **mean}) + "\n")
                 log.flush()
                 history.clear()
-            if trainer.step % config.save_every == 0 or trainer.step == config.steps:
+            if saved:
                 trainer.save(state)
                 trainer.export(weights, metadata)
     if not weights.exists() or load_model(weights)[1].get("training", {}).get("steps") != trainer.step:
@@ -552,4 +556,4 @@ def _cut_log(path: Path, step: int) -> None:
     """Drop what was logged after the state that is resumed, so that no step is told twice."""
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))
+    write_atomic(path, "".join(line + "\n" for line in kept).encode())
