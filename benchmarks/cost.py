@@ -37,8 +37,11 @@ from typing import TYPE_CHECKING, Any
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch and numpy are loaded
 
 import torch
+from _tables import write_results
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dosmatgen_ase.files import write_atomic
 
 if TYPE_CHECKING:
     from dosmatgen_ase import DOSGenerator, TargetDOS
@@ -321,12 +324,10 @@ def main() -> None:
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """Write ``cost.json``, ``cost.md`` and ``cost_threads.md``."""
-    folder.mkdir(parents=True, exist_ok=True)
     names = Row.__dataclass_fields__
     rows = [Row(**{k: v for k, v in row.items() if k in names}) for row in report["rows"]]
-    (folder / "cost.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "cost.md").write_text(markdown(rows, report))
-    (folder / "cost_threads.md").write_text(threads_markdown(report["threads"]))
+    write_results(folder, "cost", report, markdown(rows, report))
+    write_atomic(folder / "cost_threads.md", threads_markdown(report["threads"]).encode())
 
 
 if __name__ == "__main__":

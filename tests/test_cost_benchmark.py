@@ -102,8 +102,9 @@ def test_threads_are_compared_in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path
         answer = "1 0.5" if env.get("OMP_NUM_THREADS") == "1" else "8 0.55"
         return subprocess.CompletedProcess(command, 0, answer, "")
 
-    monkeypatch.setattr(cost.subprocess, "run", run)
-    told = cost.cost_of_threads("default", Path("target.npz"), 3, repeats=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(cost.subprocess, "run", run)
+        told = cost.cost_of_threads("default", Path("target.npz"), 3, repeats=2)
     assert asked == [None, "1", None, "1"]
     assert told["threads_of_the_caller"] == {"default": 8, "one": 1}
     assert told["ratio"] == pytest.approx(1.1)

@@ -272,7 +272,7 @@ def test_a_result_that_names_no_model_or_another_is_found(name: str) -> None:
 
 
 # These were measured before a result said what made it.
-OLDER = {"cost", "search"}
+OLDER = {"cost"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").rglob("*.json")), ids=lambda path: path.stem)
