@@ -144,12 +144,13 @@ def counts(
 
     New is what no split of the table holds: a crystal of `test` that is found again is no new crystal.
     """
-    known = KnownCrystals.from_file(structures, split=None)
+    known, held_out = (KnownCrystals.from_file(structures, split=split) for split in (None, "test"))
     relaxed = [Atoms(z, cell=cell, positions=x, pbc=True) for z, cell, x in (record["crystal"] for record in done)]
     new = np.array([outcome.accepted for outcome in screen_many(relaxed, known=known)])
     balance = [charge_balanced(atoms) for atoms in made]
     return {
         "known": len(known),
+        "found_again": float(np.mean([held_out.find(atoms) is not None for atoms in relaxed])),
         "valid_unique_new": float(new.mean()),
         "valid_unique_new_metastable": float((new & (np.array(after) <= STABLE)).mean()),
         "with_charges": sum(b is not None for b in balance),
@@ -206,7 +207,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"data. Of the rows, {unknown} structures have no energy or an element that the hull lacks, and count as "
         f"infinitely high. Generated: one draw per target, every site conditioned; "
         f"{candidates['valid_unique_new']:.2f} of them are valid, unique and new (against {candidates['known']} "
-        f"crystals), {candidates['valid_unique_new_metastable']:.2f} are so and at most 0.1 eV/atom "
+        f"crystals; {candidates['found_again']:.2f} are known crystals of `test`, found again), {candidates['valid_unique_new_metastable']:.2f} are so and at most 0.1 eV/atom "
         f"above the hull once relaxed; of {candidates['with_charges']} that are not all metal "
         f"{candidates['balanced']} balance common charges.",
         "",
