@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ase.build import bulk
+from ase.spectrum.band_structure import BandStructure
 
 from dosmatgen_ase.forward.bands import predict_bands, predict_levels, pymatgen_bands
 from dosmatgen_ase.forward.predictor import DOSPredictor, PredictorConfig
@@ -66,6 +67,19 @@ def test_pymatgen_draws_the_same_bands(predictor: DOSPredictor) -> None:
     assert names == {"\\Gamma", "X", "W", "K", "L", "U"}
 
 
+@pytest.mark.parametrize("num_spins", [1, 2])
+def test_pymatgen_sees_the_gap_whatever_rounding_does_to_zero(num_spins: int) -> None:
+    """Zero is the valence-band maximum, and so may lie a hair inside of the valence band."""
+    atoms = bulk("MgO", "rocksalt", a=5.5)
+    path = atoms.cell.bandpath("GX", npoints=3)
+    one = np.array([[-5.0, -0.4, 3.0], [-5.0, -0.2, 2.0], [-5.0, 1e-6, 2.5]])
+    line = pymatgen_bands(BandStructure(path, np.array([one, one - 0.1][:num_spins]), 0.0), atoms)
+    assert line.efermi == pytest.approx(1.0 if num_spins == 1 else 0.95)
+    assert line.get_band_gap()["energy"] == pytest.approx(2 * line.efermi, abs=1e-5)
+    one[0, 1] = 0.5
+    assert pymatgen_bands(BandStructure(path, np.array([one] * num_spins), 0.0), atoms).efermi == 0.0
+
+
 def test_a_drawn_band_ends_where_its_path_breaks(predictor: DOSPredictor, tmp_path: Path) -> None:
     bands = predict_bands(bulk("Fe"), "GHN,PG", npoints=40, predictor=predictor)
     ax = plot_bands(bands, tmp_path / "bands.png")
@@ -75,6 +89,14 @@ def test_a_drawn_band_ends_where_its_path_breaks(predictor: DOSPredictor, tmp_pa
     np.testing.assert_allclose(pieces[0][:, 1], bands.energies[0, : len(pieces[0]), 0])
     assert all((np.diff(piece[:, 0]) > 0).all() for piece in pieces)  # no upright line
     assert (tmp_path / "bands.png").stat().st_size > 5_000
+
+
+def test_zero_of_a_drawing_is_the_reference_of_the_bands(predictor: DOSPredictor) -> None:
+    bands = predict_bands(bulk("Cu"), "GX", npoints=5, predictor=predictor)
+    moved = BandStructure(bands.path, bands.energies + 7.0, reference=7.0)
+    plain, drawn = ([line.get_ydata() for line in plot_bands(some).lines] for some in (bands, moved))
+    for one, other in zip(plain, drawn, strict=True):  # the dotted line at zero is among them
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_levels_at_given_points_are_those_of_the_path(predictor: DOSPredictor) -> None:
@@ -92,6 +114,18 @@ def test_bad_requests_are_told(predictor: DOSPredictor) -> None:
         predict_bands(bulk("Cu", a=0.5), predictor=predictor)
     with pytest.raises(ValueError, match="path='GQ9' is not a path"):
         predict_bands(bulk("Cu"), "GQ9", predictor=predictor)
+    for path in ("", "GX,"):
+        with pytest.raises(ValueError, match=f"path='{path}' is not a path .* a piece of it is empty"):
+            predict_bands(bulk("Cu"), path, predictor=predictor)
+    support = predictor.tables["support"].clone()
+    support[57] = 2
+    few = DOSPredictor(predictor.config, {**predictor.tables, "support": support}, {}, predictor.tight_binding)
+    with pytest.raises(ValueError, match="no bands for LaN: fewer than 3 labelled structures hold La"):
+        predict_bands(bulk("LaN", "rocksalt", a=5.3), predictor=few)
+    with pytest.raises(ValueError, match="no bands for La: fewer than 3"):
+        predict_levels(bulk("La", "fcc", a=5.3), [[0, 0, 0]], predictor=few)
+    with pytest.raises(ValueError, match="no bands for La: it has collapsed"):
+        predict_bands(bulk("La", "fcc", a=1.0), predictor=few)
     tables = {**predictor.tables, "input_mean": torch.zeros(536), "input_std": torch.ones(536)}
     networks = DOSPredictor(PredictorConfig(hidden=4, depth=1, members=1), tables, {})
     with pytest.raises(ValueError, match="need a tight-binding model"):

@@ -348,6 +348,7 @@ def test_torch_geometric_view(structures: Structures, labels: SiteDOSLabels) -> 
     assert item.y_known.any()
     assert item.y.shape == (few.num_atoms[i], 151)
     seen: list[str] = []
+    assert len(pyg_loader(dataset, max_pairs=500)) == len(list(pyg_loader(dataset, max_pairs=500, seed=7)))
     for batch in pyg_loader(dataset, max_pairs=500):
         counts = torch.bincount(batch.batch)
         assert batch.cell.shape == (batch.num_graphs, 3, 3)

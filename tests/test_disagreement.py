@@ -83,6 +83,16 @@ def test_nothing_is_predicted_twice(weights: Path, tmp_path: Path, monkeypatch: 
     assert asked == [2, 1, 1, 2, 1]
 
 
+def test_a_crystal_that_was_mended_is_looked_at_again(weights: Path, tmp_path: Path) -> None:
+    molecule, disordered = bulk("Cu"), bulk("Cu")
+    molecule.pbc = False
+    disordered.info["occupancy"] = {"0": {"Cu": 0.5, "Ni": 0.5}}
+    cache = tmp_path / "cache.json"
+    for broken in (molecule, disordered):
+        assert disagreement({"cu": broken}, weights, cache=cache) == {}
+    assert set(disagreement({"cu": bulk("Cu")}, weights, cache=cache)) == {"cu"}
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"predictor": "x", "disagreement": {"a": "b"}}'])
 def test_a_file_that_is_no_cache_is_not_replaced(weights: Path, tmp_path: Path, text: str) -> None:
     cache = tmp_path / "mine.json"

@@ -685,6 +685,11 @@ def test_hostile_arrays(
         (lambda: peak().window(20.0, 30.0), ValueError, "holds no known energy"),
         (lambda: peak().window(1.0, 1.0), ValueError, "needs lo < hi"),
         (lambda: peak().window(math.nan, 1.0), ValueError, "needs lo < hi"),
+        (lambda: peak().total_states(0.0, -5.0), ValueError, "needs lo < hi"),
+        (lambda: peak().band_centre(0.0, -5.0), ValueError, "needs lo < hi"),
+        (lambda: peak().scaled(electrons=4, lo=0.0, hi=-10.0), ValueError, "needs lo < hi"),
+        (lambda: band_centre_difference(peak(), peak(), lo=0.0, hi=-10.0), ValueError, "needs lo < hi"),
+        (lambda: normalised_l1(peak(), peak(), window=(2.0, -2.0)), ValueError, "needs lo < hi"),
         (lambda: peak().shift(100.0).on_grid(), ValueError, "falls on the grid"),
         (lambda: peak().window(-3.1, -2.9).on_grid(), ValueError, "too narrow for sigma 0.2 eV .* widen the window"),
         (lambda: peak(sigma=0.3).window(-3.06, -3.04).on_grid(), ValueError, "too narrow for sigma"),
@@ -789,3 +794,5 @@ def test_sum_over_sites() -> None:
     for others in ([], [one, TargetDOS.from_arrays(x + 1, one.values, sigma=0.1)], [one, replace(one, sigma=0.2)]):
         with pytest.raises(ValueError, match="a sum needs"):
             TargetDOS.sum_of(others)
+    with pytest.raises(ValueError, match=r"that of \[1\] is unknown"):
+        TargetDOS.sum_of([one, None])  # type: ignore[list-item]

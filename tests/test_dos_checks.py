@@ -230,6 +230,7 @@ def flat(states: float, lo: float = -10.0, **options: Any) -> TargetDOS:
         (METAL, (1, 1), None),
         (TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1)), (1, 1), None),
         (TargetDOS.from_peaks([(1.5, 3.0, 0.3)], window=(0.5, 3)), (1, 1), None),
+        (TargetDOS.from_peaks([(1.5, 3.0, 0.3)], window=(0, 3)), (1, 1), None),
     ],
 )
 def test_doubts(dos: TargetDOS, num_atoms: tuple[int, int], message: str | None) -> None:

@@ -112,6 +112,28 @@ def test_levels_become_gaussians_of_the_right_height(num_spins: int) -> None:
     assert sites[0].known[at(2.0)], "a gap is a known zero"
 
 
+@pytest.mark.parametrize("num_spins", [1, 2])
+@pytest.mark.parametrize("electrons", [2.0, 2.4, 2.8, 3.0, 3.2, 3.6, 4.0])
+def test_a_flat_band_that_is_partly_filled_is_no_insulator(electrons: float, num_spins: int) -> None:
+    """Its Fermi level lies in the thermal tail beside it, where all k-points have as many bands below."""
+    levels = np.zeros((num_spins, 50, 5))
+    levels[..., 0], levels[..., 1], levels[..., 2:] = -6.0, np.linspace(0, 0.01, 50), [6.0, 7.0, 8.0]
+    bands = Bands(levels, np.full((num_spins, 50, 1, 4, 5), 0.25), np.full(50, 1 / 50), electrons)
+    dos = broadened_dos(bands, np.array([0]), 0.1)
+    assert (dos.band_gap > 0) == (electrons in (2.0, 4.0))
+    if not dos.band_gap:
+        assert dos.zero == fermi_level(list(levels), bands.weights, electrons / bands.electrons_per_state)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0])
+def test_states_outside_of_the_window_count_as_far_as_they_reach_into_it(sigma: float) -> None:
+    levels = np.array([-12.9, -5.0, -1.0, 4.0, 10.0, 20.0, 21.0])
+    dos = broadened_dos(Bands(levels[None, None], np.zeros((1, 1, 1, 4, 7)), np.ones(1), 6.0), np.array([0]), sigma)
+    away = (GRID.energies[:, None] - (levels - dos.zero)) / sigma
+    exact = 2 / (math.sqrt(2 * math.pi) * sigma) * np.exp(-(away**2) / 2).sum(1)
+    np.testing.assert_allclose(dos.total, exact, atol=0.02 / sigma * 0.2)
+
+
 def test_equivalent_sites_get_their_mean() -> None:
     dos = broadened_dos(insulator(), np.array([0, 0]), 0.1)
     assert np.array_equal(dos.orbital[0], dos.orbital[1])
@@ -353,6 +375,14 @@ def test_a_program_that_does_not_start_ends_the_run_and_is_no_failure(stand_in: 
     assert not list((tmp_path / "out").glob("*.json"))
     stand_in("exit 0", banner=False)
     with pytest.raises(RuntimeError, match="did not start: exit code 0"):
+        compute_dos(SILICON, directory=tmp_path / "run")
+
+
+def test_what_a_program_prints_before_mpi_aborts_it_is_kept(stand_in: Any, tmp_path: Path) -> None:
+    """Fortran holds back what it prints, and MPI_ABORT drops that: the program would seem not to have started."""
+    said = '[ "$GFORTRAN_UNBUFFERED_PRECONNECTED" = 1 ] && echo "Program PWSCF v.6.7MaX starts"'
+    stand_in(f"{said}; exit 7", banner=False)
+    with pytest.raises(ElectronicStructureError, match="exit code 7"):
         compute_dos(SILICON, directory=tmp_path / "run")
 
 
@@ -662,6 +692,23 @@ def test_a_left_handed_cell_is_the_same_crystal(stand_in: Any, tmp_path: Path) -
     np.testing.assert_allclose(given.get_all_distances(mic=True), atoms.get_all_distances(mic=True), atol=1e-6)
 
 
+def test_atoms_are_given_to_the_programs_inside_of_the_cell(stand_in: Any, tmp_path: Path) -> None:
+    """Else the interpolation takes others for their neighbours."""
+    stand_in("exit 3")
+    away = SILICON.copy()
+    away.positions[1] += np.array([15, -17, 13]) @ away.cell.array
+    before, written = away.positions.copy(), []
+    for atoms in (SILICON, away):
+        with pytest.raises(ElectronicStructureError, match="exit code 3"):
+            compute_dos(atoms, directory=tmp_path / "run")
+        written.append(ase.io.read(tmp_path / "run" / "scf.in").positions)
+    np.testing.assert_allclose(written[1], written[0], atol=1e-9)
+    np.testing.assert_array_equal(written[0], SILICON.positions)
+    np.testing.assert_array_equal(away.positions, before)
+    compute_many({"away": away}, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "away.json").read_text())["structure"]["positions"] == before.tolist()
+
+
 # -- the command and the import ----------------------------------------------------------------------------------------
 
 
@@ -798,6 +845,7 @@ def test_a_calculation_without_empty_bands_is_refused(tmp_path: Path, num_bands:
         ("<PROJECTIONS><HEADER/><EIGENSTATES/></PROJECTIONS>", STATES, "not an atomic_proj.xml"),
         ("", "nothing", "does not list the states of 2 atoms"),
         ("", STATES.replace("atom   2", "atom   3"), "does not list the states of 2 atoms"),
+        ("", STATES.replace("atom   2", "atom   1"), "does not list the states of 2 atoms: give the cell of the"),
     ],
 )
 def test_damaged_espresso_files(tmp_path: Path, xml: str, states: str, fragment: str) -> None:
@@ -865,6 +913,8 @@ def test_abinit_files_are_read_and_scaled(tmp_path: Path, num_spins: int) -> Non
     twins = Atoms("SiSi", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=4 * np.eye(3), pbc=True)
     averaged, _ = read_abinit(tmp_path / "out", twins)
     assert averaged[0] == averaged[1]
+    with pytest.raises(ElectronicStructureError, match="more than the 1 atoms given: give its cell"):
+        read_abinit(tmp_path / "out", PAIR[:1])
     (tmp_path / "out_DOS_AT0002").write_text("# nothing\n")
     with pytest.raises(ElectronicStructureError, match="not a DOS file of abinit"):
         read_abinit(tmp_path / "out", PAIR)
@@ -971,8 +1021,11 @@ def test_a_label_comes_out_as_it_is_stored() -> None:
 @pytest.mark.dft
 def test_many_structures_with_real_programs(tmp_path: Path) -> None:
     rod = Atoms("Cu", cell=[0.6, 0.6, 40.0], pbc=True)  # its projections are empty, which is known at the end
-    structures = {"rod": rod, "bad": bulk("Si", a=1.0), "good": SILICON}
+    skewed = SILICON.copy()  # pw.x aborts at once
+    skewed.set_cell(np.array([[1, 0, 0], [8, 1, 0], [0, 0, 1]]) @ skewed.cell.array)
+    structures = {"skewed": skewed, "rod": rod, "bad": bulk("Si", a=1.0), "good": SILICON}
     results = compute_many(structures, tmp_path, EspressoSettings(time_limit=60.0), workers=2)
+    assert "fft_type_set" in str(results["skewed"])
     assert isinstance(results["rod"], ElectronicStructureError)
     assert "failed" in json.loads((tmp_path / "rod.json").read_text())
     assert isinstance(results["good"], ElectronicStructure)

@@ -72,6 +72,9 @@ def test_a_flat_band_is_one_gaussian_with_two_electrons() -> None:
     np.testing.assert_allclose(both.dos(grid, 0.1), dos)
     assert [flat.electrons_below(energy) for energy in (-2.0, -1.0, 0.0)] == pytest.approx([4.0, 5.0, 6.0])  # two below
     assert both.electrons_below(0.0) == pytest.approx(6.0)
+    for sigma in (0.0, -0.2, np.nan, np.inf):
+        with pytest.raises(ValueError, match="sigma must be a finite standard deviation above 0"):
+            flat.dos(grid, sigma)
     assert bands.weights.sum() == pytest.approx(1.0)
     assert np.abs(bands.kpoints).max() <= 1.0
 

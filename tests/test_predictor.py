@@ -247,6 +247,46 @@ def test_many_crystals_are_predicted_as_one_by_one_and_a_bad_one_costs_no_other(
     assert len(second) == 1
 
 
+def test_what_one_kind_of_model_says_alone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    copper, predictor = bulk("Cu"), default_predictor()
+    (alone,) = predictor.predict_arrays([copper], features=["too many bonds"])
+    assert alone.lacking == "predicted by tight binding alone: too many bonds"
+    assert predictor.predict_arrays([copper])[0].lacking == ""
+    monkeypatch.setattr("dosmatgen_ase.forward.features.MAX_ORBITALS", 8)
+    refused = "predicted by the networks alone: it has 9 orbitals, more than 8: use a smaller cell"
+    with pytest.warns(UserWarning, match=f"a poorer DOS for 1 of 1 structures: Cu: {refused}") as told:
+        (dos,) = predict_dos(copper)
+    assert len(told) == 1
+    assert dos.provenance["assumed"] == [refused]
+    assert predictor.predict_arrays([copper], method="features")[0].lacking == ""
+    assert "orbitals" in predictor.predict_arrays([copper], method="tight-binding")[0].reason
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.05])
+def test_atoms_in_one_place_are_refused_by_every_model(apart: float) -> None:
+    atoms = salt() + Atoms("Cl", positions=[salt().positions[1] + [apart, 0, 0]])
+    for method in ("all", "tight-binding", "features"):
+        (found,) = default_predictor().predict_arrays([atoms], method=method)
+        assert found.reason == "two atoms are closer than 0.1 A: move them apart"
+
+
+@pytest.mark.parametrize("skew", [[[1, 0, 0], [3, 1, 0], [0, 4, 1]], [[-1, 0, 0], [0, -1, 0], [3, 0, -1]]])
+def test_the_dos_does_not_depend_on_the_choice_of_lattice_vectors(skew: list[list[int]]) -> None:
+    oxide = bulk("MgO", "rocksalt", a=4.21)
+    skewed = oxide.copy()
+    skewed.set_cell(np.array(skew) @ oxide.cell.array)
+    before = skewed.copy()
+    one, other = default_predictor().predict_arrays([oxide, skewed], method="tight-binding")
+    np.testing.assert_allclose(other.mean, one.mean, atol=1e-3)
+    assert other.gap == pytest.approx(one.gap, abs=1e-3)
+    assert skewed == before
+
+
+def test_a_calculator_without_atoms_says_so() -> None:
+    with pytest.raises(ValueError, match="DOSCalculator has no atoms"):
+        DOSCalculator().calculate()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "fragment"),
     [

@@ -65,7 +65,7 @@ def model(crystals: list[LabelledCrystal]) -> TightBinding:
 
 
 def test_shells_add_up_to_the_sites_whatever_the_order(labels: SiteDOSLabels) -> None:
-    some = labels.select(np.array([7, 0, 3]))
+    some = labels.select(np.array([7, 0, 0, 3]))
     for i, shells in enumerate(load_shell_dos(SITE_DOS, some)):
         assert shells.shape == (some.num_atoms[i], 3, 151)
         np.testing.assert_allclose(shells.sum(1), some.values[i, : some.num_atoms[i]], atol=0.02)

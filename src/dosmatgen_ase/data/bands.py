@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -81,7 +82,14 @@ class MeshBands:
         -------
         array, shape (G,)
             states/eV per cell.
+
+        Raises
+        ------
+        ValueError
+            If sigma is not a finite number above 0.
         """
+        if not (math.isfinite(sigma) and sigma > 0):
+            raise ValueError(f"sigma must be a finite standard deviation above 0 in eV, not {sigma}")
         apart = (np.asarray(energies)[:, None] - self.energies.reshape(1, -1)) / sigma
         states = np.broadcast_to(self.weights[:, None], self.energies.shape).ravel() * 2 / len(self.energies)
         return np.asarray(np.exp(-(apart**2) / 2) @ states / (np.sqrt(2 * np.pi) * sigma))

@@ -404,7 +404,7 @@ def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndar
     directory : path
         The folder that `labels` were read from by `load_site_dos`, all recipes.
     labels : SiteDOSLabels
-        Any selection of them.
+        Any selection of them, also with one more than once.
 
     Returns
     -------
@@ -418,7 +418,7 @@ def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndar
         If the directory lacks one of the labels.
     """
     wanted = {name: i for i, name in enumerate(labels.material_id.tolist())}
-    found: list[np.ndarray | None] = [None] * len(wanted)
+    found: dict[str, np.ndarray] = {}
     for data in read_shards(directory):  # the last of a name wins, as in `load_site_dos`
         names = data["material_id"].tolist()
         chosen = [k for k, name in enumerate(names) if name in wanted and data["recipe"] == labels.recipe[wanted[name]]]
@@ -431,11 +431,11 @@ def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndar
         for k, part in zip(chosen, np.split(parts, np.cumsum([len(r) for r in raw])[:-1]), strict=True):
             i = wanted[names[k]]
             scale = labels.values[i, : len(part), None] / np.maximum(part.sum(axis=1, keepdims=True), SHARD_UNIT)
-            found[i] = (part * np.minimum(scale, 3.0)).astype(np.float32)  # what hardly projects is not blown up
-    missing = [name for name, i in wanted.items() if found[i] is None]
+            found[names[k]] = (part * np.minimum(scale, 3.0)).astype(np.float32)  # what hardly projects is not blown up
+    missing = [name for name in wanted if name not in found]
     if missing:
         raise ValueError(f"{directory} lacks {len(missing)} of the labels, the first is {missing[0]}")
-    return [part for part in found if part is not None]
+    return [found[name] for name in labels.material_id.tolist()]
 
 
 def load_pseudo_labels(path: str | Path) -> dict[str, np.ndarray]:

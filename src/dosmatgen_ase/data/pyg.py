@@ -65,6 +65,10 @@ class SizeBucketSampler(Sampler[list[int]]):
         for batch in size_bucket_batches(self.num_atoms, self.max_pairs, generator):
             yield batch.tolist()
 
+    def __len__(self) -> int:
+        """Return the number of batches, which the sizes alone decide: it is the same in every epoch."""
+        return sum(1 for _ in size_bucket_batches(self.num_atoms, self.max_pairs, np.random.default_rng(0)))
+
 
 def pyg_loader(dataset: CrystalDataset, max_pairs: int = 8192, seed: int = 0) -> DataLoader:
     """Return a torch-geometric `DataLoader` over batches of crystals of similar size.

@@ -20,6 +20,7 @@ from dosmatgen_ase.dos import Array, TargetDOS, scale_sites_to_total
 
 _FERMI_WIDTH = 0.02  # eV, Fermi-Dirac broadening under which the Fermi level is found
 _LEAST_GAP = 0.05  # eV, smaller gaps between full and empty bands are within the error of the interpolation
+_WHOLE = 0.01  # electrons by which full bands may differ from those of the cell
 _STEP = 0.02  # eV, bins that states are gathered in before they are broadened
 
 
@@ -75,9 +76,13 @@ def broadened_dos(bands: Bands, equivalent_sites: np.ndarray, sigma: float) -> B
         raise ElectronicStructureError(f"no empty bands for {bands.num_electrons:g} electrons: compute more (nbnd)")
     fermi = fermi_level(list(bands.eigenvalues), bands.weights, bands.num_electrons / electrons_per_state)
     band_gap, vbm = gap_and_vbm(list(bands.eigenvalues), fermi)
+    filled = electrons_per_state * sum(float(bands.weights @ (e <= fermi).sum(1)) for e in bands.eigenvalues)
+    if abs(filled - bands.num_electrons) > _WHOLE:  # the level lies in the tail beside a flat band, partly filled
+        band_gap = 0.0
     zero = vbm if band_gap else fermi
 
-    edges = np.arange(GRID.minimum - 1, GRID.maximum + 1 + 1e-9, _STEP)
+    margin = max(1.0, 5 * sigma)  # so that states outside of the window count as far as they reach into it
+    edges = np.arange(GRID.minimum - margin, GRID.maximum + margin + 1e-9, _STEP)
     averaged = {i: bands.projections[:, :, equivalent_sites == i].mean(2) for i in set(equivalent_sites.tolist())}
     total, parts = np.zeros(edges.size), np.zeros((num_sites, 4, edges.size))
     for spin, energies in enumerate(bands.eigenvalues):
@@ -91,7 +96,7 @@ def broadened_dos(bands: Bands, equivalent_sites: np.ndarray, sigma: float) -> B
                 parts[equivalent_sites == i, shell] += _histogram(place[inside], state_weight * share, edges.size)
 
     def broadened(values: Array) -> Array:
-        return np.interp(GRID.energies, edges, gaussian_filter1d(values, sigma / _STEP))
+        return np.interp(GRID.energies, edges, gaussian_filter1d(values, sigma / _STEP, mode="constant"))
 
     e_max = float(bands.eigenvalues[..., exact_bands(num_bands) - 1].min() - zero)
     return BandDOS(broadened(total), np.apply_along_axis(broadened, -1, parts), band_gap, zero, e_max, sigma)

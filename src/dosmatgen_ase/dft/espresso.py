@@ -92,13 +92,16 @@ def compute_in(
 
 
 def _crystal(atoms: Atoms) -> Atoms:
-    """The structure with a right-handed cell, if DFT can handle it."""
+    """A copy with a right-handed cell and each atom in it, if DFT can handle the structure."""
     if not isinstance(atoms, Atoms):
         raise TypeError(f"compute_dos takes an ase.Atoms, not {type(atoms).__name__}")
     atoms = right_handed(atoms)
     screening = screen_given(atoms)
     if not screening.accepted:
         raise ElectronicStructureError(f"DFT cannot handle this structure: {screening.reason}")
+    # Bands are interpolated between atoms that are neighbours: unwrapped positions hide which are. The slack leaves an
+    # atom on a face where it is.
+    atoms.positions -= np.floor(atoms.get_scaled_positions(wrap=False) + 1e-9) @ atoms.cell.array
     return atoms
 
 

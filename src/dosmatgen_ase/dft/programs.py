@@ -70,7 +70,8 @@ class Programs:
         log, limit = folder / f"{name}.out", self.settings.time_limit
         deadline = time.monotonic() + _PATIENCE * limit
         command = [*self.commands[program], "-in", f"{name}.in"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # Unbuffered: a program that MPI aborts loses what is not yet written, and seems never to have started.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GFORTRAN_UNBUFFERED_PRECONNECTED": "1"}
         if not self.settings.launcher:  # a program alone needs none of the daemons that Open MPI starts for it
             environment["OMPI_MCA_ess_singleton_isolated"] = "1"
         with log.open("w") as out, (folder / f"{name}.err").open("w") as err:

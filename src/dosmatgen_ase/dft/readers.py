@@ -20,6 +20,7 @@ from dosmatgen_ase.dft.errors import ElectronicStructureError
 from dosmatgen_ase.dft.interpolation import Orbital
 from dosmatgen_ase.dft.settings import check_sigma, site_symmetry
 from dosmatgen_ase.dos import MODEL_SIGMA, Array, TargetDOS
+from dosmatgen_ase.dos.readers.common import existing
 from dosmatgen_ase.dos.readers.densities import Densities
 
 
@@ -59,7 +60,7 @@ def read_espresso(
     FileNotFoundError
         If a file is not there.
     ElectronicStructureError
-        If the files do not belong together, cannot be read or hold no empty bands.
+        If the files or atoms do not belong together, or the files cannot be read or hold no empty bands.
     ValueError
         If sigma is below the step of the energy grid, 0.05 eV, or the elements of atoms are not those of the output.
     """
@@ -99,10 +100,13 @@ def read_abinit(prefix: str | os.PathLike[str], atoms: Atoms) -> tuple[tuple[Tar
     FileNotFoundError
         If a file is not there: abinit needs ``prtdos 3`` and ``natsph`` for all atoms.
     ElectronicStructureError
-        If a file cannot be read.
+        If a file cannot be read, or there is one of a further atom.
     """
     energies, columns, fermi = _abinit_table(_existing(f"{os.fspath(prefix)}_DOS_TOTAL"))
     spheres = [_abinit_table(_existing(f"{os.fspath(prefix)}_DOS_AT{i + 1:04d}"))[1][:, :5] for i in range(len(atoms))]
+    if (more := Path(f"{os.fspath(prefix)}_DOS_AT{len(atoms) + 1:04d}")).exists():
+        told = f"the calculation has more than the {len(atoms)} atoms given"
+        raise ElectronicStructureError(f"{told}: give its cell, or remove what an older one left", more)
     if len({len(energies), *map(len, spheres)}) > 1:
         raise ElectronicStructureError(f"the DOS files of {prefix} have different energies", Path(prefix))
     equivalent = site_symmetry(atoms)["equivalent_atoms"]
@@ -139,10 +143,7 @@ def _abinit_table(path: Path) -> tuple[Array, Array, float]:
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}: give the output of a finished calculation")
-    return file
+    return existing(path, "give the output of a finished calculation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,8 +168,9 @@ def read_projections(path: Path, projwfc_output: str, num_sites: int) -> Project
     """Read ``atomic_proj.xml`` of projwfc.x. Only its printed output tells which atom a projection belongs to."""
     states = _STATE.findall(projwfc_output)
     orbitals = [Orbital(int(site) - 1, int(wfc), int(degree), int(m or 1) - 1) for site, wfc, degree, m, *_ in states]
-    if not orbitals or max(orbital.site for orbital in orbitals) >= num_sites:
-        raise ElectronicStructureError(f"the output of projwfc.x does not list the states of {num_sites} atoms", path)
+    if {orbital.site for orbital in orbitals} != set(range(num_sites)):
+        told = f"the output of projwfc.x does not list the states of {num_sites} atoms"
+        raise ElectronicStructureError(f"{told}: give the cell of the calculation", path)
     spinors = {bool(s_z or j) for *_, s_z, j in states}
     if len(spinors) > 1:
         raise ElectronicStructureError("the output of projwfc.x mixes collinear and noncollinear states", path)

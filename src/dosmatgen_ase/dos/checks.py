@@ -149,7 +149,7 @@ def _states_that_fit_nothing(dos: TargetDOS, num_atoms: tuple[int, int]) -> str:
     """A sentence if the states known below zero are more, or fewer, than sites of any element hold there."""
     table = states_below_zero()
     known = dos.energies[dos.known & inside_window(dos.energies, (-np.inf, 0.0))]
-    if not known.size:
+    if not known.size or known[0] >= 0:
         return ""
     edges = np.array(table["lo"])
     start = max(float(known[0]), float(edges[0]))

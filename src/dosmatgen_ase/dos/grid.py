@@ -125,13 +125,27 @@ def checked_curve(energies: ArrayLike, values: ArrayLike, known: ArrayLike) -> t
     return energies, values, known
 
 
+def check_window(lo: float, hi: float) -> None:
+    """Raise ValueError unless lo < hi (eV)."""
+    if not lo < hi:
+        raise ValueError(f"a window needs lo < hi (eV), not {lo:g} and {hi:g}")
+
+
 def inside_window(energies: Array, window: tuple[float, float]) -> Mask:
-    """Which energies lie in [lo, hi], both ends included."""
+    """Which energies lie in [lo, hi], both ends included; ``ValueError`` unless lo < hi."""
+    check_window(*window)
     # The slack keeps bins at the ends of the window, which rounding puts a hair outside.
     return (energies >= window[0] - 1e-9) & (energies <= window[1] + 1e-9)
 
 
 def cell_widths(energies: Array, lo: float = -math.inf, hi: float = math.inf) -> Array:
-    """Width of each energy's share of [lo, hi], its borders half-way to the neighbours: trapezoidal weights."""
+    """Width of each energy's share of [lo, hi], its borders half-way to the neighbours: trapezoidal weights.
+
+    Raises
+    ------
+    ValueError
+        Unless lo < hi.
+    """
+    check_window(lo, hi)
     borders = np.concatenate([energies[:1], 0.5 * (energies[1:] + energies[:-1]), energies[-1:]])
     return np.diff(np.clip(borders, lo, hi))

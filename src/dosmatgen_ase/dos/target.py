@@ -214,8 +214,6 @@ class TargetDOS:
         ValueError
             If lo >= hi or nothing in the window is known.
         """
-        if not lo < hi:
-            raise ValueError(f"a window needs lo < hi (eV), not {lo:g} and {hi:g}")
         known = self.known & inside_window(self.energies, (lo, hi))
         if not known.any():
             raise ValueError(f"the window [{lo:g}, {hi:g}] eV holds no known energy of {self.in_words()}")
@@ -228,10 +226,12 @@ class TargetDOS:
         Raises
         ------
         ValueError
-            If there is none, or they differ in energies, reference or broadening.
+            If there is none, one is None, or they differ in energies, reference or broadening.
         """
         if not sites:
             raise ValueError("a sum needs the DOS of at least one site")
+        if unknown := [i for i, dos in enumerate(sites) if dos is None]:  # as `predict_dos` returns them
+            raise ValueError(f"a sum needs the DOS of all sites, and that of {unknown} is unknown")
         first = sites[0]
         same = [np.array_equal(dos.energies, first.energies) for dos in sites]
         if not all(same) or len({(dos.reference, dos.sigma) for dos in sites}) > 1:
@@ -296,7 +296,7 @@ class TargetDOS:
         TypeError
             If not exactly one of `factor` and `electrons` is given.
         ValueError
-            If it is not a finite number above 0, or there are no states between `lo` and `hi`.
+            If it is not a finite number above 0, lo >= hi, or there are no states between `lo` and `hi`.
         """
         if (factor is None) == (electrons is None):
             raise TypeError("scaled() takes either a factor or electrons=")
@@ -329,11 +329,11 @@ class TargetDOS:
     # -- figures -------------------------------------------------------------------------------------------------------
 
     def total_states(self, lo: float = -math.inf, hi: float = math.inf) -> float:
-        """Number of states between lo and hi (eV): the integral over the known energies (trapezoidal)."""
+        """Number of states between lo < hi (eV): the integral over the known energies (trapezoidal)."""
         return float((cell_widths(self.energies, lo, hi) * self.values).sum())
 
     def band_centre(self, lo: float = -10.0, hi: float = 0.0) -> float:
-        """First moment (eV) of the known DOS between lo and hi; NaN where it holds no states.
+        """First moment (eV) of the known DOS between lo < hi; NaN where it holds no states.
 
         On the d-projected DOS this is the d-band centre of Hammer and Noerskov (Surf. Sci. 343, 211, 1995).
         """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dosmatgen_ase.crystals.checks import formula_of
 from dosmatgen_ase.forward.features import tight_binding_graph
-from dosmatgen_ase.forward.predictor import DOSPredictor, default_predictor
+from dosmatgen_ase.forward.predictor import MIN_LABELS, DOSPredictor, default_predictor, too_few_labels
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, collate
 from dosmatgen_ase.forward.tight_binding.kpoints import symmetric_mesh
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, bloch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 POINTS_PER_STEP = 32
+_SAME = 1e-3  # eV, by which a full band may rise above zero by rounding
 
 
 def predict_bands(
@@ -46,12 +47,15 @@ def predict_bands(
     Raises
     ------
     ValueError
-        If the crystal cannot be read, the path is not one, or the predictor has no tight-binding model.
+        If the crystal cannot be read or holds an element of fewer than 3 labelled structures, the path is not one, or
+        the predictor has no tight-binding model.
     """
     from ase.spectrum.band_structure import BandStructure
 
     model, graph = _readable(atoms, predictor)
     try:
+        if isinstance(path, str) and not all(path.split(",")):
+            raise ValueError("a piece of it is empty")
         band_path = atoms.cell.bandpath(path, npoints=npoints)
     except (KeyError, ValueError) as error:
         raise ValueError(f"path={path!r} is not a path through special points of this lattice: {error}") from error
@@ -76,7 +80,8 @@ def predict_levels(atoms: Atoms, kpoints: ArrayLike, *, predictor: DOSPredictor 
     Raises
     ------
     ValueError
-        If the crystal cannot be read, the points are not (k, 3), or the predictor has no tight-binding model.
+        If the crystal cannot be read or holds an element of fewer than 3 labelled structures, the points are not
+        (k, 3), or the predictor has no tight-binding model.
     """
     model, graph = _readable(atoms, predictor)
     wanted = torch.from_numpy(np.array(kpoints, dtype=np.float32))
@@ -92,9 +97,13 @@ def _readable(atoms: Atoms, predictor: DOSPredictor | None) -> tuple[TightBindin
         raise ValueError("bands need a tight-binding model, and this predictor has none: use the one that ships")
     model = predictor.tight_binding[0]
     try:
-        return model, tight_binding_graph(atoms, model.config.cutoff)
+        graph = tight_binding_graph(atoms, model.config.cutoff)
+        known = predictor.tables["support"].numpy().max(axis=1) >= MIN_LABELS
+        if not known[atoms.numbers].all():
+            raise ValueError(too_few_labels(atoms.numbers[~known[atoms.numbers]]))
     except ValueError as error:
         raise ValueError(f"no bands for {formula_of(atoms)}: {error}") from error
+    return model, graph
 
 
 def _levels(model: TightBinding, graph: CrystalGraph, kpoints: Tensor) -> np.ndarray:
@@ -114,7 +123,7 @@ def _levels(model: TightBinding, graph: CrystalGraph, kpoints: Tensor) -> np.nda
 
 
 def pymatgen_bands(bands: BandStructure, atoms: Atoms) -> Any:
-    """Return bands as pymatgen's ``BandStructureSymmLine``.
+    """Return bands as pymatgen's ``BandStructureSymmLine``; its Fermi level lies in the middle of a gap.
 
     Parameters
     ----------
@@ -131,4 +140,18 @@ def pymatgen_bands(bands: BandStructure, atoms: Atoms) -> Any:
     lattice = Lattice(atoms.cell.array).reciprocal_lattice
     special = {("\\Gamma" if name == "G" else name): np.asarray(k) for name, k in bands.path.special_points.items()}
     structure = AseAtomsAdaptor.get_structure(atoms)
-    return BandStructureSymmLine(bands.path.kpts, eigenvalues, lattice, 0.0, special, structure=structure)
+    return BandStructureSymmLine(
+        bands.path.kpts, eigenvalues, lattice, _mid_gap(bands.energies), special, structure=structure
+    )
+
+
+def _mid_gap(energies: np.ndarray) -> float:
+    """Middle of the gap above zero of bands (spins, k, bands), 0 without one.
+
+    Zero itself is the valence-band maximum, and pymatgen would see it inside of that band, by rounding.
+    """
+    lowest, highest = energies.min(axis=1), energies.max(axis=1)
+    full, empty = highest <= _SAME, lowest > _SAME
+    if not (full | empty).all() or full.all() or empty.all():
+        return 0.0
+    return float(highest[full].max() + lowest[empty].min()) / 2

@@ -12,6 +12,7 @@ import numpy as np
 from ase import Atoms
 from tqdm import tqdm
 
+from dosmatgen_ase.crystals.checks import fault
 from dosmatgen_ase.dos import normalised_l1_arrays
 from dosmatgen_ase.files import write_atomic
 from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor
@@ -83,9 +84,10 @@ def _distances(predictor: DOSPredictor, atoms: list[Atoms]) -> list[float | None
 
 
 def _fingerprint(atoms: Atoms) -> int:
-    """Of the crystal, so that an id that was given to another one is not taken for it."""
+    """Of the crystal, so that an id that was given to another one, or that was mended, is not taken for it."""
     parts = (atoms.numbers.astype(np.int64), np.round(atoms.cell.array, 4), np.round(atoms.positions, 4))
-    return zlib.crc32(b"".join(np.ascontiguousarray(part).tobytes() for part in parts))
+    fault_there = (fault(atoms) or "").encode()  # a failure that cell, sites and elements do not tell
+    return zlib.crc32(b"".join([*(np.ascontiguousarray(part).tobytes() for part in parts), fault_there]))
 
 
 def _read_cache(path: Path, digest: str) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ from dosmatgen_ase.crystals.checks import MIN_VOLUME_PER_ATOM, beyond_bounds, fa
 from dosmatgen_ase.crystals.convert import to_structure
 from dosmatgen_ase.data import Structures
 from dosmatgen_ase.files import read_npz, write_npz
-from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph, crystal_graph, num_orbitals
+from dosmatgen_ase.forward.tight_binding.graph import MIN_DISTANCE, TOO_CLOSE, CrystalGraph, crystal_graph, num_orbitals
 from dosmatgen_ase.forward.tight_binding.predict import MAX_ORBITALS
 from dosmatgen_ase.threads import cpu_threads, once, without_warnings
 
@@ -46,14 +46,18 @@ def check_crystal(atoms: Atoms) -> None:
     Raises
     ------
     ValueError
-        With the reason: no crystal (`fault`), collapsed, or beyond the bounds.
+        With the reason: no crystal (`fault`), collapsed, beyond the bounds, or with two atoms in one place.
     """
+    from ase.neighborlist import neighbor_list
+
     if told := fault(atoms):
         raise ValueError(f"it {told}")
     if (per_atom := atoms.get_volume() / len(atoms)) < MIN_VOLUME_PER_ATOM:
         raise ValueError(f"it has collapsed: {per_atom:.3g} A^3 per atom, less than {MIN_VOLUME_PER_ATOM:g}")
     if (beyond := beyond_bounds(atoms)) is not None:
         raise ValueError(beyond)
+    if len(neighbor_list("i", atoms, MIN_DISTANCE)):
+        raise ValueError(TOO_CLOSE)
 
 
 def chgnet_graph(atoms: Atoms, most: int = MAX_BONDS) -> Any:
@@ -93,7 +97,7 @@ def tight_binding_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
     Raises
     ------
     ValueError
-        With the reason why the structure has none: as `check_crystal`, atoms alone or in one place, too large a cell.
+        With the reason why the structure has none: as `check_crystal`, atoms alone, too large a cell.
     """
     check_crystal(atoms)
     if (size := num_orbitals(atoms)) > MAX_ORBITALS:

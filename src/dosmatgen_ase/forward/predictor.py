@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from dosmatgen_ase.crystals.checks import formula_of
+from dosmatgen_ase.crystals.reduction import niggli_operation
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files.tensors import fill, load_tensors, save_tensors, without_values
-from dosmatgen_ase.forward.features import NUM_FEATURES, site_features, tight_binding_graph
+from dosmatgen_ase.forward.features import NUM_FEATURES, check_crystal, site_features, tight_binding_graph
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
@@ -97,6 +98,8 @@ class SitePrediction(NamedTuple):
         Why there is no prediction (then all is zero and unknown), else empty.
     gap : float, eV
         Band gap by tight binding, calibrated on the validation split, 0 for a metal; NaN without it.
+    lacking : str
+        Where one kind of model was asked, too, and refused the crystal: which answers alone, and why; else empty.
     """
 
     mean: np.ndarray
@@ -105,6 +108,7 @@ class SitePrediction(NamedTuple):
     error: np.ndarray
     reason: str = ""
     gap: float = float("nan")
+    lacking: str = ""
 
 
 @dataclass
@@ -116,7 +120,7 @@ class _Opinions:
     bound, networks : by each tight-binding model and by each network
     corrected : mean of the correctors, if there are any
     gaps : by each tight-binding model, eV
-    reason : why there is no DOS at all
+    reason : why the last kind of model that refused did so
     """
 
     bound: list[np.ndarray] = field(default_factory=list)
@@ -259,7 +263,7 @@ class DOSPredictor:
         """Fill in what networks and, where there is a tight-binding DOS, correctors say; or why they do not."""
         readable = [i for i, feature in enumerate(features) if not isinstance(feature, str)]
         for i, feature in enumerate(features):
-            if isinstance(feature, str) and not opinions[i].bound:
+            if isinstance(feature, str):
                 opinions[i].reason = feature
         if not readable:
             return
@@ -291,8 +295,10 @@ class DOSPredictor:
         graphs: dict[float, dict[int, CrystalGraph]] = {model.config.cutoff: {} for model in self.tight_binding}
         for i, atoms in enumerate(atoms_list):
             try:
+                check_crystal(atoms)  # as it was given
+                reduced = _reduced(atoms)
                 for cutoff in graphs:
-                    graphs[cutoff][i] = tight_binding_graph(atoms, cutoff)
+                    graphs[cutoff][i] = tight_binding_graph(reduced, cutoff)
             except ValueError as error:
                 opinions[i].reason = str(error)
         with cpu_threads(1):  # matrices are small
@@ -315,11 +321,15 @@ class DOSPredictor:
             spread = np.maximum(mean, 1e-3)  # never sure, not even of a gap
         known = self.tables["support"].numpy()[z] >= MIN_LABELS
         alone = "tight-binding" if opinions.bound else "features"
-        calibration = self.calibration(method if opinions.bound and opinions.networks else alone)
+        both = bool(opinions.bound and opinions.networks)
+        by = "tight binding" if opinions.bound else "the networks"
+        lacking = f"predicted by {by} alone: {opinions.reason}" if opinions.reason and not both else ""
+        calibration = self.calibration(method if both else alone)
         slope, offset = calibration["error"]
         error = offset + slope * relative_spread(mean, spread, known)
         error[~known.any(axis=1)] = np.nan
-        return SitePrediction(mean, spread * calibration["spread"], known, error, "", self._gap(opinions.gaps))
+        gap = self._gap(opinions.gaps)
+        return SitePrediction(mean, spread * calibration["spread"], known, error, "", gap, lacking)
 
     def _gap(self, gaps: Sequence[float]) -> float:
         """Calibrated mean of the models' gaps, eV; 0 where that is a metal's, NaN without a model."""
@@ -393,6 +403,16 @@ def _check_tables(tables: Mapping[str, Tensor], info: Any) -> None:
             raise ValueError("a calibration holds no finite numbers")
 
 
+def _reduced(atoms: Atoms) -> Atoms:
+    """The crystal with its Niggli-reduced cell, itself where it has that: a mesh over a skewed cell is another one."""
+    operation = niggli_operation(atoms.cell.array)
+    if np.array_equal(operation, np.eye(3)):
+        return atoms
+    copy = atoms.copy()
+    copy.set_cell(operation @ atoms.cell.array, apply_constraint=False)
+    return copy
+
+
 def _part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
 
@@ -448,7 +468,8 @@ def predict_dos(
         One per site wanted, states/eV at sigma 0.2 eV on [-10, 5] eV; None where it is unknown, as fewer than 3
         labelled structures hold the site's element. `reference` is "vbm" where the predicted bands leave a gap, else
         "fermi". `provenance` tells the uncertainty: "expected_distance" (normalised L1) and "spread" (151
-        values, states/eV; 68 % of computed DOS lie within it around the prediction).
+        values, states/eV; 68 % of computed DOS lie within it around the prediction). A DOS by one kind of model alone,
+        as the other cannot read the crystal, says so there ("assumed"), and a warning names the crystal.
 
     Raises
     ------
@@ -469,21 +490,33 @@ def predict_dos(
     predictor = default_predictor()
     found: list[list[TargetDOS | None]] = []
     unknown: list[str] = []
+    lacking: list[str] = []
     predictions = predictor.predict_arrays(structures, progress=progress, method=method)
     for i, (item, prediction, chosen) in enumerate(zip(structures, predictions, wanted, strict=True)):
         made = _targets_of(prediction, chosen, predictor.info)
         found.append(made)
+        name = f"{'' if single else f'structure {i}, '}{formula_of(item)}"
         if chosen and not any(made):
-            held = {chemical_symbols[z] for z in item.numbers[chosen] if 0 <= z < len(chemical_symbols)}
-            lacking = f"fewer than {MIN_LABELS} labelled structures hold {', '.join(sorted(held))}"
-            place = "" if single else f"structure {i}, "
-            unknown.append(f"{place}{formula_of(item)}: {prediction.reason or lacking}")
+            unknown.append(f"{name}: {prediction.reason or too_few_labels(item.numbers[chosen])}")
+        elif prediction.lacking:
+            lacking.append(f"{name}: {prediction.lacking}")
     if unknown and single:
         raise ValueError(f"no DOS for {unknown[0]}")
     if unknown:
-        shown = "; ".join(unknown[:3]) + (f"; and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        warnings.warn(f"no DOS for {len(unknown)} of {len(found)} structures: {shown}", stacklevel=2)
+        warnings.warn(f"no DOS for {len(unknown)} of {len(found)} structures: {_first(unknown)}", stacklevel=2)
+    if lacking:
+        warnings.warn(f"a poorer DOS for {len(lacking)} of {len(found)} structures: {_first(lacking)}", stacklevel=2)
     return found[0] if single else found
+
+
+def too_few_labels(numbers: Iterable[int]) -> str:
+    """Say why the DOS of sites of these elements, all unknown, is no prediction."""
+    held = {chemical_symbols[z] for z in numbers if 0 <= z < len(chemical_symbols)}
+    return f"fewer than {MIN_LABELS} labelled structures hold {', '.join(sorted(held))}"
+
+
+def _first(lines: Sequence[str]) -> str:
+    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 
 def _wanted_sites(sites: Sequence[int] | None, atoms: Atoms) -> list[int]:
@@ -506,6 +539,7 @@ def _targets_of(prediction: SitePrediction, sites: Iterable[int], info: dict[str
     def target(i: int) -> TargetDOS:
         doubt = {"expected_distance": float(prediction.error[i]), "spread": prediction.spread[i].tolist()}
         record = {"source": "predictor", "steps": [], "predictor": info, **doubt}
+        record |= {"assumed": [prediction.lacking]} if prediction.lacking else {}
         known, mean = prediction.known[i], prediction.mean[i]
         return TargetDOS(MODEL_GRID.energies, mean, known, reference, MODEL_SIGMA, provenance=record)
 
@@ -524,8 +558,10 @@ class DOSCalculator(Calculator):
     def calculate(
         self, atoms: Atoms | None = None, properties: Any = None, system_changes: Sequence[str] = all_changes
     ) -> None:
-        """Fill ``results``; ``ValueError`` as `predict_dos`."""
+        """Fill ``results``; ``ValueError`` without atoms, and as `predict_dos`."""
         super().calculate(atoms, properties, system_changes)
+        if self.atoms is None:
+            raise ValueError("DOSCalculator has no atoms: give them, as in calculate(atoms)")
         sites = predict_dos(self.atoms)
         nothing = np.full(MODEL_GRID.size, np.nan)
         told = [dos.provenance if dos else {} for dos in sites]

@@ -123,12 +123,24 @@ def unreadable(name: str, error: BaseException, what: str = "") -> ValueError:
     return ValueError(f"{name}{what}: {' '.join(told.split())[:300]}")
 
 
-def existing(path: str | PathLike[str]) -> Path:
-    """The path of a file that exists; FileNotFoundError otherwise."""
+def existing(
+    path: str | PathLike[str], fix: str = "give the path of a vasprun.xml, JSON, .npz or two-column text file"
+) -> Path:
+    """The path of a file that can be read again and again.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none; the `fix` is told.
+    ValueError
+        If it is a pipe or a device.
+    """
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{no_file(path)}: give the path of a vasprun.xml, JSON, .npz or two-column text file")
-    return file
+    if file.is_file():
+        return file
+    if file.exists() and not file.is_dir():  # as /dev/stdin, or <(...) of a shell
+        raise ValueError(f"{path} is a pipe or a device: save what comes out of it to a file first")
+    raise FileNotFoundError(f"{no_file(path)}: {fix}")
 
 
 def read_bytes(path: str | PathLike[str]) -> bytes:
@@ -139,7 +151,7 @@ def read_bytes(path: str | PathLike[str]) -> bytes:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is empty, damaged, or unpacks to more than `MAX_BYTES` or `MAX_RATIO` times its size.
+        If it is a pipe, empty, damaged, or unpacks to more than `MAX_BYTES` or `MAX_RATIO` times its size.
     """
     file = existing(path)
     try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dosmatgen_ase.dos.grid import MODEL_GRID, MODEL_SIGMA
+from dosmatgen_ase.dos.grid import MODEL_GRID, MODEL_SIGMA, check_window
 from dosmatgen_ase.dos.target import TargetDOS
 
 
@@ -24,8 +24,7 @@ def read_peaks(
         raise ValueError(expected)
     margin = 5 * MODEL_SIGMA
     lo, hi = window or (MODEL_GRID.minimum - margin, MODEL_GRID.maximum + margin)
-    if not lo < hi:
-        raise ValueError(f"a window needs lo < hi (eV), not {lo:g} and {hi:g}")
+    check_window(lo, hi)
     for energy in table[:, 0]:
         if not lo <= energy <= hi:
             raise ValueError(f"the peak at {energy:g} eV lies outside [{lo:g}, {hi:g}] eV: move it or the window")

@@ -19,6 +19,9 @@ from dosmatgen_ase.forward.tight_binding.basis import ELECTRONS, MAGNETIC, NUM_O
 if TYPE_CHECKING:
     from ase import Atoms
 
+MIN_DISTANCE = 0.1  # Angstrom; closer atoms share a place
+TOO_CLOSE = f"two atoms are closer than {MIN_DISTANCE:g} A: move them apart"
+
 
 @dataclass(frozen=True)
 class CrystalGraph:
@@ -82,8 +85,8 @@ def crystal_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
     from ase.neighborlist import neighbor_list
 
     first, second, shift, bond = neighbor_list("ijSD", atoms, cutoff)
-    if len(bond) and np.linalg.norm(bond, axis=1).min() < 0.1:
-        raise ValueError("two atoms are closer than 0.1 A: move them apart")
+    if len(bond) and np.linalg.norm(bond, axis=1).min() < MIN_DISTANCE:
+        raise ValueError(TOO_CLOSE)
     numbers = atoms.numbers.astype(np.int64)
     everything = np.concatenate([np.zeros((1, 3), dtype=np.int64), shift])
     vectors, image = np.unique(everything, axis=0, return_inverse=True)
