@@ -263,8 +263,16 @@ def test_an_interrupted_download_goes_on(tmp_path: Path) -> None:
         asked.clear()
         assert len(read_optimade(url, parts=tmp_path).crystals) == 4
         assert all("info" in path for path in asked)  # the structures are not asked for again
-        sorted(tmp_path.glob("page-*"))[2].write_text("{")  # killed while it was written by something else
-        assert len(read_optimade(url, parts=tmp_path).crystals) == 4
+        for spoilt in ("{", "null", "{}", '{"entries": null, "next": null}'):  # written by something else
+            sorted(tmp_path.glob("page-*"))[2].write_text(spoilt)
+            assert len(read_optimade(url, parts=tmp_path).crystals) == 4
+
+
+def test_what_a_database_tells_oddly_of_itself_is_passed_over() -> None:
+    with answering(lambda path, n: page([entry("cu", bulk("Cu"))], data_returned="12", provider="us")) as url:
+        found = read_optimade(url)
+    assert [a.info["material_id"] for a in found.crystals] == ["cu"]
+    assert (found.source["available"], found.source["provider"]) == (None, None)
 
 
 def test_odd_structures_are_told_one_by_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -16,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-from dosmatgen_ase.dos import TargetDOS
+from dosmatgen_ase import plotting
+from dosmatgen_ase.dos import TargetDOS, normalised_l1
 from dosmatgen_ase.plotting import BALL, OTHER_COLOUR, TARGET_COLOUR, draw_crystal, plot_candidates, plot_dos
 
 NICKEL = Path(__file__).parents[1] / "data" / "ni_in_au3ni.npz"
@@ -166,6 +168,35 @@ def test_candidates_side_by_side(tmp_path: Path) -> None:
     assert (width, height) == (1500, 870)
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_candidates(WANTED, [], path)
+
+
+@pytest.mark.parametrize("sites", [np.array([3]), [np.array([3])], [[3]]])
+def test_sites_may_be_numbers_of_numpy(sites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ringed: list[list[int]] = []
+    monkeypatch.setattr(plotting, "draw_crystal", lambda atoms, ax, sites: ringed.append(sites))
+    plot_candidates(WANTED, [("a", gold_nickel(), [])], tmp_path / "out.png", sites=sites)
+    assert ringed == [[3]]
+
+
+def test_candidates_are_drawn_as_they_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[TargetDOS]] = []
+
+    def look(curves: list[TargetDOS], labels: list[str], ax: Axes) -> Axes:
+        drawn.append(curves)
+        return plot_dos(curves, labels, ax=ax)
+
+    monkeypatch.setattr(plotting, "plot_dos", look)
+    bands = [(-2.0, 6.0, 0.2), (3.0, 6.0, 0.2)]
+    made = TargetDOS.from_peaks(bands, window=(-8, 5), kind="total", reference="fermi").on_grid()
+    broad = made.on_grid(sigma=0.3)
+    assert normalised_l1(made, broad) < 0.03
+    for target in (broad, made):  # the other way round, the row is broader
+        plot_candidates(target, [("a", gold_nickel(), [made, broad])], tmp_path / "out.png")
+        wanted, *found = drawn.pop()
+        for dos in found:
+            assert (dos.sigma, dos.reference) == (0.3, "vbm") == (wanted.sigma, wanted.reference)
+            known = dos.known & wanted.known
+            assert np.abs(dos.values - wanted.values)[known].sum() < 0.03 * wanted.values[known].sum()
 
 
 @pytest.mark.parametrize("atoms", [Atoms(), Atoms("Cu"), Atoms("Cu", cell=[1, 1, 0])])

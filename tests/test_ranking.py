@@ -73,6 +73,24 @@ def test_what_cannot_be_measured_comes_last(copper: TargetDOS) -> None:
     assert [atoms.info["scores"]["score"] is None for atoms in ranked] == [False, True, True]
 
 
+def test_a_left_handed_cell_is_measured_as_the_same_crystal(copper: TargetDOS) -> None:
+    turned = bulk("Cu")
+    turned.set_cell(-turned.cell.array)
+    by_both = Ranking(distance=1, energy=1)
+    found, plain = (score([atoms], {0: copper}, ranking=by_both)[0] for atoms in (turned, bulk("Cu")))
+    assert found.info["scores"]["score"] is not None
+    assert found.info["scores"] == pytest.approx(plain.info["scores"], abs=1e-4)
+    assert found == turned, "it comes back as it was given"
+    assert best([bulk("Cu"), turned, bulk("Ag")], 2)[1].symbols[0] == "Ag", "it is the same crystal"
+
+
+@pytest.mark.parametrize("told", ["done", None, 3, {"by": "another program"}])
+def test_what_other_programs_tell_of_a_relaxation_does_no_harm(told: Any, copper: TargetDOS) -> None:
+    atoms = bulk("Cu")
+    atoms.info["relaxation"] = told
+    assert score([atoms], {0: copper})[0].info["scores"]["score"] == pytest.approx(0.0, abs=1e-3)
+
+
 def test_every_target_counts(copper: TargetDOS) -> None:
     salt = predict_dos(bulk("NaCl", "rocksalt", a=5.64))
     pair = score([bulk("NaCl", "rocksalt", a=5.64), bulk("MgO", "rocksalt", a=4.21)], {0: salt[0], 1: salt[1]})

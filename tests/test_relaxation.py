@@ -259,6 +259,28 @@ def test_the_cell_moves_only_under_constraints_that_can_follow_it(constraint: An
     assert np.array_equal(relaxed.cell, start.cell) != cell_moves
 
 
+@pytest.mark.parametrize(
+    "constraint",
+    [FixAtoms([]), FixAtoms(mask=[False] * 4), FixCartesian([], (True,) * 3), FixCartesian(0, (False,) * 3)],
+)
+def test_a_constraint_that_holds_nothing_holds_no_cell(constraint: Any) -> None:
+    start = strained_copper()
+    start.set_constraint(constraint)
+    free, held = relax(strained_copper(), EMT()), relax(start, EMT())
+    assert np.array_equal(held.cell, free.cell)
+    assert report(held) == report(free)
+
+
+def test_a_site_held_by_its_scaled_position_is_what_movement_is_measured_from() -> None:
+    start = bulk("Cu", a=COPPER, cubic=True)
+    start.positions[1, 0] += 0.2
+    start.set_constraint([FixScaled(0)])
+    relaxed = relax(start, EMT(), fmax=0.005)
+    moved = (relaxed.get_scaled_positions(wrap=False) - start.get_scaled_positions(wrap=False)) @ relaxed.cell
+    assert np.abs(moved[0]).max() < 1e-9
+    assert report(relaxed)["rmsd"] == pytest.approx(np.sqrt((moved**2).sum(1).mean()))
+
+
 def with_results(place: str) -> Atoms:
     atoms = bulk("Cu", a=3.7)
     stress = [0.1, 0.2, 0.3, 0.0, 0.0, 0.0]
@@ -608,6 +630,56 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_in_the_file(
     assert (relaxed, out.read_bytes()) == ([], before)
     relax_into(out, structures[1:], "emt", fmax=0.01, overwrite=True)
     assert relaxed == [3.6, 3.7, 3.8]
+
+
+class Nameless:
+    """A constraint of somebody else, which cannot be told."""
+
+    def adjust_positions(self, atoms: Atoms, new: np.ndarray) -> None: ...
+
+    def adjust_forces(self, atoms: Atoms, forces: np.ndarray) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        [FixScaled(0, (True, False, False)), FixScaled([1, 2], (False, True, True))],
+        [FixCartesian(0, (True, False, False)), FixAtoms([3])],
+        [FixSymmetry(bulk("Cu", a=3.7, cubic=True))],
+        [Nameless()],
+    ],
+    ids=["scaled", "cartesian", "symmetry", "nameless"],
+)
+def test_what_is_held_is_known_again_when_a_run_goes_on(
+    constraints: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relaxation, "load_calculator", lambda *_: EMT())
+    out, start = tmp_path / "out.extxyz", bulk("Cu", a=3.7, cubic=True)
+    start.set_constraint(constraints)
+    (first,) = relax_into(out, [start], "emt")
+    (again,) = relax_into(out, [start.copy()], "emt")
+    assert [type(c) for c in again.constraints] == [type(c) for c in constraints]
+    assert list(map(relaxation._in_full, again.constraints)) == list(map(relaxation._in_full, first.constraints))
+    start.set_constraint(FixAtoms([1]))
+    with pytest.raises(FileExistsError, match="another run"):
+        relax_into(out, [start], "emt")
+
+
+def test_the_command_writes_what_is_held_also_when_it_is_given_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relaxation, "load_calculator", lambda *_: EMT())
+    start = bulk("Cu", a=3.7, cubic=True)
+    start.set_constraint([FixScaled(0, (True, False, False))])
+    ase.io.write(tmp_path / "sd.vasp", start)
+    out = tmp_path / "POSCAR_relaxed"
+    line = ["relax", str(tmp_path / "sd.vasp"), "-o", str(out), "--calculator", "emt"]
+    for turn in range(2):
+        done = CliRunner().invoke(app, line)
+        assert done.exit_code == 0, done.output
+        assert "Selective dynamics" in out.read_text(), turn
+        (kept,) = ase.io.read(tmp_path / "POSCAR_relaxed.extxyz", ":", format="extxyz")
+        assert kept.info["relaxation"]["converged"]
 
 
 def test_another_potential_in_the_same_file_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

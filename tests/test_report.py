@@ -152,6 +152,31 @@ def test_a_run_in_which_nothing_went_well_has_a_report(result: InverseDesignDoc,
     assert "None has a computed DOS" in said
 
 
+def test_a_candidate_without_distance_and_reason_is_told(result: InverseDesignDoc, tmp_path: Path) -> None:
+    result.candidates.append(candidate(4, "Cu", None, None, None))
+    said = " ".join(" ".join(Page(write_report(result, tmp_path / "r.html").read_text()).words).split())
+    assert "5 candidates, 3 with a computed DOS" in said
+    assert "CuAu #4 no distance is known" in said
+
+
+@pytest.mark.parametrize(
+    ("targets", "achieved", "fault"),
+    [
+        ({"0": TARGET}, {}, "has a distance, but no computed DOS for the target of site 0"),
+        ({"7": TARGET}, {"7": TARGET}, "has no site 7, for which there is a target"),
+        ({"x": TARGET}, {"x": TARGET}, "has no site x"),
+        ({"0": TARGET}, {"0": replace(TARGET, kind="total")}, "has a total DOS for the target of site 0"),
+    ],
+)
+def test_a_candidate_that_does_not_fit_the_targets_is_named(
+    targets: dict[str, TargetDOS], achieved: dict[str, TargetDOS], fault: str, tmp_path: Path
+) -> None:
+    wrong = candidate(5, "Ni", 0.1, None, None).model_copy(update={"achieved": achieved})
+    with pytest.raises(ValueError, match=rf"^candidate 5 \(NiAu\) {fault}.*leave it out$"):
+        write_report(InverseDesignDoc(targets=targets, candidates=[wrong], generation={}), tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
 def test_a_target_of_the_cell_has_a_report(result: InverseDesignDoc, tmp_path: Path) -> None:
     total = replace(TARGET, kind="total")
     best = result.candidates[0].model_copy(update={"achieved": {"total": total}})

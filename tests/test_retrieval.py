@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def predictor(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     return path
 
 
-def named(atoms: Atoms, name: str, **facts: float) -> Atoms:
+def named(atoms: Atoms, name: Any, **facts: Any) -> Atoms:
     atoms.info = {"material_id": name, **facts}
     return atoms
 
@@ -141,7 +141,7 @@ def test_a_file_holds_the_index(index: DOSIndex, tmp_path: Path) -> None:
         assert np.array_equal(getattr(again, name), getattr(index, name)), name
     assert again.info == index.info
     assert again.values == pytest.approx(index.values, abs=0.01)
-    assert again.energy_above_hull == pytest.approx(index.energy_above_hull, abs=1e-4, nan_ok=True)
+    assert np.array_equal(again.energy_above_hull, index.energy_above_hull, equal_nan=True), "a bound holds in both"
     assert [path.name for path in tmp_path.iterdir()] == ["index.npz"]
 
 
@@ -299,6 +299,9 @@ def test_left_handed_cells_are_turned(predictor: Path) -> None:
         ([bulk("Cu")], "has no name"),
         ([named(bulk("Cu"), "x"), named(bulk("Ag"), "x")], "two crystals are named x"),
         ([named(Atoms("Cu"), "alone")], "alone cannot be indexed: it has no cell"),
+        ([named(bulk("Cu"), "x", band_gap="n/a")], "band_gap='n/a' of x is no number: mend it"),
+        ([named(bulk("Cu"), "x", energy_above_hull="1\n2")], r"energy_above_hull='1\\n2' of x is no number"),
+        ([named(bulk("Cu"), 7), named(bulk("Ag"), "7")], "two crystals are named 7"),
         ([named(Atoms("Cu2", positions=[(0, 0, 0), (0, 0, 0.1)], cell=[4] * 3, pbc=True), "two")], "two cannot be"),
     ],
 )
@@ -307,11 +310,42 @@ def test_what_is_no_crystal_is_refused(given: list[Atoms], message: str, predict
         build_index(given, predictor=predictor)
 
 
-def test_a_label_of_other_sites_is_refused(labels: SiteDOSLabels, predictor: Path) -> None:
-    atoms = labels.atoms(0)
+def test_names_of_digits_and_facts_that_are_not_there(predictor: Path) -> None:
+    given = [named(bulk("Cu"), 1234, band_gap=None, energy_above_hull=np.float32(0.07)), named(bulk("Ag"), "ag")]
+    index = build_index(given, predictor=predictor)
+    assert index.material_id.tolist() == ["1234", "ag"]
+    assert np.isnan(index.band_gap).all()
+    assert told(search(target(curve(-5.0)), max_above_hull=0.07, index=index)) == ["1234"]
+    assert given[0].info["material_id"] == 1234, "what is given stays"
+
+
+def other_element(atoms: Atoms) -> None:
     atoms.numbers[0] = 79 if atoms.numbers[0] != 79 else 78
-    with pytest.raises(ValueError, match=f"{labels.material_id[0]} list different sites"):
+
+
+def two_changed_places(atoms: Atoms) -> None:
+    z = max(set(atoms.numbers.tolist()), key=atoms.numbers.tolist().count)
+    one, other = np.flatnonzero(atoms.numbers == z)[:2]
+    atoms.positions[[one, other]] = atoms.positions[[other, one]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [other_element, two_changed_places, lambda atoms: atoms.set_cell(1.02 * atoms.cell.array, scale_atoms=True)],
+    ids=["element", "order", "strain"],
+)
+def test_a_label_of_another_crystal_is_refused_before_the_work(
+    change: Callable[[Atoms], None], labels: SiteDOSLabels, predictor: Path
+) -> None:
+    sites = [np.unique(row, return_counts=True) for row in labels.atomic_numbers]
+    i = next(i for i, (z, n) in enumerate(sites) if (n[z > 0] > 1).any())
+    atoms = labels.atoms(i)
+    assert build_index([atoms], labels, predictor=predictor).computed.all()
+    StandIn.calls = 0
+    change(atoms)
+    with pytest.raises(ValueError, match=f"{labels.material_id[i]} list different sites or cells: use the structures"):
         build_index([atoms], labels, predictor=predictor)
+    assert StandIn.calls == 0
 
 
 def test_a_table_gives_gap_and_energy(tmp_path: Path) -> None:

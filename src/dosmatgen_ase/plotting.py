@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dosmatgen_ase.dos import MODEL_GRID, TargetDOS
+from dosmatgen_ase.dos.distances import as_compared
 from dosmatgen_ase.files import MARK, write_atomic
+from dosmatgen_ase.threads import without_warnings
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -103,6 +105,22 @@ def plot_dos(
     return ax
 
 
+def drawn_together(target: TargetDOS, others: Sequence[TargetDOS]) -> list[TargetDOS]:
+    """Return the target and the DOS that were compared with it, as `plot_dos` should draw them: as they were compared.
+
+    Each has its highest occupied level at zero, and all are on one grid and as broad as the broadest.
+
+    Raises
+    ------
+    ValueError
+        If one is a site's and another a total.
+    """
+    broadest = max([target, *others], key=lambda dos: dos.sigma or 0.0)
+    with without_warnings():  # of zeros, which whoever compared them has told
+        wanted = as_compared(broadest, target)[1]
+        return [wanted, *(as_compared(dos, wanted)[0] for dos in others)]
+
+
 def plot_bands(bands: BandStructure, path: str | PathLike[str] | None = None) -> Axes:
     """Draw a band structure from -10 to 5 eV, one line per band and piece of its path.
 
@@ -127,10 +145,11 @@ def plot_bands(bands: BandStructure, path: str | PathLike[str] | None = None) ->
     from ase.spectrum.band_structure import BandStructurePlot
     from matplotlib.figure import Figure
 
+    bands = bands.subtract_reference()
     plot = BandStructurePlot(bands)
     ax = plot.prepare_plot(Figure(figsize=(5, 4), layout="constrained").add_subplot(), emin=-10, emax=5)
     breaks = np.flatnonzero(np.diff(plot.xcoords) == 0) + 1  # two points at one place: the path goes on elsewhere
-    for energies, colour in zip(bands.energies - bands.reference, (TARGET_COLOUR, OTHER_COLOUR), strict=False):
+    for energies, colour in zip(bands.energies, (TARGET_COLOUR, OTHER_COLOUR), strict=False):
         for x, piece in zip(np.split(plot.xcoords, breaks), np.split(energies, breaks), strict=True):
             ax.plot(x, piece, color=colour, linewidth=1.0)
     ax.set(ylabel="$E$ − zero (eV)")
@@ -266,7 +285,7 @@ def plot_candidates(
     sites: Sequence[int] | Sequence[Sequence[int]] = (),
     sources: Sequence[str] | None = None,
 ) -> None:
-    """Save one row per candidate: the target with the DOS predicted for it, and the crystal.
+    """Save one row per candidate: the target with the DOS predicted for it, as they are compared, and the crystal.
 
     Parameters
     ----------
@@ -283,7 +302,7 @@ def plot_candidates(
     Raises
     ------
     ValueError, OSError
-        If there is no candidate, or not one entry of `sites` or `sources` for each; as `plot_dos`.
+        If there is no candidate, or not one entry of `sites` or `sources` for each; as `drawn_together`, `plot_dos`.
     """
     from matplotlib.figure import Figure
 
@@ -292,13 +311,13 @@ def plot_candidates(
     figure = Figure(figsize=(10.0, 2.9 * len(candidates)), layout="constrained")
     rows = figure.subplots(len(candidates), 2, squeeze=False, width_ratios=[1.5, 1.0])
     named = list(sources or ["predicted"] * len(candidates))
-    common = [site for site in sites if isinstance(site, int)]
-    ringed = [list(own) for own in sites if not isinstance(own, int)] or [common] * len(candidates)
+    common = [int(site) for site in sites if isinstance(site, int | np.integer)]
+    ringed = [list(own) for own in sites if not isinstance(own, int | np.integer)] or [common] * len(candidates)
     for (left, right), (title, atoms, found), own, source in zip(rows, candidates, ringed, named, strict=True):
         labels = ["target", *[source] * len(found)]
         if len(found) == len(own) > 1:
             labels[1:] = [f"{source}, site {site}" for site in own]
-        plot_dos([target.on_grid(), *found], labels, ax=left)
+        plot_dos(drawn_together(target, found), labels, ax=left)
         left.set_title(title, loc="left", fontsize="medium", parse_math=False)
         draw_crystal(atoms, right, own)
     _save(figure, Path(path))

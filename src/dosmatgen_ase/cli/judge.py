@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,7 +65,7 @@ def relax(
     With CHGNet the table also has the energy above the hull, made by the same potential. A run that was killed goes on
     where it stopped: give the same command again. Atoms that a file marks as fixed stay, and the cell with them.
     """
-    from dosmatgen_ase.files import STRUCTURES, keeps_info, stream_of, write_structures
+    from dosmatgen_ase.files import STRUCTURES, keeps_info, stream_of, write_extxyz, write_structures
     from dosmatgen_ase.files import read_structures as read
 
     with busy("loading the potential"):
@@ -91,7 +92,7 @@ def relax(
     hull = load_hull() if calculator == "chgnet" else None
     table, reasons = _relaxed_table(named, relaxed, hull)
     if len(read(stream, format="extxyz")) <= len(relaxed):  # else it holds more of this run than was asked for
-        write_structures(stream, relaxed)
+        write_extxyz(stream, relaxed)
     if out != stream:
         write_structures(out, relaxed)
     show(table)
@@ -143,11 +144,10 @@ def predict(
     named = read_structures(files)
     output_folder(out)
     for name in named:
-        output(ctx, "out", (".json",), path=out / f"{name}.json", marks=(PREDICTION.encode(),), ours=False)
-        for ending in (".json", ".png") if bands else ():
-            output(
-                ctx, "out", (ending,), path=out / f"{name}_bands{ending}", marks=(b"BandStructure", b"bandstructure")
-            )
+        for file, marks in _files(out, name, bands).items():
+            if file.stem != name and (file.stem in named or (plot and file.resolve() == plot.resolve())):
+                raise ValueError(f"cannot write the bands of {name}: {file} is another output, too; rename one of them")
+            output(ctx, "out", (file.suffix,), path=file, marks=marks, ours=False)
     table = Table("structure", "site", "element", "states below 0 eV", "band centre, eV", "expected error")
     reasons = Reasons()
     first: tuple[str, list[TargetDOS | None]] | None = None
@@ -157,16 +157,16 @@ def predict(
         except (OSError, ImportError):  # of this installation, not of the structure
             raise
         except Exception as error:  # noqa: BLE001 -- whatever a structure raises is its own failure, and ends no run
-            told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            table.add_row(name, "", atoms.get_chemical_formula(), "", "", reasons.cell(name, told))
+            table.add_row(name, "", atoms.get_chemical_formula(), "", "", reasons.cell(name, _own(error)))
+            _remove(_files(out, name, bands))
             continue
         total = None if None in sites else TargetDOS.sum_of([dos for dos in sites if dos])
         record: dict[str, Any] = {"format": PREDICTION, "sites": [dos and dos.to_dict() for dos in sites]}
         record["total"] = total and total.to_dict()
         write_atomic(out / f"{name}.json", json.dumps(record).encode())
-        if bands:
-            _write_bands(atoms, out / f"{name}_bands")
         _add_sites(table, name, atoms, sites)
+        if bands and (reason := _write_bands(atoms, out, name)):
+            table.add_row("", "bands", "", "", "", reasons.cell(name, reason))
         first = first or (name, sites)
     show(table)
     reasons.tell()
@@ -192,14 +192,46 @@ def _add_sites(table: Table, name: str, atoms: Atoms, sites: list[TargetDOS | No
         table.add_row(name if i == 0 else "", str(i), atoms.symbols[i], *figures)
 
 
-def _write_bands(atoms: Atoms, stem: Path) -> None:
-    """Write the predicted bands as STEM.json and STEM.png."""
+def _own(error: Exception) -> str:
+    """The reason of a failure that is of one structure alone."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def _files(out: Path, name: str, bands: bool) -> dict[Path, Sequence[bytes]]:
+    """Files of a structure, each with the marks by which it is known to come from this command."""
+    from dosmatgen_ase.files import MARK
+
+    of_bands = (MARK, b"BandStructure", b"bandstructure")
+    drawn: dict[Path, Sequence[bytes]] = {out / f"{name}_bands{ending}": of_bands for ending in (".json", ".png")}
+    return {out / f"{name}.json": (PREDICTION.encode(),), **(drawn if bands else {})}
+
+
+def _remove(files: Mapping[Path, Sequence[bytes]]) -> None:
+    """Remove what an earlier run left for another structure; it would be taken for that of the one that failed."""
+    from dosmatgen_ase.files import check_output
+
+    for file, marks in files.items():
+        with contextlib.suppress(FileExistsError):  # of somebody else: only --overwrite would have replaced it
+            check_output(file, marks=marks)
+            file.unlink(missing_ok=True)
+
+
+def _write_bands(atoms: Atoms, out: Path, name: str) -> str | None:
+    """Write the predicted bands, data and picture; or say why there are none."""
     from ase.io.jsonio import encode
 
     from dosmatgen_ase.files import write_atomic
     from dosmatgen_ase.forward.bands import predict_bands
     from dosmatgen_ase.plotting import plot_bands
 
-    found = predict_bands(atoms)
-    write_atomic(stem.with_name(f"{stem.name}.json"), encode(found).encode())
-    plot_bands(found, stem.with_name(f"{stem.name}.png"))
+    _, data, picture = files = _files(out, name, bands=True)
+    try:
+        found = predict_bands(atoms)
+        plot_bands(found, picture)
+        write_atomic(data, encode(found).encode())
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # noqa: BLE001 -- as for the DOS, which stays
+        _remove({file: files[file] for file in (data, picture)})
+        return _own(error)
+    return None

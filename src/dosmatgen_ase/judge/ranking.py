@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dosmatgen_ase.crystals.screening import KnownCrystals, screen_given
+from dosmatgen_ase.crystals.screening import KnownCrystals, right_handed, screen_given
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS, mean_distance, on_common_zero
 from dosmatgen_ase.forward.predictor import DOSPredictor, SitePrediction, default_predictor
 from dosmatgen_ase.judge.relaxation import relax as relax_atoms
@@ -152,10 +152,16 @@ def score(
         parts = [(weight, cost) for weight, cost in zip(weights, costs.values(), strict=False) if weight]
         if energy is not None and energy < 0:  # no better than on the hull, which may lack a phase there
             parts[-1] = ranking.energy, 0.0
-        broken = atoms.info.get("relaxation", {}).get("energy", 0.0) is None  # it kept its starting geometry
-        known = not broken and screen_given(atoms).accepted and not any(cost is None for _, cost in parts)
+        sound = not _broke_down(atoms) and screen_given(right_handed(atoms)).accepted
+        known = sound and not any(cost is None for _, cost in parts)
         atoms.info["scores"] = {"score": sum(w * cost for w, cost in parts if cost) if known else None, **costs}
     return sorted(found, key=_place)
+
+
+def _broke_down(atoms: Atoms) -> bool:
+    """Whether a relaxation broke down, so that this is its starting geometry; other programs may use the name, too."""
+    told = atoms.info.get("relaxation")
+    return isinstance(told, Mapping) and told.get("energy", 0.0) is None
 
 
 def _copy(atoms: Atoms) -> Atoms:
@@ -227,7 +233,7 @@ def best(ranked: Sequence[Atoms], n: int) -> list[Atoms]:
 def _unlike(crystals: Sequence[Atoms]) -> Iterator[int]:
     """Numbers of the crystals that are not the same as one before; what the screen rejects is like none."""
     seen = KnownCrystals()
-    for i, atoms in enumerate(crystals):
+    for i, atoms in enumerate(map(right_handed, crystals)):
         if screen_given(atoms).accepted:
             if seen.find(atoms) is not None:
                 continue

@@ -30,6 +30,7 @@ from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixScaled, FixSymmetry
 from ase.filters import FrechetCellFilter
+from ase.io.jsonio import encode
 from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 from ase.spacegroup.symmetrize import refine_symmetry
@@ -76,7 +77,8 @@ def relax(
         downloaded at first use.
     fixed_cell : bool
         The cell stays exactly as it is. It also stays where the atoms carry a constraint that holds Cartesian
-        positions, as ``FixAtoms`` does, which is any but ``FixScaled`` and ``FixSymmetry``.
+        positions, as ``FixAtoms`` does, which is any but ``FixScaled`` and ``FixSymmetry``. A left-handed cell comes
+        back right-handed all the same, its vectors negated.
     fixed_sites : sequence of int
         Sites that stay exactly where they are in every structure, counted from 0, and the cell with them.
     fmax : float
@@ -154,7 +156,7 @@ def relax_into(
     settings = (_named(calculator), *limits, *(["fixed cell"] if fixed_cell else []))
     origins = [_origin(atoms, settings) for atoms in structures]
     with exclusive(path):
-        done, others = _begun(path, origins)
+        done, others = _begun(path, structures, origins)
         if others and not overwrite:
             fix = "choose another file (-o), or overwrite it (--overwrite)"
             raise FileExistsError(f"{path} holds {others} structures of another run, which would be lost: {fix}")
@@ -177,16 +179,17 @@ def relax_into(
         return done
 
 
-def _begun(path: Path, origins: Sequence[str]) -> tuple[list[Atoms], int]:
+def _begun(path: Path, structures: Sequence[Atoms], origins: Sequence[str]) -> tuple[list[Atoms], int]:
     """What a file holds of a run, and the number of other structures that going on would replace."""
     done: list[Atoms] = []
     held: list[Atoms] = []
     with contextlib.suppress(*DAMAGE):  # not there, or no structures
         held = read_structures(path, format="extxyz")
-    for atoms, origin in zip(held, origins, strict=False):
+    for atoms, given, origin in zip(held, structures, origins, strict=False):
         told = atoms.info.get("relaxation")
         if not isinstance(told, dict) or told.get("of") != origin:
             break
+        atoms.set_constraint(given.copy().constraints)  # of which extended XYZ keeps a part only
         done.append(atoms)
     return done, len(held) - len(done) if len(done) < len(origins) else 0
 
@@ -202,8 +205,15 @@ def _named(calculator: str | Path) -> str:
 
 def _origin(atoms: Atoms, settings: tuple[Any, ...]) -> str:
     """Digest of what a relaxation depends on."""
-    told = f"{settings} {atoms.constraints} {digest(atoms)}".encode()
+    told = f"{settings} {[_in_full(constraint) for constraint in atoms.constraints]} {digest(atoms)}".encode()
     return hashlib.sha256(told).hexdigest()[:16]
+
+
+def _in_full(constraint: Any) -> str:
+    """What a constraint is made of. The repr of some tells their address in memory, which is another in each run."""
+    told: dict[str, Any] = getattr(constraint, "todict", lambda: None)() or {}
+    plain = {key: digest(v) if isinstance(v, Atoms) else v for key, v in told.get("kwargs", {}).items()}
+    return str(encode([type(constraint).__name__, plain]))
 
 
 def hold(structures: Sequence[Atoms], sites: Sequence[int]) -> list[Atoms]:
@@ -448,17 +458,24 @@ def _relaxed(
     atoms = start.copy()
     atoms.info["relaxation"] = report
     atoms.calc = calculator
-    held = any(not isinstance(constraint, _MOVE_WITH_CELL) for constraint in atoms.constraints)
-    optimiser = BFGS(atoms if held or fixed_cell else FrechetCellFilter(atoms), logfile=None)
+    held = [constraint for constraint in atoms.constraints if _holds(constraint)]
+    fixed_cell = fixed_cell or any(not isinstance(constraint, _MOVE_WITH_CELL) for constraint in held)
+    optimiser = BFGS(atoms if fixed_cell else FrechetCellFilter(atoms), logfile=None)
     with quick_blas():
         report["reason"] = _optimise(optimiser, atoms, report, fmax, max_steps, time.perf_counter() + time_limit)
     report["converged"] = report["reason"] is None
     results = {name: np.array(value) for name, value in calculator.results.items() if name in ("forces", "stress")}
     atoms.calc = SinglePointCalculator(atoms, energy=report["energy"] * len(atoms), **results)
     moved = atoms.get_scaled_positions(wrap=False) - start.get_scaled_positions(wrap=False)
-    shift = 0.0 if held else moved.mean(0)
+    sites_held = any(not isinstance(constraint, FixSymmetry) for constraint in held)
+    shift = 0.0 if sites_held else moved.mean(0)
     report["rmsd"] = float(np.sqrt((((moved - shift) @ atoms.cell) ** 2).sum(1).mean()))
     return atoms
+
+
+def _holds(constraint: Any) -> bool:
+    """Whether a constraint holds anything: one of no site, or of no direction, does not."""
+    return np.size(getattr(constraint, "index", 0)) > 0 and bool(np.any(getattr(constraint, "mask", True)))
 
 
 class _BrokenDown(Exception):

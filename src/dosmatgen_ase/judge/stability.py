@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import linprog
 from tqdm import tqdm
 
-from dosmatgen_ase.crystals.screening import reduced_formula, screen_given
+from dosmatgen_ase.crystals.screening import reduced_formula, right_handed, screen_given
 from dosmatgen_ase.files import read_npz, write_npz
 from dosmatgen_ase.forward.features import chgnet_graph, load_chgnet
 from dosmatgen_ase.judge.relaxation import quick_blas
@@ -247,7 +247,7 @@ def energy_above_hull(
     -------
     float, or array (n,) for a sequence
         Negative where the atoms lie below every mixture of known phases. NaN for a structure that the potential cannot
-        describe (collapsed, with isolated atoms, not finite, not periodic, left-handed), or that broke down in `relax`.
+        describe (collapsed, with isolated atoms, not finite, not periodic), or that broke down in `relax`.
 
     Raises
     ------
@@ -291,10 +291,11 @@ def chgnet_energies(structures: Sequence[Atoms], progress: bool = False) -> np.n
     for batch in tqdm(batches, disable=not progress, unit="batch", desc="CHGNet energies"):
         graphs, rows = [], []
         for i in batch:
-            if not screen_given(structures[i]).accepted:
+            atoms = right_handed(structures[i])
+            if not screen_given(atoms).accepted:
                 continue
             try:
-                graphs.append(chgnet_graph(structures[i]))
+                graphs.append(chgnet_graph(atoms))
                 rows.append(i)
             except ValueError:
                 continue

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from base64 import b64encode
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,10 +22,9 @@ from jinja2 import Environment, StrictUndefined
 
 from dosmatgen_ase.crystals.convert import to_atoms
 from dosmatgen_ase.dos import TargetDOS
-from dosmatgen_ase.dos.distances import as_compared
 from dosmatgen_ase.files import no_file, write_atomic, write_extxyz
 from dosmatgen_ase.flows.schemas import CandidateDoc, InverseDesignDoc
-from dosmatgen_ase.plotting import draw_crystal, plot_dos
+from dosmatgen_ase.plotting import draw_crystal, drawn_together, plot_dos
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,8 +84,8 @@ def write_result(result: InverseDesignDoc, folder: str | os.PathLike[str]) -> Pa
 
     Raises
     ------
-    OSError
-        If a file cannot be written.
+    OSError, ValueError
+        If a file cannot be written; as `write_report`, after the other two.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,15 +113,19 @@ def write_report(result: InverseDesignDoc, path: str | os.PathLike[str]) -> Path
     ------
     OSError
         If the file cannot be written.
+    ValueError
+        If a candidate with a distance lacks the DOS or the site of a target.
     """
     path = Path(path)
+    for candidate in result.candidates:
+        _check(candidate, result.targets)
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
     text = page.render(
         count=len(result.candidates),
         good=[_row(c, result.targets, path.parent) for c in result.candidates if c.distance is not None],
-        lost=[_told(c) for c in result.candidates if c.reason is not None],
+        lost=[_told(c) for c in result.candidates if c.reason is not None or c.distance is None],
         targets=[
-            (_name(key), _picture(plot_dos(as_compared(target, target)[1], [_name(key)])))
+            (_name(key), _picture(plot_dos(drawn_together(target, []), [_name(key)])))
             for key, target in result.targets.items()
         ],
         columns=COLUMNS,
@@ -137,6 +141,25 @@ def write_report(result: InverseDesignDoc, path: str | os.PathLike[str]) -> Path
 
 def _name(key: str) -> str:
     return "target of the cell" if key == "total" else f"target of site {key}"
+
+
+def _check(candidate: CandidateDoc, targets: Mapping[str, TargetDOS]) -> None:
+    """Refuse a candidate whose distance cannot be of these targets."""
+    if candidate.distance is None:
+        return
+    sites = {str(i) for i in range(len(candidate.structure or candidate.generated))}
+    for key, target in targets.items():
+        made, fault = candidate.achieved.get(key), None
+        if key != "total" and key not in sites:
+            fault = f"has no site {key}, for which there is a target"
+        elif made is None:
+            fault = f"has a distance, but no computed DOS for the {_name(key)}"
+        elif made.kind != target.kind:
+            fault = f"has a {made.kind} DOS for the {_name(key)}, which is a {target.kind} DOS"
+        if fault:
+            raise ValueError(
+                f"candidate {candidate.index} ({candidate.formula}) {fault}: compute it again, or leave it out"
+            )
 
 
 def _told(candidate: CandidateDoc) -> dict[str, Any]:
@@ -188,9 +211,8 @@ def _pictures(candidate: CandidateDoc, targets: dict[str, TargetDOS]) -> list[tu
     """DOS over target, as their distance compares them, for every site that has one, and the crystal."""
     pictures = []
     for key, target in targets.items():
-        made, wanted = as_compared(candidate.achieved[key], target)
         labels = [_name(key), f"{candidate.formula}, {candidate.engine}"]
-        pictures.append(("DOS", _picture(plot_dos([wanted, made], labels))))
+        pictures.append(("DOS", _picture(plot_dos(drawn_together(target, [candidate.achieved[key]]), labels))))
     sites = [int(key) for key in targets if key != "total"]
     crystal = draw_crystal(to_atoms(candidate.structure or candidate.generated), sites=sites)
     return [*pictures, (f"unit cell of {candidate.formula}", _picture(crystal))]

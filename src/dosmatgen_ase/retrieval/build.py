@@ -16,15 +16,18 @@ from tqdm import tqdm
 from dosmatgen_ase import __version__
 from dosmatgen_ase.crystals.screening import digest, right_handed, screen_given
 from dosmatgen_ase.data import SiteDOSLabels, read_crystals
+from dosmatgen_ase.data.dataset import SAME_SITES
 from dosmatgen_ase.dos import MODEL_GRID
 from dosmatgen_ase.files import exclusive, output_folder, read_npz, write_npz
 from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor, _looks_gapped
+from dosmatgen_ase.parsing import is_real, is_whole
 from dosmatgen_ase.retrieval.index import DOSIndex
 
 if TYPE_CHECKING:
     from ase import Atoms
 
 PIECE = 256  # crystals of a piece: what an interruption costs at most
+FACTS = ("band_gap", "energy_above_hull")  # in ``info`` of a crystal, eV and eV/atom
 SAME = 1e-3  # normalised L1 below which two sites of one element in one crystal have the same DOS
 
 
@@ -62,8 +65,8 @@ def build_index(
     Parameters
     ----------
     crystals : sequence of Atoms
-        Named by ``info["material_id"]``. ``info["band_gap"]`` (eV) and ``info["energy_above_hull"]`` (eV/atom) are
-        kept where they are there.
+        Named by ``info["material_id"]``, a text or a whole number. ``info["band_gap"]`` (eV) and
+        ``info["energy_above_hull"]`` (eV/atom) are kept where they are there.
     labels : SiteDOSLabels, optional
         Joined by ``material_id``; labelled crystals that are not among `crystals` are added.
     predictor : path
@@ -78,8 +81,8 @@ def build_index(
     Raises
     ------
     ValueError
-        If there is no crystal, one has no name or that of another, is no crystal at all, or lists other sites than its
-        label.
+        If there is no crystal, one has no name or that of another, is no crystal at all, has a gap or an energy that is
+        no number, or lists other sites than its label or has another cell.
     BlockingIOError
         If another run goes on with the same `parts`.
     """
@@ -87,6 +90,9 @@ def build_index(
     label_of = {} if labels is None else {str(name): i for i, name in enumerate(labels.material_id.tolist())}
     listed = {atoms.info["material_id"] for atoms in everything}
     if labels is not None:
+        for atoms in everything:
+            if (row := label_of.get(atoms.info["material_id"])) is not None:
+                _check_same(atoms, labels.atoms(row))
         everything += [labels.atoms(i) for name, i in label_of.items() if name not in listed]
     names = [atoms.info["material_id"] for atoms in everything]
     if not names:
@@ -101,7 +107,7 @@ def build_index(
         predictions = _predict(everything, Path(predictor), parts, progress)
     for atoms, prediction in zip(everything, predictions, strict=True):
         row = label_of.get(atoms.info["material_id"])
-        makers.add(atoms, prediction, None if row is None or labels is None else _label(labels, row, atoms))
+        makers.add(atoms, prediction, None if row is None or labels is None else _label(labels, row))
     info = {
         "version": __version__,
         "predictor_sha256": _sha256(Path(predictor)),
@@ -114,15 +120,35 @@ def build_index(
 
 
 def _checked(atoms: Atoms) -> Atoms:
-    """The crystal with a right-handed cell; ValueError if it has no name or is not fit to be indexed."""
+    """The crystal with a right-handed cell and with `FACTS`; ValueError if it is not fit to be indexed."""
     name = atoms.info.get("material_id")
+    if is_whole(name):  # extended XYZ reads a name of digits as a number
+        name = str(name)
     if not isinstance(name, str) or not name:
         raise ValueError(f'{atoms.get_chemical_formula()} has no name: set info["material_id"]')
     turned = right_handed(atoms)
     outcome = screen_given(turned)
     if not outcome.accepted:
         raise ValueError(f"{name} cannot be indexed: {outcome.reason}")
+    turned.info["material_id"] = name
+    for fact in FACTS:
+        value = turned.info.get(fact)
+        if value is not None and not is_real(value):
+            raise ValueError(f"{fact}={str(value)!r:.60} of {name} is no number: mend it, or leave it out")
+        turned.info[fact] = np.nan if value is None else float(value)
     return turned
+
+
+def _check_same(atoms: Atoms, labelled: Atoms) -> None:
+    """Refuse a crystal that is not the one that was labelled under its name, as `CrystalDataset.join` does."""
+    same = np.array_equal(atoms.numbers, labelled.numbers)
+    if same:
+        apart, cell = atoms.get_scaled_positions() - labelled.get_scaled_positions(), labelled.cell.array
+        same = (np.abs(apart - np.rint(apart)) <= SAME_SITES).all()
+        same &= (np.abs(atoms.cell.array - cell) <= SAME_SITES * np.abs(cell).max()).all()
+    if not same:
+        told = "list different sites or cells: use the structures that were labelled"
+        raise ValueError(f"label and structure of {atoms.info['material_id']} {told}")
 
 
 @dataclass(frozen=True)
@@ -134,11 +160,8 @@ class _Label:
     band_gap: float
 
 
-def _label(labels: SiteDOSLabels, row: int, atoms: Atoms) -> _Label:
+def _label(labels: SiteDOSLabels, row: int) -> _Label:
     n = int(labels.num_atoms[row])
-    if not np.array_equal(labels.atomic_numbers[row, :n], atoms.numbers):
-        name = atoms.info["material_id"]
-        raise ValueError(f"label and structure of {name} list different sites: use the structures that were labelled")
     return _Label(labels.values[row, :n], labels.known[row], float(labels.band_gap[row]))
 
 

@@ -107,7 +107,7 @@ class DOSIndex:
             material_id=self.material_id,
             cell=self.cell.astype(np.float32),
             band_gap=self.band_gap.astype(np.float32),
-            energy_above_hull=self.energy_above_hull.astype(np.float16),
+            energy_above_hull=self.energy_above_hull.astype(np.float32),  # a bound of it holds to the last digit
             gapped=self.gapped,
             sites=np.diff(self.site_start).astype(np.uint16),
             frac_coords=self.frac_coords.astype(np.float32),

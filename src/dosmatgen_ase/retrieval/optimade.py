@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dosmatgen_ase.crystals.screening import right_handed, screen_given
 from dosmatgen_ase.files import write_atomic
-from dosmatgen_ase.parsing import is_real, whole_number
+from dosmatgen_ase.parsing import is_real, is_whole, whole_number
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -120,8 +120,7 @@ def read_optimade(
     if not len(pages):
         raise ValueError(f"{base} holds no structure that fits {filter!r}: ask for less")
     crystals, skipped = _crystals(pages.entries(limit))
-    told = pages.told[0]
-    provider = told.get("provider") or {}
+    provider = pages.provider
     source = {
         "url": base,
         "filter": filter,
@@ -129,7 +128,7 @@ def read_optimade(
         "homepage": _link(provider.get("homepage")),
         "licence": server.licence(),
         "retrieved": datetime.now(UTC).date().isoformat(),
-        "available": told.get("data_returned"),
+        "available": _count(pages.told[0].get("data_returned")),
     }
     return OptimadeStructures(crystals, skipped, source)
 
@@ -146,6 +145,11 @@ def _link(value: Any) -> str | None:
     return value.get("href") if isinstance(value, Mapping) else value
 
 
+def _count(value: Any) -> int | None:
+    """A number of structures, which some databases tell as something else."""
+    return int(value) if is_whole(value) else None
+
+
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 
@@ -158,12 +162,21 @@ class _Pages:
         self.told: list[dict[str, Any]] = []  # of each page: entries, next, provider, data_returned
         while self.path is not None and (path := self.path(len(self.told))).exists():
             try:
-                self.told.append(json.loads(path.read_text()))
-            except ValueError:  # damaged: read again from here
-                break
+                page = json.loads(path.read_text())
+            except ValueError:
+                page = None
+            if not (isinstance(page, dict) and "next" in page and _are_entries(page.get("entries"))):
+                break  # damaged: read again from here
+            self.told.append(page)
 
     def __len__(self) -> int:
         return sum(len(page["entries"]) for page in self.told)
+
+    @property
+    def provider(self) -> Mapping[str, Any]:
+        """What the database tells of its provider."""
+        told = self.told[0].get("provider")
+        return told if isinstance(told, Mapping) else {}
 
     @property
     def next(self) -> str | None:
@@ -184,13 +197,18 @@ class _Pages:
 
     def entries(self, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
         """Name and entry of the first structures, each once."""
-        prefix = (self.told[0].get("provider") or {}).get("prefix")
+        prefix = self.provider.get("prefix")
         seen: set[str] = set()
         for entry in [entry for page in self.told for entry in page["entries"]][:limit]:
             name = f"{prefix}:{entry.get('id')}" if prefix else str(entry.get("id"))
             if name not in seen:
                 seen.add(name)
                 yield name, entry
+
+
+def _are_entries(value: Any) -> bool:
+    """Whether this is a list of structures, as a page has it."""
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 class _Server:
@@ -236,9 +254,10 @@ class _Server:
 
         def keep(address: str, answer: dict[str, Any]) -> None:
             meta, entries = answer["meta"], answer["data"]
-            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            if not _are_entries(entries):
                 raise ValueError(f"{address.partition('?')[0]} lists no structures")
-            told = {"provider": meta.get("provider"), "data_returned": meta.get("data_returned")}
+            meta["data_returned"] = _count(meta.get("data_returned"))  # in place: the client, too, counts with it
+            told = {"provider": meta.get("provider"), "data_returned": meta["data_returned"]}
             pages.add({"entries": entries, "next": _link(answer["links"].get("next")), **told})
             bar.total = min(limit, told["data_returned"] or limit)
             bar.update(len(entries))
