@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import numpy as np
@@ -22,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ase import Atoms
 from ase.build import bulk
 from ase.io.jsonio import read_json
 from typer.main import get_command
@@ -321,6 +323,8 @@ def test_other_commands_fail_in_one_line_too(tmp_path: Path) -> None:
 
 def test_a_folder_and_an_accident_of_a_reader_are_told_as_such(tmp_path: Path) -> None:
     assert_one_line(run("dos", tmp_path), 1, f"{tmp_path} is a folder, not a file: give the path of")
+    os.mkfifo(tmp_path / "pipe")
+    assert_one_line(run("dos", tmp_path / "pipe"), 1, "pipe is a pipe or a device: save what comes out of it to a file")
     assert_one_line(run("predict", tmp_path), 1, f"{tmp_path} is a folder, not a file: give files that ASE reads")
     assert_one_line(run("report", tmp_path), 1, f"{tmp_path} is a folder, not a result")
     columns = written(tmp_path, "dos.dat", "# a b\n1.0 2.0\n2.0 3.0\n")
@@ -581,6 +585,55 @@ def test_predict_writes_bands_that_ase_reads(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.energies, predict_bands(ase.io.read(tmp_path / "copper.cif")).energies, atol=1e-5)
 
 
+def test_what_is_left_of_another_crystal_does_not_stand_for_one_that_fails(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "a.cif", bulk("Cu"))
+    mine = tmp_path / "out" / "b.json"
+    mine.parent.mkdir()
+    mine.write_text("the result of somebody else")
+    line = ["--out", tmp_path / "out", "--bands", "--overwrite"]
+    assert run("predict", tmp_path / "a.cif", *line).exit_code == 0
+    assert len(list(mine.parent.glob("a*"))) == 3
+    for name in ("a", "b"):
+        ase.io.write(tmp_path / f"{name}.cif", bulk("Cu", a=1.0))
+        assert_one_line(run("predict", tmp_path / f"{name}.cif", *line), 1, "no structure could be predicted")
+    assert list(mine.parent.iterdir()) == [mine], "only what we wrote is removed"
+
+
+@pytest.mark.parametrize(("other", "plot"), [("a_bands.cif", None), ("b.cif", "out/../out/a_bands.png")])
+def test_two_outputs_in_one_file_are_refused_before_the_work(other: str, plot: str | None, tmp_path: Path) -> None:
+    for name in ("a.cif", other):
+        ase.io.write(tmp_path / name, bulk("Cu"))
+    more = [] if plot is None else ["--plot", tmp_path / plot]
+    (tmp_path / "out").mkdir()
+    line = ["predict", tmp_path / "a.cif", tmp_path / other, "--out", tmp_path / "out", *more]
+    assert_one_line(run(*line, "--bands"), 1, "cannot write the bands of a: ")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert run(*line).exit_code == 0
+
+
+@pytest.mark.parametrize("error", [ValueError("no bands"), RuntimeError("no room")])
+def test_bands_that_fail_cost_themselves_alone(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bands(atoms: Atoms) -> Any:
+        if "Cu" in atoms.symbols:
+            raise error
+        return predict_bands(atoms)
+
+    for name in ("Al", "Cu"):
+        ase.io.write(tmp_path / f"{name}.cif", bulk("Al"))
+    line = ["predict", tmp_path / "Cu.cif", tmp_path / "Al.cif", "--out", tmp_path / "out", "--bands"]
+    assert run(*line).exit_code == 0
+    ase.io.write(tmp_path / "Cu.cif", bulk("Cu"))
+    monkeypatch.setattr("dosmatgen_ase.forward.bands.predict_bands", bands)
+    result = run(*line)
+    assert result.exit_code == 0, result.output
+    assert str(error) in result.stdout
+    made = {file.name for file in (tmp_path / "out").iterdir()}
+    assert made == {"Cu.json", "Al.json", "Al_bands.json", "Al_bands.png"}
+    assert TargetDOS.from_file(tmp_path / "out" / "Cu.json", site=0).total_states(hi=0.0) > 5
+
+
 def test_predict_tells_an_element_without_labels_and_keeps_the_other_sites(tmp_path: Path) -> None:
     no_label = int(np.flatnonzero(default_predictor().tables["support"].numpy().max(axis=1)[1:90] == 0)[-1]) + 1
     atoms = bulk("NaCl", "rocksalt", a=6.0)
@@ -631,3 +684,10 @@ def test_of_many_draws_the_command_relaxes_those_that_python_does_and_goes_on(tm
     assert run(*arguments).exit_code == 0
     again = ase.io.read(relaxed, ":")
     assert [atoms.positions.tolist() for atoms in again] == [atoms.positions.tolist() for atoms in first]
+
+    write_extxyz(relaxed, first[::-1])  # as of dosmatgen relax OUT: it may have taken hours
+    kept = relaxed.read_bytes()
+    refused = run(*arguments)
+    assert refused.exit_code == 1
+    assert "out-relaxed.extxyz holds 4 structures of another run, which would be lost" in refused.stderr
+    assert relaxed.read_bytes() == kept

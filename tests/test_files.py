@@ -40,6 +40,22 @@ def test_a_file_of_the_user_beside_stays(tmp_path: Path) -> None:
     assert found == {"x": b"new", "x.part": b"half a download", "notes": b"mine"}
 
 
+def test_a_replaced_file_keeps_who_may_read_it(tmp_path: Path) -> None:
+    """In the moment of its replacement, too."""
+    new = tmp_path / "new"
+    new.touch()
+    for mode in (0o600, 0o664):
+        (tmp_path / "x").touch()
+        (tmp_path / "x").chmod(mode)
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / "x")
+        for write in (lambda path: write_atomic(path, b"a"), lambda path: write_npz(path, a=np.arange(3))):
+            write(tmp_path / "link")
+            assert (tmp_path / "x").stat().st_mode & 0o777 == mode
+    write_atomic(tmp_path / "y", b"a")
+    assert (tmp_path / "y").stat().st_mode == new.stat().st_mode
+
+
 def test_an_absent_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="choose a folder that exists"):
         write_atomic(tmp_path / "absent" / "x", b"")

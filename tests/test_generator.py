@@ -349,6 +349,14 @@ def test_fixatoms_may_count_from_the_end_and_holds_the_species_unless_told_other
         assert (atoms.symbols[0], atoms.symbols[2]) == ("Co", "O")
 
 
+def test_a_fixatoms_of_no_atom_holds_nothing(generator: DOSGenerator) -> None:
+    template, alike = skewed_template(), skewed_template()
+    template.set_constraint([FixAtoms([]), FixAtoms(mask=[False] * 3)])
+    atoms, other = (make(generator, n=None, num_atoms=None, template=given) for given in (template, alike))
+    assert not record(atoms)["fixed_cell"]
+    assert (atoms.cell.array == other.cell.array).all()
+
+
 @pytest.mark.parametrize("settings", [{"strength": 0.0}, {"fixed_cell": True}], ids=str)
 def test_a_cell_that_was_asked_for_is_not_too_sparse(settings: dict[str, Any], generator: DOSGenerator) -> None:
     slab = bulk("Cu", cubic=True)

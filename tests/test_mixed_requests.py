@@ -78,7 +78,7 @@ def requests(draw: st.DrawFn) -> Asked:
             template.set_constraint(FixAtoms(positions))
         if held in ("the cell", "all but two"):
             arguments["fixed_cell"] = True
-        cell = held in ("the cell", "all but two", "FixAtoms")
+        cell = held in ("the cell", "all but two") or (held == "FixAtoms" and len(positions) > 0)
         if arguments["strength"] == 0:
             cell, positions = True, list(range(size))
         if draw(st.booleans()):

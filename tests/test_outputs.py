@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -229,6 +230,45 @@ def test_a_killed_run_is_continued_in_any_format(
     assert len(make(generator, out, n=4)) == len(again)
 
 
+@pytest.mark.parametrize("name", ["POSCAR_a.cif", "CONTCARs.db", "my_POSCAR.traj", "OUTCAR.json", "POSCAR.extxyz"])
+def test_a_known_ending_says_more_than_the_name_before_it(name: str, tmp_path: Path) -> None:
+    """ASE takes all of these for the files of VASP."""
+    write_structures(tmp_path / name, [SALT, SALT])
+    kind = name.rpartition(".")[2]
+    assert len(ase.io.read(tmp_path / name, ":", format=kind)) == 2
+    for atoms in read_structures(tmp_path / name):
+        assert_same(atoms, SALT)
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+def test_the_stream_beside_a_poscar_is_read_by_every_command(generator: DOSGenerator, tmp_path: Path) -> None:
+    made = make(generator, tmp_path / "POSCAR_g")
+    with_record = read_structures(tmp_path / "POSCAR_g.extxyz")
+    assert [atoms.info["dosmatgen"] for atoms in with_record] == [atoms.info["dosmatgen"] for atoms in made]
+    (tmp_path / "POSCAR_g.extxyz.gz").write_bytes(gzip.compress((tmp_path / "POSCAR_g.extxyz").read_bytes()))
+    assert len(read_structures(tmp_path / "POSCAR_g.extxyz.gz")) == len(made)
+    result = run("predict", tmp_path / "POSCAR_g.extxyz", "--out", tmp_path)
+    assert "holds no structures" not in result.output
+
+
+def test_fewer_structures_than_before_are_those_that_were_asked_for(generator: DOSGenerator, tmp_path: Path) -> None:
+    out = tmp_path / "a.cif"
+    make(generator, out)
+    make(generator, out, n=1)
+    assert len(read_structures(out)) == 1
+    assert len(read_structures(stream_of(out))) == 3
+    make(generator, out)
+    assert len(read_structures(out)) == 3
+
+
+def test_who_takes_just_as_many_as_were_asked_for_has_the_file(generator: DOSGenerator, tmp_path: Path) -> None:
+    made = generator.generate_iter(TARGET, 2, num_atoms=3, num_steps=2, seed=0, out=tmp_path / "a.cif")
+    for _ in range(2):
+        next(made)
+    assert len(read_structures(tmp_path / "a.cif")) == 2
+    assert list(made) == []
+
+
 @pytest.mark.parametrize("name", ["a.xsf", "a", "a.extxyz.gz", ".cif"])
 def test_a_name_without_a_known_ending_is_refused(name: str, generator: DOSGenerator, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"its name must end in \.extxyz, \.xyz, \.cif, \.vasp, \.traj, \.db or"):
@@ -249,6 +289,30 @@ def test_a_foreign_file_is_replaced_only_if_told(ending: str, generator: DOSGene
     make(generator, out, n=1, overwrite=True)
     assert out.read_bytes() != NOTES
     make(generator, out, n=1)  # ours now
+
+
+@pytest.mark.parametrize("name", ["a.vasp", "a-0001.vasp"])
+def test_a_numbered_file_of_the_user_is_seen_before_the_work(
+    name: str, generator: DOSGenerator, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(NOTES)
+    with pytest.raises(FileExistsError, match=f"{name} exists and holds something else"):
+        make(generator, tmp_path / "a.vasp", n=2)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {name: NOTES}
+
+
+@pytest.mark.parametrize("ending", [".db", ".json", ".traj", ".extxyz"])
+def test_a_collection_that_holds_ours_among_others_is_not_ours(ending: str, tmp_path: Path) -> None:
+    ours = SALT.copy()
+    ours.info["dosmatgen"] = {"seed": 1}
+    for structures, whose in (([ours, ours], "ours"), ([SALT, ours], "of the user")):
+        path = tmp_path / f"{len(whose)}{ending}"
+        write_structures(path, structures)
+        if whose == "ours":
+            check_output(path)
+        else:
+            with pytest.raises(FileExistsError, match="holds something else"):
+                check_output(path)
 
 
 def test_a_run_of_ours_is_continued_though_it_may_be_overwritten(generator: DOSGenerator, tmp_path: Path) -> None:
@@ -305,6 +369,7 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
         (["relax", "{salt}", "-o"], "a.cif"),
         (["predict", "{salt}", "--plot"], "a.svg"),
         (["search", "{dos}", "-o"], "a.cif"),
+        (["search", "{dos}", "-o"], "a.vasp"),
         (["report", "{dos}", "-o"], "a.html"),
         (["data", "--plot"], "a.png"),
     ],
@@ -385,6 +450,26 @@ def test_no_command_replaces_the_work_of_another(command: list[str], name: str, 
     assert names["out"].read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("new-best.vasp", NOTES),
+        ("new-best-0001.vasp", NOTES),
+        ("new-0003.vasp", NOTES),
+        ("new-relaxed.extxyz", RELAXED),
+    ],
+)
+def test_generate_sees_first_what_it_would_replace_last(name: str, content: bytes, tmp_path: Path) -> None:
+    dos, out = tmp_path / "dos.json", tmp_path / "new.vasp"
+    dos.write_text(json.dumps(TARGET.to_dict()))
+    (tmp_path / name).write_bytes(content)
+    result = run("generate", dos, "-n", 2, "--oversample", 2, "--relax", "chgnet", "-o", out)
+    assert result.exit_code == 1, result.output
+    assert f"{name} exists and holds something else" in result.stderr
+    assert (tmp_path / name).read_bytes() == content
+    assert {file.name for file in tmp_path.iterdir()} == {"dos.json", name}
+
+
 def test_pictures_are_known_again(tmp_path: Path) -> None:
     for name in ("a.png", "a.pdf", "a.svg", "a.PNG"):
         plot_dos(TARGET, path=tmp_path / name)
@@ -421,6 +506,15 @@ def test_any_name_is_shown_as_it_is_and_read_as_it_is(name: str, tmp_path: Path)
     absent = run("dos", tmp_path / f"absent{name}")
     assert absent.exit_code == 1
     assert f"no file {tmp_path}/absent{name}".replace("\x1b", "\N{REPLACEMENT CHARACTER}") in absent.stderr
+
+
+def test_a_sign_that_the_terminal_lacks_costs_no_work(tmp_path: Path) -> None:
+    (tmp_path / "µ.json").write_text(json.dumps(TARGET.to_dict()))
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[2]), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "dosmatgen_ase.cli", "dos", "µ.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "?.json" in done.stdout
 
 
 def test_an_at_sign_in_a_name_is_no_frame_number(tmp_path: Path) -> None:

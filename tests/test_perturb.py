@@ -47,8 +47,17 @@ def test_a_draw_belongs_to_its_generator() -> None:
     assert alone.get_volume() != pytest.approx(bulk("Cu").get_volume(), rel=1e-4)
     with pytest.raises(ValueError, match="must rise from 0"):
         perturbed(SALT, np.random.default_rng(0), rattle=(0.2, 0.1))
-    with pytest.raises(ValueError, match="were refused as no crystals"):
+    with pytest.raises(ValueError, match=r"were refused as no crystals, the last because: .* A\^3 per atom, less than"):
         perturbed(bulk("Cu", a=0.9), np.random.default_rng(0))
+
+
+def test_a_left_handed_cell_is_turned_over() -> None:
+    left = SALT.copy()
+    left.set_cell(SALT.cell[[1, 0, 2]])
+    made = perturbed(left, np.random.default_rng(0), rattle=(0, 0), strain=0)
+    np.testing.assert_allclose(made.cell, -left.cell)
+    assert made.get_distance(0, 1, mic=True) == pytest.approx(SALT.get_distance(0, 1, mic=True))
+    assert perturbed(left, np.random.default_rng(0)).get_volume() > 0
 
 
 def few() -> dict[str, Atoms]:

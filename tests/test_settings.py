@@ -57,13 +57,17 @@ def test_nothing_is_held_or_left_out_by_default() -> None:
 ALIKE: list[tuple[str, Any, list[Any]]] = [
     ("num_atoms", (4,), [4, [4], np.int64(4), np.array([4]), range(4, 5), {4}]),
     ("num_atoms", (4, 5), [[4, 5], (4, 5), np.array([4, 5], dtype=np.uint8), range(4, 6)]),
+    ("num_atoms", (1, 8), [[1, 8], {8, 1}, frozenset([8, 1])]),
     ("sites", (0, 1), [[0, 1], np.array([0, 1]), range(2), (np.int32(0), 1), {0: "a", 1: "b"}.keys()]),
+    ("sites", (1, 8), [{8, 1}]),
     ("elements", ("Ni", "Au"), [["Ni", "Au"], (28, 79), np.array(["Ni", "Au"]), np.array([28, 79])]),
     ("elements", ("Ni", "Au"), [[Element("Ni"), Species("Au", 3)], Composition("NiAu3"), ["Ni", "Au", "Ni"]]),
+    ("elements", ("Au", "Cu", "Ni"), [{"Ni", "Cu", "Au"}, frozenset([28, 79, 29])]),
     ("exclude_elements", ("O",), [["O"], {"O"}, [Species("O2-")], np.array([8])]),
     ("fixed_species", {0: "Co"}, [{0: "Co"}, {np.int64(0): 27}, {0: Element("Co")}, {0: Species("Co2+")}]),
     ("composition", {"Ni": 1, "Au": 3}, ["NiAu3", {"Ni": 1, "Au": 3.0}, Composition("NiAu3"), Formula("NiAu3")]),
     ("composition", {"Fe": 3, "O": 4}, ["Fe3O4", Composition({"Fe2+": 1, "Fe3+": 2, "O2-": 4}), {26: 3, 8: 4}]),
+    ("composition", {"H": 2, "O": 1}, ["H2O", "H2O ", " H2O"]),
     ("seed", 7, [7, np.int64(7), np.uint32(7)]),
     ("strength", 0.5, [0.5, np.float32(0.5)]),
     ("guidance_scale", 2.0, [2, 2.0, np.float64(2)]),
@@ -99,6 +103,7 @@ def test_sites_are_read_alike_by_generator_maker_and_flow(sites: Any, generator:
         (TARGET, [], "sites is empty: name at least one site"),
         ([TARGET, TARGET], [0], "sites goes with one target"),
         ([TARGET, 3], None, "dos must be a TargetDOS, a list of them"),
+        ({TARGET, OTHER}, None, "dos is a set, which has no order: give a list, or a mapping"),
     ],
 )
 def test_generator_maker_and_flow_refuse_alike(dos: Any, sites: Any, fragment: str) -> None:

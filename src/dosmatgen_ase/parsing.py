@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numbers
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
@@ -30,6 +30,11 @@ class HasAtomicNumber(Protocol):
 
 ElementLike = str | int | HasAtomicNumber
 DOSInput: TypeAlias = "TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS] | None"
+
+
+def _in_order(given: Any, read: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What was read of a list; that of a set is sorted, as its own order may be another in each process."""
+    return tuple(sorted(read)) if isinstance(given, Set) else read
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -79,7 +84,7 @@ def cell_sizes(num_atoms: Any) -> tuple[int, ...] | None:
         raise ValueError(f"num_atoms={num_atoms!r} must be a whole number or a list of them")
     if outside := [size for size in sizes if not 1 <= size <= MAX_ATOMS]:
         raise ValueError(f"num_atoms={outside[0]} must lie between 1 and {MAX_ATOMS}")
-    return tuple(int(size) for size in sizes)
+    return _in_order(num_atoms, tuple(int(size) for size in sizes))
 
 
 def site_numbers(sites: Any, name: str) -> tuple[int, ...]:
@@ -98,7 +103,7 @@ def site_numbers(sites: Any, name: str) -> tuple[int, ...]:
         raise TypeError(f"{name} must be a list of sites such as [0], not {sites!r}")
     if not all(map(is_whole, chosen)):
         raise TypeError(f"{name} must name sites by whole numbers, counted from 0, not {chosen!r}")
-    return tuple(int(i) for i in chosen)
+    return _in_order(sites, tuple(int(i) for i in chosen))
 
 
 # -- elements ----------------------------------------------------------------------------------------------------------
@@ -144,7 +149,7 @@ def element_list(elements: Any, name: str) -> tuple[str, ...] | None:
     if chosen is None:
         meant = re.findall(r"[A-Z][a-z]?", elements) if isinstance(elements, str) else []
         raise TypeError(f"{name} must be a list such as {meant or ['Ni', 'Au']}, not {elements!r}")
-    return tuple(dict.fromkeys(element(e, name) for e in chosen))
+    return _in_order(elements, tuple(dict.fromkeys(element(e, name) for e in chosen)))
 
 
 def site_elements(pins: Any, name: str = "fixed_species") -> dict[int, str]:
@@ -176,7 +181,7 @@ def formula_counts(composition: Any) -> dict[str, int] | None:
     if composition is None:
         return None
     try:
-        counts = composition if isinstance(composition, Mapping) else Formula(str(composition)).count()
+        counts = composition if isinstance(composition, Mapping) else Formula(str(composition).strip()).count()
     except ValueError as error:
         raise ValueError(f"composition={composition!r} is not a formula: write it as 'NiAu3'") from error
     whole = (is_real(c) and c > 0 and c % 1 == 0 for c in counts.values())
@@ -206,6 +211,8 @@ def split_targets(dos: Any, sites: Any = None) -> tuple[TargetDOS | None, dict[i
 
     if sites is not None and not isinstance(dos, TargetDOS):
         raise ValueError("sites goes with one target: with a list or a mapping of targets, leave it out")
+    if isinstance(dos, Set):
+        raise TypeError("dos is a set, which has no order: give a list, or a mapping {site: TargetDOS}")
     if dos is None:
         return None, {}
     if isinstance(dos, TargetDOS):

@@ -36,6 +36,11 @@ def main() -> None:
 
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:  # a shell may ignore it for a job behind it
         _signal.signal(_signal.SIGINT, leave)
+    import sys
+
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what takes their place may lack it
+            stream.reconfigure(errors="replace")  # a sign that a terminal lacks must not end a command after its work
     from dosmatgen_ase.cli.commands import app
 
     app()  # which hears Ctrl-C as an exception while a command runs

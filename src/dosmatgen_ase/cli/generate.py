@@ -138,7 +138,7 @@ def generate(
             if not made:
                 raise
             failed = error
-        found = _ranked(files, draws, n, request, best, ranking, forward)
+        found = _ranked(files, draws, n, request, best, ranking, forward, overwrite)
     _show(found, files, request, ranking)
     if plot is not None:
         _draw(found[:4], plot, request, forward)
@@ -182,11 +182,12 @@ def _check_before(ctx: typer.Context, files: _Files, n: int, options: RankingOpt
 
     output(ctx, "out", STRUCTURES, path=files.stream, continued=True)
     if files.out != files.stream:
-        output(ctx, "out", STRUCTURES, count=n)
+        output(ctx, "out", STRUCTURES, count=n * options.oversample)
     if files.best != files.out:
         output(ctx, "out", STRUCTURES, path=files.best, count=n)
     if files.relaxed is not None:
-        output(ctx, "out", STRUCTURES, path=files.relaxed)
+        begun = files.stream.exists() and files.stream.stat().st_size  # else nothing of this run can be relaxed
+        output(ctx, "out", STRUCTURES, path=files.relaxed, marks=(b"relaxation=",) if begun else (), ours=False)
     output(ctx, "plot", PICTURES)
     if options.relax is not None:
         load_calculator(options.relax, options.trust_model)
@@ -200,6 +201,7 @@ def _ranked(
     options: RankingOptions,
     ranking: Ranking,
     forward: DOSPredictor,
+    overwrite: bool,
 ) -> list[Atoms]:
     """Relax, if asked, and rank the structures drawn into `out`; return the best."""
     from dosmatgen_ase.files import read_structures
@@ -223,7 +225,7 @@ def _ranked(
         chosen.extend(part)  # the file goes on from what it holds
         done = relax_into(
             files.relaxed, chosen, options.relax, progress=True, trust_model=options.trust_model, **request.held,
-            overwrite=True,  # it is of this request, whose draws are kept
+            overwrite=overwrite,
         )  # fmt: skip
         return done[-len(part) :]
 

@@ -330,7 +330,7 @@ def output(
     path : path, optional
         What is to be written, if it is only derived from that parameter.
     count : int
-        Number of structures; several in POSCAR format become numbered files.
+        Largest number of structures; several in POSCAR format become numbered files.
     marks : sequence of bytes
         By which a file is known as made by this command, beside the name of the package.
     ours : bool
@@ -339,7 +339,7 @@ def output(
     continued : bool
         Whoever writes it looks at what it holds, and goes on from there.
     """
-    from dosmatgen_ase.files import MARK, STRUCTURES, check_output, structure_format, written_files
+    from dosmatgen_ase.files import MARK, STRUCTURES, check_output, possible_files, structure_format
 
     path = path or ctx.params[option]
     if path is None:
@@ -353,7 +353,7 @@ def output(
         given = value if isinstance(value, list | tuple) else [value]
         others += [Path(v) for v in given if name != option and isinstance(v, str | Path) and v]
     overwrite = continued or bool(ctx.params.get("overwrite"))
-    for file in written_files(path, count) if endings == STRUCTURES else [path]:
+    for file in possible_files(path, count) if endings == STRUCTURES else [path]:
         check_output(file, inputs=others, marks=(MARK, *marks) if ours else marks, overwrite=overwrite)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from ase import Atoms
 from scipy.spatial.transform import Rotation
 
-from dosmatgen_ase.crystals.screening import screen_given
+from dosmatgen_ase.crystals.screening import right_handed, screen_given
 
 RATTLE = (0.05, 0.15)  # Angstrom
 STRAIN = 0.05
@@ -39,7 +39,8 @@ def perturbed(
     Returns
     -------
     Atoms
-        In the cell of the crystal, strained; without its calculator, ``info`` and constraints.
+        In the cell of the crystal, strained; of a left-handed one, its vectors are negated. Without its calculator,
+        ``info`` and constraints.
 
     Raises
     ------
@@ -49,17 +50,19 @@ def perturbed(
     low, high = rattle
     if not (0 <= low <= high < np.inf and 0 <= strain < 1):
         raise ValueError(f"rattle={rattle} must rise from 0 or more, strain={strain} lie in 0 to below 1")
+    given, reason = right_handed(atoms), None
     for _ in range(_TRIES):
         axes = Rotation.random(rng=generator).as_matrix()
         stretch = np.eye(3) + axes @ np.diag(generator.uniform(-strain, strain, 3)) @ axes.T
-        made = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=True)
-        made.set_cell(atoms.cell.array @ stretch, scale_atoms=True)
+        made = Atoms(given.numbers, positions=given.positions, cell=given.cell, pbc=True)
+        made.set_cell(given.cell.array @ stretch, scale_atoms=True)
         moves = generator.normal(size=(len(atoms), 3))
         moves -= moves.mean(0)
         length = np.sqrt((moves**2).sum(1).mean())
         made.positions += moves * (generator.uniform(low, high) / length if length > 0 else 0.0)
         made.wrap()
-        if screen_given(made).accepted:
+        reason = screen_given(made).reason
+        if reason is None:
             return made
-    formula = atoms.get_chemical_formula()
-    raise ValueError(f"{_TRIES} perturbed copies of {formula} were refused as no crystals: perturb it less")
+    told = f"{_TRIES} perturbed copies of {atoms.get_chemical_formula()} were refused as no crystals"
+    raise ValueError(f"{told}, the last because: {reason}; perturb it less")

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 def write_atomic(path: Path, content: bytes) -> None:
     """Write beside ``path``, flush to disk, then replace: an interruption leaves the old file whole.
 
+    Who may read and write a file that is replaced stays as it was.
+
     Raises
     ------
     OSError
@@ -49,6 +51,9 @@ def write_atomic(path: Path, content: bytes) -> None:
                     fcntl.flock(file, fcntl.LOCK_EX)  # one writer at a time
                 if not _is_at(file.fileno(), part):
                     continue  # another writer has moved it into place
+                with contextlib.suppress(OSError):  # nothing is replaced; or some file systems know no such modes
+                    # Before the content is there. The owner may write, else the next writer could not.
+                    os.fchmod(file.fileno(), (target.stat().st_mode & 0o777) | 0o200)
                 file.truncate(0)  # what a kill left
                 file.write(content)
                 file.flush()
@@ -173,21 +178,21 @@ _BY_US = f" by {MARK.decode()}-ase"  # at the end of the first line of a POSCAR
 
 STREAMS = (".extxyz", ".xyz")
 STRUCTURES = (*STREAMS, ".cif", ".vasp", ".traj", ".db", ".json")
-"""Endings of files of structures that `write_structures` writes; POSCAR and CONTCAR are names of such files, too."""
+"""Endings of files of structures that `write_structures` writes; a name without may begin with POSCAR or CONTCAR."""
 
 
 def structure_format(path: Path) -> str:
-    """Ending of a file of structures, one of `STRUCTURES`.
+    """Ending of a file of structures, one of `STRUCTURES`; of POSCAR and CONTCAR without such an ending, ".vasp".
 
     Raises
     ------
     ValueError
         If it is none.
     """
-    if path.name.upper().startswith(("POSCAR", "CONTCAR")):
-        return ".vasp"
     if path.suffix.lower() in STRUCTURES:
         return path.suffix.lower()
+    if path.name.upper().startswith(("POSCAR", "CONTCAR")):
+        return ".vasp"
     raise ValueError(f"cannot write {path}: its name must end in {', '.join(STRUCTURES[:-1])} or {STRUCTURES[-1]}")
 
 
@@ -206,6 +211,11 @@ def written_files(path: Path, count: int) -> list[Path]:
     if structure_format(path) != ".vasp" or count == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{i:04d}{path.suffix}") for i in range(count)]
+
+
+def possible_files(path: Path, count: int) -> list[Path]:
+    """Return every file that `write_structures` may make of at most so many structures: fewer may be found."""
+    return list(dict.fromkeys([path, *written_files(path, count)]))
 
 
 def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
@@ -272,7 +282,7 @@ def _write_database(path: Path, structures: Sequence[Atoms]) -> None:
 
 
 def read_structures(path: Path, index: Any = ":", format: str | None = None) -> Any:
-    """Read structures as ``ase.io.read`` does, but take ``@`` in a name for what it is.
+    """Read structures as ``ase.io.read`` does, but take ``@`` in a name, and an ending that we write, for what it is.
 
     Raises whatever ASE raises, and ``ValueError`` for a file that unpacks to many times its size, an extended XYZ file
     that asks for millions of columns or atoms, and for numbers of elements that do not exist.
@@ -284,11 +294,22 @@ def read_structures(path: Path, index: Any = ":", format: str | None = None) -> 
         check_extxyz(file)
     with _opened(path) as file:
         _check_poscar(file)
-    found = ase.io.read(path, index, format=format, do_not_split_by_at_sign=True)
+    found = ase.io.read(path, index, format=format or _format_by_ending(path), do_not_split_by_at_sign=True)
     for atoms in [found] if isinstance(found, ase.Atoms) else found:
         if len(atoms) and not 0 <= atoms.numbers.min() <= atoms.numbers.max() < len(chemical_symbols):
             raise ValueError("it holds an atom that is no element")
     return found
+
+
+def _format_by_ending(path: Path) -> str | None:
+    """ASE's name for the format of an ending that we write, where ASE would go by the rest of the name: POSCAR.cif."""
+    from ase.io.formats import ioformats
+
+    name = path.stem if path.suffix.lower() in _PACKERS else path.name
+    kind = Path(name).suffix.lower()
+    if kind not in STRUCTURES or not any(known.match_name(name) for known in ioformats.values()):
+        return None
+    return "extxyz" if kind in STREAMS else kind[1:]
 
 
 ACCIDENTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
@@ -370,7 +391,8 @@ def check_output(
     inputs : paths
         Of the same command, which must survive.
     marks : sequence of bytes
-        A file that holds one of them was made by such a command before, so it may be replaced.
+        A file that holds one of them was made by such a command before, so it may be replaced. Where structures keep
+        their ``info``, each must hold one: others may have been added.
     overwrite : bool
         Replace any other file, too.
 
@@ -417,14 +439,46 @@ def output_folder(path: Path) -> None:
 
 
 def _holds(path: Path, marks: Sequence[bytes]) -> bool:
-    """Whether a file is empty or holds one of the marks in its first or last megabytes."""
+    """Whether a file is empty, or holds a mark in its first or last megabytes, and in the info of each structure."""
     size, part = path.stat().st_size, 4 << 20
     with path.open("rb") as file:
         content = file.read(part)
         if size > part:
             file.seek(max(part, size - part))
             content += file.read()
-    return not size or any(mark in content for mark in marks)
+    if not any(mark in content for mark in marks):
+        return not size
+    return all(any(mark in info for mark in marks) for info in _infos(path))
+
+
+def _infos(path: Path) -> list[bytes]:
+    """What each structure of a file tells of itself; none for other files. An unreadable one tells nothing: ``b""``."""
+    import sqlite3
+
+    kind = path.suffix.lower()
+    try:
+        if kind == ".db":  # not by ASE, which makes a database of what is none
+            with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+                rows = database.execute("SELECT data FROM systems").fetchall()
+            return [data if isinstance(data, bytes) else str(data).encode() for (data,) in rows]
+        if kind == ".json":
+            held = json.loads(path.read_bytes())
+            ids = held.get("ids", []) if isinstance(held, dict) else []  # else it is no database
+            return [json.dumps(held[str(i)].get("data")).encode() for i in ids]
+        if kind == ".traj":
+            return [str(atoms.info).encode() for atoms in read_structures(path, format="traj")]
+    except (*DAMAGE, sqlite3.Error):
+        return [b""]
+    return _heads(path.read_bytes().splitlines()) if kind in STREAMS else []
+
+
+def _heads(lines: Sequence[bytes]) -> list[bytes]:
+    """The second line of each frame of an extended XYZ file."""
+    heads, start = [], 0
+    while start + 1 < len(lines) and lines[start].strip().isdigit():
+        heads.append(lines[start + 1])
+        start += 2 + int(lines[start])
+    return heads
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:

@@ -198,8 +198,7 @@ class DOSGenerator:
             targets, total = request.site_targets, request.total_target
             # Errors come before the work.
             score([], targets, total, ranking=ranking, relax=relax, trust_model=trust_model)
-        stream = None if out is None else Stream(Path(out), overwrite)
-        made = self._start(request, chosen, wanted * oversample if ranked else wanted, progress, stream)
+        made = self._start(request, chosen, wanted * oversample if ranked else wanted, progress, out, overwrite)
         ordered: list[Atoms] = []
         try:
             ordered.extend(made)  # keeps what came before an error
@@ -238,13 +237,20 @@ class DOSGenerator:
         """Yield structures by index as they are made, batch by batch; parameters and errors as :meth:`generate`."""
         chosen = _chosen(settings, options)
         request = Request.of(dos, chosen)
-        return self._start(request, chosen, n, progress, None if out is None else Stream(Path(out), overwrite))
+        return self._start(request, chosen, n, progress, out, overwrite)
 
     def _start(
-        self, request: Request, settings: GenerationSettings, n: int, progress: bool, stream: Stream | None
+        self,
+        request: Request,
+        settings: GenerationSettings,
+        n: int,
+        progress: bool,
+        out: str | Path | None,
+        overwrite: bool,
     ) -> Iterator[Atoms]:
         """Check what is left to check, and settle the record; then draw one by one."""
         n = whole_number(n, "n", 1)
+        stream = None if out is None else Stream(Path(out), n, overwrite)
         request.check_template(self.model.denoiser.config.cutoff)
         guidance, config = request.sampling(SamplerConfig(num_steps=settings.num_steps), settings.guidance_scale)
         request.warn_of_doubts()
@@ -313,12 +319,14 @@ class DOSGenerator:
                     if (atoms := done.pop(turn)) is not None:
                         if stream is not None and turn not in ready:
                             stream.append(atoms)
+                        if stream is not None and turn == n - 1:
+                            stream.finish()  # now: who takes just n of them, as zip does, never comes back
                         yield atoms
                     turn += 1
                 tried.add(sizes[batch[0]])
                 if reasons and not accepted and tried == set(sizes):
                     break  # a hopeless wish ends early
-        if stream is not None:
+        if stream is not None and (turn < n or n - 1 in reasons):  # the last was given up
             stream.finish()
         if reasons:
             which = f"structure {min(reasons)} was" if len(reasons) == 1 else f"{len(reasons)} of {n} structures were"

@@ -62,7 +62,8 @@ class GenerationSettings:
         Start from this crystal instead of noise. It gives the number and the order of the sites, the
         choice of lattice vectors, and the orientation. The network sees its Niggli-reduced cell.
     strength : float
-        How far the template is noised: 0 returns it, 1 forgets it. Its elements stay up to 0.4.
+        How far the template is noised: 0 returns it, 1 forgets it. Its elements stay up to 0.4. A left-handed cell
+        comes back right-handed: its vectors negated, the same crystal.
     fixed_species : mapping {site: element}, optional
         Elements of single sites.
     fixed_sites : several int, optional
@@ -72,7 +73,7 @@ class GenerationSettings:
         Sites of the template whose element is drawn anew, even if `fixed_sites` or strength 0 hold the position. The
         model then tells which dopant fits there.
     fixed_cell : bool
-        Keep the cell of the template.
+        Keep the cell of the template; a left-handed one is negated, as with `strength`.
     composition : str or mapping, optional
         Formula of the cell, or of a unit that divides it.
     elements : several elements, optional
@@ -234,7 +235,7 @@ def spelled(function: _Function) -> _Function:
 
 
 def _bare(template: Any) -> Atoms | None:
-    """Return what generation reads of a template: cell, positions, elements, constraints."""
+    """Return what generation reads of a template: cell, positions, elements, constraints that hold something."""
     if template is None:
         return None
     check_atoms(template, "template")
@@ -244,5 +245,6 @@ def _bare(template: Any) -> Atoms | None:
     for constraint in template.constraints:
         if not isinstance(constraint, FixAtoms):
             raise ValueError(f"template has a {type(constraint).__name__}: only FixAtoms is understood, remove it")
-    numbers, cell, constraints = template.numbers, template.cell, template.constraints
+    numbers, cell = template.numbers, template.cell
+    constraints = [constraint for constraint in template.constraints if len(constraint.get_indices())]
     return Atoms(numbers, positions=template.positions, cell=cell, pbc=True, constraint=constraints)

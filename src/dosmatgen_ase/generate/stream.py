@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import ase.io
 
-from dosmatgen_ase.files import DAMAGE, check_extxyz, check_output, extxyz, stream_of, write_atomic, write_structures
+from dosmatgen_ase.files import (
+    DAMAGE,
+    check_extxyz,
+    check_output,
+    extxyz,
+    possible_files,
+    stream_of,
+    write_atomic,
+    write_structures,
+)
 from dosmatgen_ase.generate.request import completed
 from dosmatgen_ase.parsing import is_whole
 
@@ -19,12 +28,27 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """An extxyz file that grows structure by structure and survives a kill."""
+    """An extxyz file that grows structure by structure and survives a kill.
 
-    def __init__(self, out: Path, overwrite: bool = False) -> None:
-        self.out, self.path, self.overwrite = out, stream_of(out), overwrite
-        if self.out != self.path:
-            check_output(out, overwrite=overwrite)
+    Parameters
+    ----------
+    out : path
+        In another format, it is written at the end.
+    count : int
+        How many structures are wanted. The extxyz file may hold more, of a longer run before.
+    overwrite : bool
+        Replace what is not ours, or of another request.
+
+    Raises
+    ------
+    FileExistsError
+        If anything else would be lost; and as `check_output`.
+    """
+
+    def __init__(self, out: Path, count: int = 1, overwrite: bool = False) -> None:
+        self.out, self.path, self.count, self.overwrite = out, stream_of(out), count, overwrite
+        for file in possible_files(out, count) if self.out != self.path else ():
+            check_output(file, overwrite=overwrite)
         check_output(self.path, overwrite=True)  # what it holds is looked at in full below
 
     def seed(self) -> int | None:
@@ -53,8 +77,11 @@ class Stream:
 
     def finish(self) -> None:
         """Write what was made, if anything, in the format that was asked for, if that is not the stream's own."""
-        if self.out != self.path and (frames := self._read()[0]):
-            write_structures(self.out, sorted(frames, key=lambda atoms: atoms.info["dosmatgen"]["index"]))
+        if self.out == self.path:
+            return
+        frames = {int(atoms.info["dosmatgen"]["index"]): atoms for atoms in self._read()[0]}
+        if wanted := [frames[i] for i in sorted(frames) if i < self.count]:
+            write_structures(self.out, wanted)
 
     def _begun(self) -> tuple[list[Atoms], str, str]:
         """As `_read`, but a file that is not ours counts as empty where it may be overwritten."""
