@@ -253,12 +253,12 @@ def warm(name: str, home: Path) -> None:
 
     import dosmatgen_ase.cli.commands
     from dosmatgen_ase.forward.features import _observed_chgnet
-    from dosmatgen_ase.judge import relaxation
+    from dosmatgen_ase.judge import relaxed_file
     from dosmatgen_ase.judge.stability import load_hull
     from dosmatgen_ase.retrieval.index import default_index
 
     torch.set_num_threads(1)
-    relaxation._SAVE_EVERY = 0.1
+    relaxed_file._SAVE_EVERY = 0.1
     if name in ("dft", "label"):
         stand_in(home)
     elif name != "dft-real":

@@ -685,7 +685,14 @@ def test_of_many_draws_the_command_relaxes_those_that_python_does_and_goes_on(tm
     again = ase.io.read(relaxed, ":")
     assert [atoms.positions.tolist() for atoms in again] == [atoms.positions.tolist() for atoms in first]
 
-    write_extxyz(relaxed, first[::-1])  # as of dosmatgen relax OUT: it may have taken hours
+    write_extxyz(relaxed, first[::-1])  # as of a run whose choice of the draws was another
+    assert run(*arguments).exit_code == 0
+    again = ase.io.read(relaxed, ":")
+    assert [atoms.positions.tolist() for atoms in again] == [atoms.positions.tolist() for atoms in first]
+
+    for atoms in first:
+        atoms.info["relaxation"]["of"] = "another limit"  # as of dosmatgen relax OUT: it may have taken hours
+    write_extxyz(relaxed, first)
     kept = relaxed.read_bytes()
     refused = run(*arguments)
     assert refused.exit_code == 1

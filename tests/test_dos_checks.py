@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -329,3 +330,43 @@ def test_the_command_line_aligns_and_shows_warnings_as_lines(tmp_path: Path, tin
     assert "dos.aligned() (--align) moves it by 1.5" in lines[0]
     _, errors = told_by("generate", path, "-o", tmp_path / "b.extxyz", "--align", *quick)
     assert "warning" not in errors
+
+
+@pytest.mark.parametrize(
+    ("energies", "options", "message"),
+    [
+        (
+            (0.0, 8.0),
+            {},
+            r"energies run from 0\.00 to 8\.00 eV, so that zero is hardly the Fermi level, as was",
+        ),
+        ((-11.0, -3.0), {}, r"energies run from -11\.00 to -3\.00 eV, so that zero is hardly the Fermi level"),
+        ((0.0, 8.0), {"reference": "fermi"}, None),  # stated
+        ((0.0, 8.0), {"efermi": 6.5}, None),
+        ((-8.0, 0.5), {}, None),
+    ],
+)
+def test_an_assumed_zero_at_an_end_is_told(
+    energies: tuple[float, float], options: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    x = np.linspace(*energies, 161)
+    np.savetxt(tmp_path / "figure.csv", np.c_[x, 1.0 + 0.1 * np.sin(x)])
+    told = [m for m in doubts(TargetDOS.from_file(tmp_path / "figure.csv", **options)) if "hardly" in m]
+    assert len(told) == (message is not None)
+    assert message is None or re.search(message, told[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"reference": "vbm"}, "reference 'vbm' is stated in place of 'fermi', which was read: nothing is moved"),
+        ({"kind": "total"}, "kind 'total' is stated in place of 'site', which was read"),
+        ({"sigma": 0.3}, "sigma 0.3 is stated in place of 0.1, which was read"),
+        ({"reference": "fermi", "kind": "site", "sigma": 0.1}, None),
+    ],
+)
+def test_what_contradicts_a_file_is_told(options: dict[str, Any], told: str | None) -> None:
+    path = Path(__file__).parents[1] / "data" / "ni_in_au3ni.npz"
+    with contextlib.nullcontext() if told is None else pytest.warns(DOSWarning, match=told):
+        dos = TargetDOS.from_file(path, 3, **options)
+    assert all(getattr(dos, name) == value for name, value in options.items())

@@ -111,7 +111,7 @@ def stop_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Reached("the work begins")
 
     for place in (
-        "generate.generator.DOSGenerator.__init__", "judge.relaxation.relax_into", "forward.predictor.predict_dos",
+        "generate.generator.DOSGenerator.__init__", "judge.relaxed_file.relax_into", "forward.predictor.predict_dos",
         "retrieval.index.default_index", "retrieval.build.build_index", "train.trainer.train",
         "forward.predictor_training.train_predictors", "dft.batch.compute_many", "dft.labels.label",
     ):  # fmt: skip

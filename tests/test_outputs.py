@@ -20,13 +20,18 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
 from ase.db import connect
+from ase.db.jsondb import JSONDatabase
+from ase.io.trajectory import TrajectoryReader
+from ase.spacegroup import Spacegroup
 from typer.testing import CliRunner, Result
 
 from dosmatgen_ase import DOSGenerator, TargetDOS, files
 from dosmatgen_ase.cli import app
 from dosmatgen_ase.files import STRUCTURES, check_output, read_structures, stream_of, write_atomic, write_structures
-from dosmatgen_ase.judge.relaxation import relax_into
+from dosmatgen_ase.judge.relaxed_file import relax_into
 from dosmatgen_ase.plotting import plot_dos
 
 TARGET = TargetDOS.from_peaks([(-0.65, 6.0, 0.3)], window=(-3, 1))
@@ -172,6 +177,82 @@ def test_numbered_files_of_a_longer_run_do_not_stay(generator: DOSGenerator, tmp
     assert [len(ase.io.read(tmp_path / name)) for name in kept[:2]] == [3, 3]
 
 
+def test_one_structure_is_not_mixed_with_those_of_a_longer_run(tmp_path: Path) -> None:
+    """A plain file may be of another run, so it stays."""
+    out = tmp_path / "run.vasp"
+    write_structures(out, [SALT] * 3)
+    (tmp_path / "run-0007.vasp").write_text("by hand\n")
+    write_structures(out, [SALT])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run-0007.vasp", "run.vasp"]
+    write_structures(out, [SALT] * 2)
+    kept = sorted(file.name for file in tmp_path.iterdir())
+    assert kept == ["run-0000.vasp", "run-0001.vasp", "run-0007.vasp", "run.vasp"]
+
+
+@pytest.mark.parametrize("inputs", [["run-0000.vasp"], ["run-0002.vasp", "run-0003.vasp"]])
+def test_no_input_is_removed_as_a_file_of_a_longer_run(inputs: list[str], tmp_path: Path) -> None:
+    write_structures(tmp_path / "run.vasp", [SALT] * 4)
+    result = run("relax", *[tmp_path / name for name in inputs], "-o", tmp_path / "run.vasp", "--overwrite")
+    assert result.exit_code == 1
+    assert f"{inputs[0]}: this command reads it; choose another name" in result.stderr
+    assert len(list(tmp_path.glob("run-*.vasp"))) == 4
+
+
+@pytest.mark.parametrize("ending", STRUCTURES)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("of_cif", Spacegroup(225)),
+        ("of_numpy", np.float32(1.5)),
+        ("names", np.array(["a", "bcd"])),
+        ("objects", np.array([None, {}], dtype=object)),
+        ("several", {1, 2}),
+        ("nested", {"place": [Path("x")], (1, 2): 3}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.filterwarnings("ignore:Skipping")  # a .traj leaves out what it cannot hold
+def test_no_info_of_another_program_spoils_a_file(key: str, value: Any, ending: str, tmp_path: Path) -> None:
+    atoms = SALT.copy()
+    atoms.info = {key: value, "dosmatgen": {"index": 3}}
+    path = tmp_path / f"a{ending}"
+    write_structures(path, [atoms])
+    assert_same(read_structures(path)[0], SALT)
+    check_output(path)
+    if ending in (".db", ".json"):
+        with connect(path) as database:
+            data = database.get(1).data
+        assert data["dosmatgen"] == {"index": 3}
+        assert key in data
+
+
+def test_a_json_database_is_as_ase_writes_it(tmp_path: Path) -> None:
+    atoms = SALT.copy()
+    atoms.info, atoms.calc = {"a": np.eye(2), "b": {"c": 2}}, SinglePointCalculator(atoms, energy=-1.5)
+    atoms.set_constraint(FixAtoms([0]))
+    with connect(tmp_path / "ase.json") as database:
+        for one in (atoms, SALT):
+            database.write(one, data=one.info)
+    write_structures(tmp_path / "ours.json", [atoms, SALT])
+    theirs, ours = (json.loads((tmp_path / name).read_text()) for name in ("ase.json", "ours.json"))
+    assert list(ours) == list(theirs)
+    for rows in (theirs, ours):
+        for i in ("1", "2"):
+            for changing in ("unique_id", "ctime", "mtime"):
+                assert rows[i].pop(changing)
+    assert ours == theirs
+    with connect(tmp_path / "ours.json") as database:
+        assert database.write(SALT) == 3
+
+
+def test_a_json_database_is_written_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """ASE itself reads all rows again to add one."""
+    monkeypatch.setattr(JSONDatabase, "_read_json", None)
+    write_structures(tmp_path / "a.json", [SALT] * 3)
+    monkeypatch.undo()
+    assert len(read_structures(tmp_path / "a.json")) == 3
+
+
 @pytest.mark.parametrize("ending", STRUCTURES)
 def test_a_run_without_a_crystal_says_why_in_every_format(generator: DOSGenerator, tmp_path: Path, ending: str) -> None:
     collapsed = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 0.3]], cell=[3, 3, 3], pbc=True)
@@ -313,6 +394,77 @@ def test_a_collection_that_holds_ours_among_others_is_not_ours(ending: str, tmp_
         else:
             with pytest.raises(FileExistsError, match="holds something else"):
                 check_output(path)
+
+
+def test_whose_a_trajectory_is_takes_no_atoms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ours = SALT.copy()
+    ours.info["dosmatgen"] = {"seed": 1}
+    write_structures(tmp_path / "a.traj", [ours, bulk("Cu"), ours])
+    with pytest.raises(FileExistsError):
+        check_output(tmp_path / "a.traj")
+    write_structures(tmp_path / "a.traj", [ours] * 50)  # more than one table of places
+    monkeypatch.setattr(TrajectoryReader, "__getitem__", None)
+    check_output(tmp_path / "a.traj")
+
+
+BLOCK = b"data_%s\n_cell_length_a 1\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "ours"),
+    [
+        (b"# by dosmatgen-ase\n" + BLOCK % b"mp-1", True),
+        (b"# by dosmatgen-ase\n" + BLOCK % b"ClNa_0" + BLOCK % b"Cu2_1", True),
+        (b"# by dosmatgen-ase\n" + BLOCK % b"ClNa_0" + BLOCK % b"mine", False),
+        (b"# by dosmatgen-ase\n" + BLOCK % b"ClNa_0" + BLOCK % b"image0", False),
+        (BLOCK % b"mine\n# drawn again by dosmatgen" + BLOCK % b"mine", False),
+        (BLOCK % b"mine" + b"_title 'research, relaxation='\n", False),
+    ],
+    ids=["old, one", "old, several", "old, added", "old, added by ASE", "one block", "another word"],
+)
+def test_a_cif_is_ours_if_each_block_is(content: bytes, ours: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.cif").write_bytes(content)
+    if ours:
+        check_output(tmp_path / "a.cif")
+    else:
+        with pytest.raises(FileExistsError, match="holds something else"):
+            check_output(tmp_path / "a.cif")
+
+
+def test_a_block_that_is_added_to_our_cif_is_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "a.cif"
+    known = SALT.copy()
+    known.info["material_id"] = "mp-22862"
+    write_structures(path, [SALT, known, bulk("Cu")])
+    check_output(path)
+    ase.io.write(tmp_path / "mine.cif", SALT)
+    path.write_bytes(path.read_bytes() + (tmp_path / "mine.cif").read_bytes())
+    with pytest.raises(FileExistsError, match="holds something else"):
+        check_output(path)
+
+
+@pytest.mark.parametrize("command", ["relax", "search"])
+@pytest.mark.parametrize("name", ["a.cif", "POSCAR"])
+def test_a_word_in_a_file_without_info_makes_it_nobodys(command: str, name: str, tmp_path: Path) -> None:
+    given, out = tmp_path / "given.cif", tmp_path / name
+    content = b"from the research on relaxation\n"
+    ase.io.write(given, SALT)
+    (tmp_path / "dos.json").write_text(json.dumps(TARGET.to_dict()))
+    out.write_bytes(content)
+    result = run(command, given if command == "relax" else tmp_path / "dos.json", "-o", out)
+    assert result.exit_code == 1
+    assert f"{name} exists and holds something else" in result.stderr
+    assert out.read_bytes() == content
+
+
+def test_relax_asks_for_no_file_that_it_does_not_write(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "a.cif", SALT)
+    ase.io.write(tmp_path / "b.cif", bulk("Cu"))
+    (tmp_path / "POSCAR").write_bytes(NOTES)
+    result = run("relax", tmp_path / "a.cif", tmp_path / "b.cif", "--max-steps", 0, "-o", tmp_path / "POSCAR")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "POSCAR").read_bytes() == NOTES
+    assert len(list(tmp_path.glob("POSCAR-000[01]"))) == 2
 
 
 def test_a_run_of_ours_is_continued_though_it_may_be_overwritten(generator: DOSGenerator, tmp_path: Path) -> None:

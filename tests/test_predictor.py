@@ -254,7 +254,7 @@ def test_what_one_kind_of_model_says_alone_is_told(monkeypatch: pytest.MonkeyPat
     assert predictor.predict_arrays([copper])[0].lacking == ""
     monkeypatch.setattr("dosmatgen_ase.forward.features.MAX_ORBITALS", 8)
     refused = "predicted by the networks alone: it has 9 orbitals, more than 8: use a smaller cell"
-    with pytest.warns(UserWarning, match=f"a poorer DOS for 1 of 1 structures: Cu: {refused}") as told:
+    with pytest.warns(UserWarning, match=f"a less certain DOS for 1 of 1 structures: Cu: {refused}") as told:
         (dos,) = predict_dos(copper)
     assert len(told) == 1
     assert dos.provenance["assumed"] == [refused]

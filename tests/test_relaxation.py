@@ -32,7 +32,8 @@ from dosmatgen_ase.cli import app
 from dosmatgen_ase.crystals.screening import screen_given
 from dosmatgen_ase.files import write_extxyz
 from dosmatgen_ase.judge import relaxation
-from dosmatgen_ase.judge.relaxation import _mace_environment, relax, relax_into, symmetrized
+from dosmatgen_ase.judge.relaxation import _mace_environment, relax, symmetrized
+from dosmatgen_ase.judge.relaxed_file import _in_full, relax_into
 
 torch.set_num_threads(1)
 
@@ -624,10 +625,18 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_in_the_file(
     before = out.read_bytes()
     assert len(relax_into(out, structures[:2], "emt")) == 2
     assert (relaxed, out.read_bytes()) == ([], before), "what it holds beyond these stays"
+    lost = r"holds [124] structures of another run, which would be lost: choose"
     for others, limits in ((structures[1:], {}), (structures, {"fmax": 0.01}), ([*structures[:2], bulk("Au")], {})):
-        with pytest.raises(FileExistsError, match=r"holds [24] structures of another run, which would be lost: choose"):
+        with pytest.raises(FileExistsError, match=lost):
             relax_into(out, others, "emt", **limits)
     assert (relaxed, out.read_bytes()) == ([], before)
+    fifth = bulk("Cu", a=3.75)
+    fifth.info["a"] = 3.75
+    made = relax_into(out, [fifth, structures[2]], "emt", among=structures)  # another choice of the same draws
+    assert relaxed == [3.75], "what the file holds is not done again"
+    assert [round(a.info["a"], 2) for a in made] == [3.75, 3.7]
+    assert [round(a.info["a"], 2) for a in ase.io.read(out, ":")] == [3.75, 3.7, 3.5, 3.6, 3.8], "nothing is lost"
+    relaxed.clear()
     relax_into(out, structures[1:], "emt", fmax=0.01, overwrite=True)
     assert relaxed == [3.6, 3.7, 3.8]
 
@@ -659,7 +668,7 @@ def test_what_is_held_is_known_again_when_a_run_goes_on(
     (first,) = relax_into(out, [start], "emt")
     (again,) = relax_into(out, [start.copy()], "emt")
     assert [type(c) for c in again.constraints] == [type(c) for c in constraints]
-    assert list(map(relaxation._in_full, again.constraints)) == list(map(relaxation._in_full, first.constraints))
+    assert list(map(_in_full, again.constraints)) == list(map(_in_full, first.constraints))
     start.set_constraint(FixAtoms([1]))
     with pytest.raises(FileExistsError, match="another run"):
         relax_into(out, [start], "emt")
@@ -719,7 +728,7 @@ def test_the_command_loses_no_structures_of_other_runs(tmp_path: Path, monkeypat
     before = Path("relaxed.extxyz").read_bytes()
     refused = CliRunner().invoke(app, [*line, "Au.cif"])
     assert refused.exit_code == 1
-    assert "relaxed.extxyz holds 2 structures of another run" in refused.stderr
+    assert "relaxed.extxyz holds 1 structures of another run" in refused.stderr
     assert CliRunner().invoke(app, [*line, "Cu.cif"]).exit_code == 0, "it is there already"
     assert Path("relaxed.extxyz").read_bytes() == before
     assert CliRunner().invoke(app, [*line, "Au.cif", "--overwrite"]).exit_code == 0

@@ -82,11 +82,20 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
+def test_a_prediction_is_not_called_a_computation(result: InverseDesignDoc, tmp_path: Path) -> None:
+    engines = ("forward model", "Quantum ESPRESSO", "forward model", None)
+    candidates = [c.model_copy(update={"engine": e}) for c, e in zip(result.candidates, engines, strict=True)]
+    page = Page(write_report(result.model_copy(update={"candidates": candidates}), tmp_path / "r.html").read_text())
+    said = " ".join(page.words)
+    assert "3 with a DOS by Quantum ESPRESSO and the forward model (predicted, not computed); the best" in said
+    assert "computed DOS" not in said
+
+
 def test_the_report_tells_all_and_needs_no_other_file(result: InverseDesignDoc, tmp_path: Path) -> None:
     text = write_report(result, tmp_path / "report.html").read_text()
     page = Page(text)
     said = " ".join(page.words)
-    assert "4 candidates, 3 with a computed DOS; the best is NiAu at a distance of 0.100" in said
+    assert "4 candidates, 3 with a DOS by <b>an engine</b>; the best is NiAu at a distance of 0.100" in said
     assert "SCF <did> not converge" in said
     assert "did" not in page.tags
     assert "b" not in page.tags
@@ -148,21 +157,21 @@ def test_the_policy_allows_the_script_and_the_style_of_the_page(result: InverseD
 def test_a_run_in_which_nothing_went_well_has_a_report(result: InverseDesignDoc, tmp_path: Path) -> None:
     failed = result.model_copy(update={"candidates": result.candidates[-1:]})
     said = " ".join(Page(write_report(failed, tmp_path / "report.html").read_text()).words)
-    assert "1 candidates, 0 with a computed DOS." in said
-    assert "None has a computed DOS" in said
+    assert "1 candidates, 0 with a DOS." in said
+    assert "None has a DOS" in said
 
 
 def test_a_candidate_without_distance_and_reason_is_told(result: InverseDesignDoc, tmp_path: Path) -> None:
     result.candidates.append(candidate(4, "Cu", None, None, None))
     said = " ".join(" ".join(Page(write_report(result, tmp_path / "r.html").read_text()).words).split())
-    assert "5 candidates, 3 with a computed DOS" in said
+    assert "5 candidates, 3 with a DOS by" in said
     assert "CuAu #4 no distance is known" in said
 
 
 @pytest.mark.parametrize(
     ("targets", "achieved", "fault"),
     [
-        ({"0": TARGET}, {}, "has a distance, but no computed DOS for the target of site 0"),
+        ({"0": TARGET}, {}, "has a distance, but no DOS for the target of site 0"),
         ({"7": TARGET}, {"7": TARGET}, "has no site 7, for which there is a target"),
         ({"x": TARGET}, {"x": TARGET}, "has no site x"),
         ({"0": TARGET}, {"0": replace(TARGET, kind="total")}, "has a total DOS for the target of site 0"),

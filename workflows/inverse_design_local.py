@@ -75,5 +75,6 @@ try:
 except ValueError:
     parser.exit(1, "there is no result: the log above tells which job failed\n")
 for candidate in result.candidates:
-    print(candidate.index, candidate.formula, candidate.distance, candidate.reason or "")
+    distance = "-" if candidate.distance is None else f"{candidate.distance:.3f}"
+    print(candidate.index, candidate.formula, distance, candidate.reason or "")
 print(f"{time.perf_counter() - started:.0f} s, report: {write_result(result, arguments.out)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numbers
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER, MAX_ATOMS
@@ -34,7 +34,7 @@ DOSInput: TypeAlias = "TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS]
 
 def _in_order(given: Any, read: tuple[Any, ...]) -> tuple[Any, ...]:
     """What was read of a list; that of a set is sorted, as its own order may be another in each process."""
-    return tuple(sorted(read)) if isinstance(given, Set) else read
+    return tuple(sorted(read)) if isinstance(given, set | frozenset) else read
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def split_targets(dos: Any, sites: Any = None) -> tuple[TargetDOS | None, dict[i
 
     if sites is not None and not isinstance(dos, TargetDOS):
         raise ValueError("sites goes with one target: with a list or a mapping of targets, leave it out")
-    if isinstance(dos, Set):
+    if isinstance(dos, set | frozenset):
         raise TypeError("dos is a set, which has no order: give a list, or a mapping {site: TargetDOS}")
     if dos is None:
         return None, {}

@@ -347,7 +347,7 @@ def read_config(path: Path) -> None:
 def streams() -> Files:
     """Structures that runs go on from."""
     from dosmatgen_ase.generate.generator import DOSGenerator
-    from dosmatgen_ase.judge.relaxation import relax_into
+    from dosmatgen_ase.judge.relaxed_file import relax_into
 
     folder = Path.cwd() / "seeds"
     weights = checkpoints()["generator.safetensors"]
@@ -377,7 +377,7 @@ def read_drawn(path: Path) -> None:
 
 def read_relaxed(path: Path) -> None:
     """As ``dosmatgen relax --overwrite`` does with an output that is there."""
-    from dosmatgen_ase.judge.relaxation import relax_into
+    from dosmatgen_ase.judge.relaxed_file import relax_into
 
     relax_into(path, [bulk("Cu"), bulk("Au")], EMT(), max_steps=0, overwrite=True)  # type: ignore[arg-type]
 

@@ -38,9 +38,8 @@ def main() -> None:
         _signal.signal(_signal.SIGINT, leave)
     import sys
 
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what takes their place may lack it
-            stream.reconfigure(errors="replace")  # a sign that a terminal lacks must not end a command after its work
+    if hasattr(sys.stdout, "reconfigure"):  # what takes its place may lack it
+        sys.stdout.reconfigure(errors="replace")  # a sign that a terminal lacks must not end a command after its work
     from dosmatgen_ase.cli.commands import app
 
     app()  # which hears Ctrl-C as an exception while a command runs

@@ -54,7 +54,7 @@ class RankingOptions:
         typer.Option(
             metavar="CALCULATOR",
             help="Rank, relax the best four for each of -n, and rank again: chgnet, or the path or name of a MACE "
-            "model. The relaxed go to OUT-relaxed, the best to OUT-best. A fixed cell and fixed sites stay.",
+            "model. The relaxed go to OUT-relaxed.extxyz, the best to OUT-best. A fixed cell and fixed sites stay.",
             rich_help_panel=BEST,
         ),
     ] = None
@@ -93,8 +93,8 @@ def generate(
         typer.Option(
             "-o",
             "--out",
-            help="File of the structures: .extxyz or .xyz, which grows as they are made; or .cif, .vasp, .traj, .db, "
-            ".json, written at the end from an extxyz file beside it. The same command continues a stopped run.",
+            help="File of the structures: .extxyz or .xyz, which grows; or .cif, .vasp (one each), .traj, .db, .json, "
+            "written at the end from an extxyz file beside it. The same command continues a stopped run.",
         ),
     ] = Path("out.extxyz"),
     overwrite: Overwrite = False,
@@ -207,12 +207,15 @@ def _ranked(
     from dosmatgen_ase.files import read_structures
     from dosmatgen_ase.generate.generator import not_new
     from dosmatgen_ase.judge.ranking import best, score_and_relax
-    from dosmatgen_ase.judge.relaxation import relax_into
+    from dosmatgen_ase.judge.relaxed_file import relax_into
 
     drawn = read_structures(files.stream, format="extxyz")
     for frame, atoms in enumerate(drawn):
         atoms.info["frame"] = frame
+    held = len(drawn)
     drawn = [atoms for atoms in drawn if atoms.info["dosmatgen"]["index"] < draws]
+    if held > len(drawn):
+        tell(f"{files.stream} holds {held - len(drawn)} more, of a longer run before", err=True)
     rejected = sum(atoms.info["dosmatgen"].get("attempt", 0) for atoms in drawn)
     tell(f"{len(drawn)} crystals drawn; rejected by the screen and drawn again: {rejected}", err=True)
     sites, total = request.site_targets, request.total_target
@@ -224,8 +227,8 @@ def _ranked(
         assert options.relax is not None
         chosen.extend(part)  # the file goes on from what it holds
         done = relax_into(
-            files.relaxed, chosen, options.relax, progress=True, trust_model=options.trust_model, **request.held,
-            overwrite=overwrite,
+            files.relaxed, chosen, options.relax, trust_model=options.trust_model, **request.held,
+            among=drawn, overwrite=overwrite,
         )  # fmt: skip
         return done[-len(part) :]
 
@@ -244,7 +247,7 @@ def _ranked(
 
 def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking) -> None:
     """Keep the best and print their table, and the known crystal that has the DOS best."""
-    from dosmatgen_ase.files import write_structures
+    from dosmatgen_ase.files import write_structures, written_files
     from dosmatgen_ase.judge.stability import in_words
     from dosmatgen_ase.retrieval.index import default_index
 
@@ -254,7 +257,9 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
         write_structures(files.best, found)
     known = default_index()
     order = "best first" if files.best != files.out else "in this table best first"
-    table = Table(title=printable(f"{len(found)} structures in {files.best}, {order}"))
+    written = written_files(files.best, len(found))
+    place = str(files.best) if len(written) == 1 else f"{written[0]} to {written[-1].name}"
+    table = Table(title=printable(f"{len(found)} structures in {place}, {order}"))
     energies = ranking.energy > 0
     for name in ("frame", "formula", "sites", "atoms", "Å³/atom", "distance", "error"):
         left = name in ("formula", "sites")
@@ -268,10 +273,11 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
         figures = [str(len(atoms)), f"{atoms.get_volume() / len(atoms):.1f}"]
         figures += [figure(told["distance"]), figure(told["expected_error"])]
         figures += [known.find(atoms) or "new"]
-        figures += [in_words(told["energy_above_hull"], 2) or "unknown"] if energies else []
+        figures += [in_words(told["energy_above_hull"], 2) or "?"] if energies else []
         table.add_row(str(atoms.info["frame"]), atoms.get_chemical_formula(), given, *figures)
     show(table)
-    typer.echo("frame: place in the file, as in ase.io.read(file, frame); sites: those with the DOS")
+    whole = "the file" if files.out == files.stream or len(written_files(files.out, 2)) == 1 else str(files.stream)
+    typer.echo(f"frame: place in {whole}, as in ase.io.read(file, frame); sites: those with the DOS")
     typer.echo(f"distance: {DISTANCE}, of the DOS that a forward model predicts; error: its expected error")
     if energies:
         typer.echo("hull: eV/atom above the hull")

@@ -41,7 +41,7 @@ def relax(
     out: Annotated[
         Path,
         typer.Option(
-            "-o", "--out", help="File of the relaxed structures: .extxyz, .xyz, .cif, .vasp, .traj, .db or .json."
+            "-o", "--out", help="File of the relaxed: .extxyz, .xyz, .cif, .vasp (one each), .traj, .db or .json."
         ),
     ] = Path("relaxed.extxyz"),
     overwrite: Overwrite = False,
@@ -65,11 +65,12 @@ def relax(
     With CHGNet the table also has the energy above the hull, made by the same potential. A run that was killed goes on
     where it stopped: give the same command again. Atoms that a file marks as fixed stay, and the cell with them.
     """
-    from dosmatgen_ase.files import STRUCTURES, keeps_info, stream_of, write_extxyz, write_structures
+    from dosmatgen_ase.files import STRUCTURES, stream_of, write_extxyz, write_structures
     from dosmatgen_ase.files import read_structures as read
 
     with busy("loading the potential"):
-        from dosmatgen_ase.judge.relaxation import check_trust, relax_into
+        from dosmatgen_ase.judge.relaxation import check_trust
+        from dosmatgen_ase.judge.relaxed_file import relax_into
         from dosmatgen_ase.judge.stability import load_hull
 
     check_trust(calculator, trust_model)
@@ -77,7 +78,7 @@ def relax(
     output(ctx, "out", STRUCTURES, path=stream, marks=(b"relaxation=",), ours=False)
     named = read_structures(files)
     if out != stream:
-        output(ctx, "out", STRUCTURES, count=len(named), marks=(b"relaxation",), ours=not keeps_info(out))
+        output(ctx, "out", STRUCTURES, count=len(named), marks=(b"relaxation",), ours=False, exact=True)
     limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "processes": jobs}
     limits["trust_model"] = trust_model
     held: dict[str, Any] = {
@@ -86,9 +87,7 @@ def relax(
     }
     warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
     with resumable(lambda: f"what is relaxed is kept in {stream}"):
-        relaxed = relax_into(
-            stream, list(named.values()), calculator, **limits, **held, progress=True, overwrite=overwrite
-        )
+        relaxed = relax_into(stream, list(named.values()), calculator, **limits, **held, overwrite=overwrite)
     hull = load_hull() if calculator == "chgnet" else None
     table, reasons = _relaxed_table(named, relaxed, hull)
     if len(read(stream, format="extxyz")) <= len(relaxed):  # else it holds more of this run than was asked for
@@ -148,7 +147,7 @@ def predict(
             if file.stem != name and (file.stem in named or (plot and file.resolve() == plot.resolve())):
                 raise ValueError(f"cannot write the bands of {name}: {file} is another output, too; rename one of them")
             output(ctx, "out", (file.suffix,), path=file, marks=marks, ours=False)
-    table = Table("structure", "site", "element", "states below 0 eV", "band centre, eV", "expected error")
+    table = Table("structure", "site", "element", "states in [-10, 0] eV", "band centre, eV", "expected error")
     reasons = Reasons()
     first: tuple[str, list[TargetDOS | None]] | None = None
     for name, atoms in tqdm(named.items(), disable=len(named) == 1, unit="structure", desc="predict"):

@@ -318,6 +318,7 @@ def output(
     marks: Sequence[bytes] = (),
     ours: bool = True,
     continued: bool = False,
+    exact: bool = False,
 ) -> None:
     """Check before the work that an output can be written and replaces no file of the user.
 
@@ -332,20 +333,36 @@ def output(
     count : int
         Largest number of structures; several in POSCAR format become numbered files.
     marks : sequence of bytes
-        By which a file is known as made by this command, beside the name of the package.
+        By which a file is known as made by this command, beside the name of the package. Formats that keep no ``info``
+        have that name only.
     ours : bool
         Whether the name of the package is enough. It is not where other commands write such files, too, and their work
         would be lost.
     continued : bool
         Whoever writes it looks at what it holds, and goes on from there.
+    exact : bool
+        Exactly `count` structures are written, not fewer.
     """
-    from dosmatgen_ase.files import MARK, STRUCTURES, check_output, possible_files, structure_format
+    from dosmatgen_ase.files import (
+        MARK,
+        STRUCTURES,
+        check_output,
+        keeps_info,
+        numbered_files,
+        possible_files,
+        structure_format,
+        written_files,
+    )
 
     path = path or ctx.params[option]
     if path is None:
         return
+    files, known = [path], (MARK, *marks) if ours else tuple(marks)
     if endings == STRUCTURES:
         structure_format(path)
+        files = written_files(path, count) if exact else possible_files(path, count)
+        files += [file for file in numbered_files(path) if file not in files]  # they may be removed
+        known = known if keeps_info(path) else (MARK,)  # "search" and the like stand in CIF of anybody
     elif path.suffix.lower() not in endings:
         raise ValueError(f"cannot write {path}: its name must end in {' or '.join(endings)}")
     others: list[Path] = []
@@ -353,13 +370,13 @@ def output(
         given = value if isinstance(value, list | tuple) else [value]
         others += [Path(v) for v in given if name != option and isinstance(v, str | Path) and v]
     overwrite = continued or bool(ctx.params.get("overwrite"))
-    for file in possible_files(path, count) if endings == STRUCTURES else [path]:
-        check_output(file, inputs=others, marks=(MARK, *marks) if ours else marks, overwrite=overwrite)
+    for file in files:
+        check_output(file, inputs=others, marks=known, overwrite=overwrite)
 
 
 def figure(value: float | None) -> str:
-    """Return a number for a table, or "unknown"."""
-    return "unknown" if value is None or math.isnan(value) else f"{value:.2f}"
+    """Return a number for a table; a question mark, which breaks no column, where it is unknown."""
+    return "?" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 _FREE_MEMORY, _MEMORY = 2**30, 40  # bytes while a file is read; and so many times its size: an Atoms takes 2 kB

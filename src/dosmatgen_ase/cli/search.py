@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 DRAWN = 3  # crystals in the picture
 FILTERS = "Which crystals"
-FAR = 0.64
+FAR = 0.65
 """Median distance of a site from the mean DOS of its element (docs/benchmarks/predictor.md)."""
 
 
@@ -98,7 +98,9 @@ def search(
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", help="Write the crystals into this file: .extxyz, .xyz, .cif, .vasp, .traj, .db or .json."
+            "-o",
+            "--out",
+            help="Write the crystals into this file: .extxyz, .xyz, .cif, .vasp (one each), .traj, .db or .json.",
         ),
     ] = None,
     plot: Annotated[
@@ -190,12 +192,8 @@ def hit_table(hits: Sequence[Atoms], title: str) -> Table:
     """A table of what `search` found."""
     table = Table(title=title)
     for name in ("material", "formula", "sites", "distance", "DOS", "error", "gap", "hull"):
-        table.add_column(
-            name,
-            justify="left" if name in ("material", "formula", "sites", "DOS") else "right",
-            no_wrap=name not in ("formula", "sites"),
-            overflow="fold",
-        )
+        left = name in ("material", "formula", "sites", "DOS")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "sites", overflow="fold")
     for atoms in hits:
         told = atoms.info["search"]
         sites = ", ".join(f"{atoms[i].symbol} {i}" for i in told["sites"]) or "all"

@@ -170,7 +170,8 @@ def read_projections(path: Path, projwfc_output: str, num_sites: int) -> Project
     orbitals = [Orbital(int(site) - 1, int(wfc), int(degree), int(m or 1) - 1) for site, wfc, degree, m, *_ in states]
     if {orbital.site for orbital in orbitals} != set(range(num_sites)):
         told = f"the output of projwfc.x does not list the states of {num_sites} atoms"
-        raise ElectronicStructureError(f"{told}: give the cell of the calculation", path)
+        fix = "give the cell of the calculation, and pseudopotentials with atomic states"
+        raise ElectronicStructureError(f"{told}: {fix}", path)
     spinors = {bool(s_z or j) for *_, s_z, j in states}
     if len(spinors) > 1:
         raise ElectronicStructureError("the output of projwfc.x mixes collinear and noncollinear states", path)

@@ -30,6 +30,9 @@ NO_STATES = 1e-3
 SEEN_SHIFT = 0.1
 """Distance (eV) between zero and the states below it that is worth a warning: one step of the model's grid."""
 
+ONE_SIDED = 0.5
+"""Energies (eV) below zero that must be known where zero was assumed: occupied states are what tells a crystal."""
+
 MANY = 10
 """Different values above which a DOS is a curve, not a box that is drawn with a height of 1."""
 
@@ -107,6 +110,8 @@ def doubts(dos: TargetDOS, num_atoms: tuple[int, int] = (1, 1)) -> list[str]:
     if states < NO_STATES:
         return [f"the {dos.kind} DOS holds {states:.2g} states in all: {SCALE_IT}"]
     found = []
+    if message := _zero_at_an_end(dos):
+        found.append(message)
     if (gap := gap_at_zero(dos)) and dos.kind == "site" and gap[0] < -SEEN_SHIFT:
         found.append(_shift_advice(gap))
     if message := _states_that_fit_nothing(dos, num_atoms):
@@ -131,6 +136,18 @@ def _shift_advice(gap: tuple[float, float]) -> str:
         f'the DOS has no states from {gap[0]:.2f} to {gap[1]:.2f} eV, but reference "fermi": if its crystal has a gap, '
         f"its zero is the valence-band maximum: dos.aligned() (--align) moves it by {-gap[0]:.2f} eV"
     )
+
+
+def _zero_at_an_end(dos: TargetDOS) -> str:
+    """A sentence if zero was only assumed to be the Fermi level, and hardly any energy is known on one side of it."""
+    assumed = dos.provenance.get("assumed", [])
+    if not any(sentence.startswith("zero of energy") and "the Fermi level" in sentence for sentence in assumed):
+        return ""
+    known = dos.energies[dos.known]
+    if known[0] < -ONE_SIDED and known[-1] > 0:
+        return ""
+    told = f"its energies run from {known[0]:.2f} to {known[-1]:.2f} eV, so that zero is hardly the Fermi level"
+    return f"{told}, as was assumed: give the Fermi level of the file (efermi=, --efermi)"
 
 
 @cache

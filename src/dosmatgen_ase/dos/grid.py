@@ -144,8 +144,9 @@ def cell_widths(energies: Array, lo: float = -math.inf, hi: float = math.inf) ->
     Raises
     ------
     ValueError
-        Unless lo < hi.
+        If lo > hi.
     """
-    check_window(lo, hi)
+    if lo != hi:  # where nothing lies between, the widths are 0
+        check_window(lo, hi)
     borders = np.concatenate([energies[:1], 0.5 * (energies[1:] + energies[:-1]), energies[-1:]])
     return np.diff(np.clip(borders, lo, hi))

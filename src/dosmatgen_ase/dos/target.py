@@ -563,8 +563,8 @@ class TargetDOS:
         These are ``vasprun.xml``, ``DOSCAR`` of VASP and LOBSTER, ``.bands`` of CASTEP, JSON, ``.npz`` and columns of
         text. JSON is `to_dict`, a pymatgen ``Dos``, ``CompleteDos`` or ``LobsterCompleteDos``, or what
         ``dosmatgen dft`` wrote; .npz holds ``energies``, ``total``, ``pdos`` (sites, l, G), ``emax`` and ``gap`` of
-        one structure with Loewdin projections. A file may be packed with gzip, bzip2 or xz, whatever its name; one
-        that unpacks to 1 GiB, or to 100 times its size and more than 32 MiB, is refused.
+        one structure with Loewdin projections. A file may be packed with gzip, bzip2 or xz; one that unpacks to 1 GiB,
+        or to 100 times its size and more than 32 MiB, is refused.
 
         Parameters
         ----------
@@ -572,7 +572,8 @@ class TargetDOS:
         site : int, optional
             Site index, where the file holds site projections; by default the total DOS.
         reference, sigma, kind : optional
-            State what the file does not say; they replace what was read (nothing is shifted or broadened).
+            State what the file does not say. They replace what was read, with a `DOSWarning` if that was something
+            else; nothing is shifted or broadened.
         columns, spin, efermi, units : optional
             For columns of text, as in `from_text`.
 

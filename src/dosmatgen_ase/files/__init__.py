@@ -25,6 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dosmatgen_ase.files.contents import BY_US, STREAMS, cif, infos, json_database, poscar, write_database
+from dosmatgen_ase.files.contents import MARK as MARK  # and who imports it finds it here
+
 if TYPE_CHECKING:
     from ase import Atoms
 
@@ -171,12 +174,6 @@ def write_extxyz(path: Path, structures: Sequence[Atoms]) -> None:
 
 # -- structures in any format ------------------------------------------------------------------------------------------
 
-MARK = b"dosmatgen"
-"""Stands in every file that this package writes; `check_output` knows them by it."""
-
-_BY_US = f" by {MARK.decode()}-ase"  # at the end of the first line of a POSCAR
-
-STREAMS = (".extxyz", ".xyz")
 STRUCTURES = (*STREAMS, ".cif", ".vasp", ".traj", ".db", ".json")
 """Endings of files of structures that `write_structures` writes; a name without may begin with POSCAR or CONTCAR."""
 
@@ -222,8 +219,8 @@ def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
     """Write structures in the format that the ending names; as :func:`write_atomic`.
 
     ``info`` is kept by all but CIF and POSCAR; a database of ASE (.db, .json) has it as ``data`` of its rows. Several
-    structures in POSCAR format are numbered files: x-0000.vasp, x-0001.vasp and so on; those of a longer run before are
-    removed, so that no two runs are mixed.
+    structures in POSCAR format are numbered files: x-0000.vasp, x-0001.vasp and so on. Numbered files of a longer run
+    before are removed, so that no two runs are mixed; x.vasp of a single structure stays beside them.
     """
     import ase.io
 
@@ -231,54 +228,38 @@ def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
     if kind in STREAMS:
         write_extxyz(path, structures)
     elif kind == ".cif":
-        write_atomic(path, _cif(structures))
+        write_atomic(path, cif(structures))
+    elif kind == ".json":
+        write_atomic(path, json_database(structures))
     elif kind == ".vasp":
-        for file, atoms in zip(written_files(path, len(structures)), structures, strict=True):
-            text = io.StringIO()
-            ase.io.write(text, atoms, format="vasp", direct=True)
-            _, rest = text.getvalue().split("\n", 1)  # the first line is a comment
-            write_atomic(file, f"{atoms.get_chemical_formula()}{_BY_US}\n{rest}".encode())
-        if len(structures) > 1:
-            _remove_further(path, len(structures))
+        files = written_files(path, len(structures))
+        for file, atoms in zip(files, structures, strict=True):
+            write_atomic(file, poscar(atoms))
+        for file in numbered_files(path) if files else ():
+            if file not in files:
+                file.unlink()
     else:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / f"structures{kind}"
             if kind == ".traj":
                 ase.io.write(part, list(structures), format="traj")
             else:
-                _write_database(part, structures)
+                write_database(part, structures)
             write_atomic(path, part.read_bytes())
 
 
-def _remove_further(path: Path, count: int) -> None:
-    """Remove the numbered files from `count` on that this package has written under this name."""
-    name = re.compile(re.escape(path.stem) + r"-(\d{4,})" + re.escape(path.suffix))
+def numbered_files(path: Path) -> list[Path]:
+    """Return the numbered POSCAR files that this package has written under a name; `write_structures` removes them."""
+    if structure_format(path) != ".vasp" or not path.parent.is_dir():
+        return []
+    name = re.compile(re.escape(path.stem) + r"-\d{4,}" + re.escape(path.suffix))
+    found = []
     for file in path.parent.iterdir():
-        if (found := name.fullmatch(file.name)) and int(found[1]) >= count and file.is_file():
-            with file.open("rb") as opened:
-                ours = opened.readline(4096).rstrip().endswith(_BY_US.encode())
-            if ours:
-                file.unlink()
-
-
-def _cif(structures: Sequence[Atoms]) -> bytes:
-    from ase.io.cif import write_cif
-
-    blocks = [b"# by %s-ase\n" % MARK]
-    for i, atoms in enumerate(structures):
-        text = io.BytesIO()
-        write_cif(text, atoms)
-        name = re.sub(r"[^\w+-]", "_", str(atoms.info.get("material_id", f"{atoms.get_chemical_formula()}_{i}")))
-        blocks.append(text.getvalue().replace(b"data_image0", f"data_{name}".encode(), 1))
-    return b"\n".join(blocks)
-
-
-def _write_database(path: Path, structures: Sequence[Atoms]) -> None:
-    from ase.db import connect
-
-    with connect(path, use_lock_file=False) as database:
-        for atoms in structures:
-            database.write(atoms, data=dict(atoms.info))
+        if name.fullmatch(file.name) and file.is_file():
+            with contextlib.suppress(PermissionError), file.open("rb") as opened:
+                if opened.readline(4096).rstrip().endswith(BY_US.encode()):
+                    found.append(file)
+    return sorted(found)
 
 
 def read_structures(path: Path, index: Any = ":", format: str | None = None) -> Any:
@@ -391,8 +372,8 @@ def check_output(
     inputs : paths
         Of the same command, which must survive.
     marks : sequence of bytes
-        A file that holds one of them was made by such a command before, so it may be replaced. Where structures keep
-        their ``info``, each must hold one: others may have been added.
+        A file that holds one of them was made by such a command before, so it may be replaced. Each structure of a
+        collection must hold one: others may have been added.
     overwrite : bool
         Replace any other file, too.
 
@@ -439,7 +420,7 @@ def output_folder(path: Path) -> None:
 
 
 def _holds(path: Path, marks: Sequence[bytes]) -> bool:
-    """Whether a file is empty, or holds a mark in its first or last megabytes, and in the info of each structure."""
+    """Whether a file is empty, or holds a mark in its first or last megabytes, and in what each structure tells."""
     size, part = path.stat().st_size, 4 << 20
     with path.open("rb") as file:
         content = file.read(part)
@@ -448,37 +429,10 @@ def _holds(path: Path, marks: Sequence[bytes]) -> bool:
             content += file.read()
     if not any(mark in content for mark in marks):
         return not size
-    return all(any(mark in info for mark in marks) for info in _infos(path))
-
-
-def _infos(path: Path) -> list[bytes]:
-    """What each structure of a file tells of itself; none for other files. An unreadable one tells nothing: ``b""``."""
-    import sqlite3
-
-    kind = path.suffix.lower()
     try:
-        if kind == ".db":  # not by ASE, which makes a database of what is none
-            with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-                rows = database.execute("SELECT data FROM systems").fetchall()
-            return [data if isinstance(data, bytes) else str(data).encode() for (data,) in rows]
-        if kind == ".json":
-            held = json.loads(path.read_bytes())
-            ids = held.get("ids", []) if isinstance(held, dict) else []  # else it is no database
-            return [json.dumps(held[str(i)].get("data")).encode() for i in ids]
-        if kind == ".traj":
-            return [str(atoms.info).encode() for atoms in read_structures(path, format="traj")]
-    except (*DAMAGE, sqlite3.Error):
-        return [b""]
-    return _heads(path.read_bytes().splitlines()) if kind in STREAMS else []
-
-
-def _heads(lines: Sequence[bytes]) -> list[bytes]:
-    """The second line of each frame of an extended XYZ file."""
-    heads, start = [], 0
-    while start + 1 < len(lines) and lines[start].strip().isdigit():
-        heads.append(lines[start + 1])
-        start += 2 + int(lines[start])
-    return heads
+        return all(any(mark in info for mark in marks) for info in infos(path))
+    except DAMAGE:
+        return False
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:

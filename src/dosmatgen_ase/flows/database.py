@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -22,6 +21,7 @@ from maggma.stores import JSONStore
 
 from dosmatgen_ase.dos.readers.common import READ_ERRORS
 from dosmatgen_ase.files import write_atomic
+from dosmatgen_ase.flows.schemas import finite
 
 if TYPE_CHECKING:
     from fireworks import LaunchPad
@@ -38,13 +38,16 @@ class WholeJSONStore(JSONStore):
         ValueError
             If it is no JSON: a JSONStore would go on without its documents, and write over them.
         """
-        for path in map(Path, self.paths):
+        for path in map(Path, self.paths if self._coll is None or force_reset else ()):
+            if path.exists() and path.stat().st_size == 0:
+                write_atomic(path, b"[]")  # a JSONStore that was killed while it made its file
             if path.exists():
                 try:
                     self.read_json_file(path)
                 except (*READ_ERRORS, OSError) as error:
                     reason = " ".join(str(error).split())[:200]
-                    raise ValueError(f"{path} cannot be read: {reason}. Mend it, or move it away") from None
+                    fix = "mend it (NaN must be null), or move it away"
+                    raise ValueError(f"{path} cannot be read: {reason}: {fix}") from None
         super().connect(force_reset)
 
     def update_json_file(self) -> None:
@@ -56,17 +59,20 @@ class WholeJSONStore(JSONStore):
             If it cannot be written, as on a full disk; the file stays as it was.
         """
         documents = [{key: value for key, value in d.items() if key != "_id"} for d in self.query()]
-        text = json.dumps(_finite(documents), default=datetime.isoformat, allow_nan=False)
+        try:
+            text = json.dumps(documents, default=datetime.isoformat, allow_nan=False)
+        except ValueError:
+            text = json.dumps(_all_finite(documents), default=datetime.isoformat, allow_nan=False)
         write_atomic(Path(self.paths[0]), text.encode())
 
 
-def _finite(value: Any) -> Any:
-    """The same with None for NaN and infinity."""
+def _all_finite(value: Any) -> Any:
+    """The same with None for each NaN and infinity in it."""
     if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: _all_finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_all_finite(part) for part in value]
+    return finite(value)
 
 
 def file_job_store(folder: Path) -> JobStore:

@@ -24,7 +24,16 @@ from dosmatgen_ase.crystals.checks import MIN_VOLUME_PER_ATOM
 from dosmatgen_ase.crystals.convert import to_atoms, to_structure
 from dosmatgen_ase.crystals.screening import MAX_GIVEN_VOLUME_PER_ATOM
 from dosmatgen_ase.dos import NEAR_GAP, TargetDOS, mae, mean_distance
-from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, GenerationDoc, RelaxDoc, ScreeningDoc, TrainDoc
+from dosmatgen_ase.flows.schemas import (
+    FORWARD_MODEL,
+    LARGE,
+    CandidateDoc,
+    DOSDoc,
+    GenerationDoc,
+    RelaxDoc,
+    ScreeningDoc,
+    TrainDoc,
+)
 from dosmatgen_ase.generate.settings import DEFAULT_COUNT, GenerationOptions, GenerationSettings
 from dosmatgen_ase.parsing import DOSInput, split_targets, whole_number
 
@@ -334,18 +343,17 @@ class PredictDOSMaker(Maker):
     @job(output_schema=DOSDoc, data=LARGE)
     def make(self, structure: Structure | None) -> DOSDoc:
         """Predict the site DOS of one structure."""
-        engine = "forward model"
         if structure is None:
-            return DOSDoc(engine=engine, reason="there is no structure: its relaxation failed")
+            return DOSDoc(engine=FORWARD_MODEL, reason="there is no structure: its relaxation failed")
         from dosmatgen_ase.forward.predictor import predict_dos
 
         try:
             sites = predict_dos(to_atoms(structure))
         except ValueError as error:
-            return DOSDoc(engine=engine, reason=str(error))
+            return DOSDoc(engine=FORWARD_MODEL, reason=str(error))
         known = [dos for dos in sites if dos is not None]
         total = TargetDOS.sum_of(known) if len(known) == len(sites) else None
-        return DOSDoc(engine=engine, site_dos=sites, total_dos=total)
+        return DOSDoc(engine=FORWARD_MODEL, site_dos=sites, total_dos=total)
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------
@@ -513,7 +521,7 @@ class TrainMaker(Maker):
 
     def make(self, pseudo_labels: str | None = None) -> Job:
         """Train on the training split, with a file of predicted DOS for structures that have no label, if given."""
-        if isinstance(pseudo_labels, str | Path):  # not the output of a job before
+        if isinstance(pseudo_labels, str | Path):  # not the output of a job before, which the job alone can resolve
             pseudo_labels = str(Path(pseudo_labels).absolute())
         return self.train(pseudo_labels)
 

@@ -43,7 +43,8 @@ def _without_classes(value: Any) -> Any:
     return [_without_classes(item) for item in value] if isinstance(value, list) else value
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same, None for NaN and infinity, which no database keeps."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -54,9 +55,12 @@ DOS = Annotated[
     WithJsonSchema({"type": "object", "description": "TargetDOS.to_dict"}),
 ]
 Crystal = Annotated[Structure, BeforeValidator(_crystal), PlainSerializer(Structure.as_dict)]
-Figure = Annotated[float | None, BeforeValidator(_finite)]
+Figure = Annotated[float | None, BeforeValidator(finite)]
 Targets = dict[str, DOS]
 """Targets by site, counted from "0" (JSON has text for keys), or one under "total"."""
+
+FORWARD_MODEL = "forward model"
+"""The engine of `PredictDOSMaker`, which computes nothing."""
 
 LARGE = ["targets", "site_dos", "total_dos", "achieved", "electronic_structure"]
 """Fields that hold arrays; jobs keep them in the job store's additional store "data"."""

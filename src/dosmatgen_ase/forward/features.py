@@ -46,18 +46,29 @@ def check_crystal(atoms: Atoms) -> None:
     Raises
     ------
     ValueError
-        With the reason: no crystal (`fault`), collapsed, beyond the bounds, or with two atoms in one place.
+        With the reason: as `check_cell`, or two atoms in one place.
     """
     from ase.neighborlist import neighbor_list
 
+    check_cell(atoms)
+    if len(neighbor_list("i", atoms, MIN_DISTANCE)):
+        raise ValueError(TOO_CLOSE)
+
+
+def check_cell(atoms: Atoms) -> None:
+    """Do what `check_crystal` does, but for the distances between atoms, which take a few milliseconds.
+
+    Raises
+    ------
+    ValueError
+        With the reason: no crystal (`fault`), collapsed, or beyond the bounds.
+    """
     if told := fault(atoms):
         raise ValueError(f"it {told}")
     if (per_atom := atoms.get_volume() / len(atoms)) < MIN_VOLUME_PER_ATOM:
         raise ValueError(f"it has collapsed: {per_atom:.3g} A^3 per atom, less than {MIN_VOLUME_PER_ATOM:g}")
     if (beyond := beyond_bounds(atoms)) is not None:
         raise ValueError(beyond)
-    if len(neighbor_list("i", atoms, MIN_DISTANCE)):
-        raise ValueError(TOO_CLOSE)
 
 
 def chgnet_graph(atoms: Atoms, most: int = MAX_BONDS) -> Any:
@@ -99,7 +110,7 @@ def tight_binding_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
     ValueError
         With the reason why the structure has none: as `check_crystal`, atoms alone, too large a cell.
     """
-    check_crystal(atoms)
+    check_cell(atoms)  # distances are looked at beside the bonds
     if (size := num_orbitals(atoms)) > MAX_ORBITALS:
         raise ValueError(f"it has {size} orbitals, more than {MAX_ORBITALS}: use a smaller cell")
     graph = crystal_graph(atoms, cutoff)

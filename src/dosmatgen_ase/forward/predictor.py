@@ -29,7 +29,7 @@ from dosmatgen_ase.crystals.checks import formula_of
 from dosmatgen_ase.crystals.reduction import niggli_operation
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files.tensors import fill, load_tensors, save_tensors, without_values
-from dosmatgen_ase.forward.features import NUM_FEATURES, check_crystal, site_features, tight_binding_graph
+from dosmatgen_ase.forward.features import NUM_FEATURES, check_cell, site_features, tight_binding_graph
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
@@ -295,7 +295,7 @@ class DOSPredictor:
         graphs: dict[float, dict[int, CrystalGraph]] = {model.config.cutoff: {} for model in self.tight_binding}
         for i, atoms in enumerate(atoms_list):
             try:
-                check_crystal(atoms)  # as it was given
+                check_cell(atoms)  # that was given
                 reduced = _reduced(atoms)
                 for cutoff in graphs:
                     graphs[cutoff][i] = tight_binding_graph(reduced, cutoff)
@@ -505,7 +505,8 @@ def predict_dos(
     if unknown:
         warnings.warn(f"no DOS for {len(unknown)} of {len(found)} structures: {_first(unknown)}", stacklevel=2)
     if lacking:
-        warnings.warn(f"a poorer DOS for {len(lacking)} of {len(found)} structures: {_first(lacking)}", stacklevel=2)
+        told = f"a less certain DOS for {len(lacking)} of {len(found)} structures: {_first(lacking)}"
+        warnings.warn(told, stacklevel=2)
     return found[0] if single else found
 
 

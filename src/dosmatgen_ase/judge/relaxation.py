@@ -7,7 +7,6 @@ and one bad structure does not cost the others. Only a calculator that cannot be
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import math
 import multiprocessing
@@ -30,7 +29,6 @@ from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixScaled, FixSymmetry
 from ase.filters import FrechetCellFilter
-from ase.io.jsonio import encode
 from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 from ase.spacegroup.symmetrize import refine_symmetry
@@ -38,12 +36,11 @@ from spglib import SpglibError
 from tqdm import tqdm
 
 from dosmatgen_ase.crystals.checks import beyond_bounds
-from dosmatgen_ase.crystals.screening import digest, right_handed, screen_given
-from dosmatgen_ase.files import DAMAGE, exclusive, read_structures, set_aside, write_extxyz
+from dosmatgen_ase.crystals.screening import right_handed, screen_given
+from dosmatgen_ase.files import set_aside
 from dosmatgen_ase.parsing import site_numbers
 from dosmatgen_ase.threads import cpu_threads, legacy_stream, one_blas_thread, without_warnings
 
-_SAVE_EVERY = 5.0  # seconds
 _MAX_SYMMETRY = 1000  # atoms; spglib takes their number squared, 10 s for 2000 without any symmetry
 _OF_GEOMETRY = ("energy_above_hull", "scores")  # entries of ours in info that hold for the geometry given only
 _MOVE_WITH_CELL = (FixScaled, FixSymmetry)  # every other constraint of ASE holds something Cartesian
@@ -125,95 +122,6 @@ def relax(
     with contextlib.closing(each) as finished:
         relaxed = list(tqdm(finished, total=len(structures), disable=not progress, unit="structure", desc="relax"))
     return relaxed[0] if single else relaxed
-
-
-def relax_into(
-    path: Path,
-    structures: Sequence[Atoms],
-    calculator: str | Path = "chgnet",
-    *,
-    fixed_cell: bool = False,
-    fixed_sites: Sequence[int] = (),
-    fmax: float = 0.05,
-    max_steps: int = 200,
-    time_limit: float = 120.0,
-    processes: int = 1,
-    progress: bool = False,
-    trust_model: bool = False,
-    overwrite: bool = False,
-) -> list[Atoms]:
-    """Do what :func:`relax` does and keep it in an extxyz file as it comes: the same call goes on from there.
-
-    The file is replaced every few seconds and at the end, however that comes. What it holds is taken for done as far as
-    it was made of the same structures, in the same order, with the same calculator and limits. Other structures in it
-    are replaced with `overwrite` only. If it holds all that are asked for, and more, it stays as it is.
-
-    Errors as in :func:`relax`, ``FileExistsError`` if other structures would be lost, and ``OSError`` if the file
-    cannot be written, or another run is writing it.
-    """
-    limits = (fmax, max_steps, time_limit)
-    structures = hold(structures, fixed_sites)
-    settings = (_named(calculator), *limits, *(["fixed cell"] if fixed_cell else []))
-    origins = [_origin(atoms, settings) for atoms in structures]
-    with exclusive(path):
-        done, others = _begun(path, structures, origins)
-        if others and not overwrite:
-            fix = "choose another file (-o), or overwrite it (--overwrite)"
-            raise FileExistsError(f"{path} holds {others} structures of another run, which would be lost: {fix}")
-        start, saved = len(done), time.monotonic()
-        bar = tqdm(total=len(structures), initial=start, disable=not progress, unit="structure", desc="relax")
-        try:
-            each = relax_each(structures[start:], calculator, *limits, processes, fixed_cell, trust_model)
-            with contextlib.closing(each) as finished:
-                for atoms, origin in zip(finished, origins[start:], strict=True):
-                    atoms.info["relaxation"]["of"] = origin
-                    done.append(atoms)
-                    bar.update()
-                    if time.monotonic() - saved > _SAVE_EVERY:
-                        write_extxyz(path, done)
-                        saved = time.monotonic()
-        finally:
-            bar.close()
-            if len(done) > start:
-                write_extxyz(path, done)
-        return done
-
-
-def _begun(path: Path, structures: Sequence[Atoms], origins: Sequence[str]) -> tuple[list[Atoms], int]:
-    """What a file holds of a run, and the number of other structures that going on would replace."""
-    done: list[Atoms] = []
-    held: list[Atoms] = []
-    with contextlib.suppress(*DAMAGE):  # not there, or no structures
-        held = read_structures(path, format="extxyz")
-    for atoms, given, origin in zip(held, structures, origins, strict=False):
-        told = atoms.info.get("relaxation")
-        if not isinstance(told, dict) or told.get("of") != origin:
-            break
-        atoms.set_constraint(given.copy().constraints)  # of which extended XYZ keeps a part only
-        done.append(atoms)
-    return done, len(held) - len(done) if len(done) < len(origins) else 0
-
-
-def _named(calculator: str | Path) -> str:
-    """The name of a calculator, and the content of its file: another potential may have been put in the same place."""
-    path = Path(str(calculator))
-    if not path.is_file():
-        return str(calculator)
-    with path.open("rb") as file:
-        return f"{calculator} {hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-
-def _origin(atoms: Atoms, settings: tuple[Any, ...]) -> str:
-    """Digest of what a relaxation depends on."""
-    told = f"{settings} {[_in_full(constraint) for constraint in atoms.constraints]} {digest(atoms)}".encode()
-    return hashlib.sha256(told).hexdigest()[:16]
-
-
-def _in_full(constraint: Any) -> str:
-    """What a constraint is made of. The repr of some tells their address in memory, which is another in each run."""
-    told: dict[str, Any] = getattr(constraint, "todict", lambda: None)() or {}
-    plain = {key: digest(v) if isinstance(v, Atoms) else v for key, v in told.get("kwargs", {}).items()}
-    return str(encode([type(constraint).__name__, plain]))
 
 
 def hold(structures: Sequence[Atoms], sites: Sequence[int]) -> list[Atoms]:

@@ -23,7 +23,7 @@ from jinja2 import Environment, StrictUndefined
 from dosmatgen_ase.crystals.convert import to_atoms
 from dosmatgen_ase.dos import TargetDOS
 from dosmatgen_ase.files import no_file, write_atomic, write_extxyz
-from dosmatgen_ase.flows.schemas import CandidateDoc, InverseDesignDoc
+from dosmatgen_ase.flows.schemas import FORWARD_MODEL, CandidateDoc, InverseDesignDoc
 from dosmatgen_ase.plotting import draw_crystal, drawn_together, plot_dos
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Column(NamedTuple):
 
 
 COLUMNS = {
-    "distance": Column("normalised L1 of the computed DOS to the target: 0 is equal", "distance", 3),
+    "distance": Column("normalised L1 of its DOS to the target: 0 is equal", "distance", 3),
     "near gap": Column("the same on [-2, 2] eV", "near_gap_distance", 3),
     "MAE": Column("states/eV", "mae", 3),
     "predicted": Column("distance of the DOS predicted before relaxation", "predicted_distance", 3),
@@ -122,6 +122,7 @@ def write_report(result: InverseDesignDoc, path: str | os.PathLike[str]) -> Path
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
     text = page.render(
         count=len(result.candidates),
+        engines=" and ".join(sorted({_by(c) for c in result.candidates if c.distance is not None})),
         good=[_row(c, result.targets, path.parent) for c in result.candidates if c.distance is not None],
         lost=[_told(c) for c in result.candidates if c.reason is not None or c.distance is None],
         targets=[
@@ -153,7 +154,7 @@ def _check(candidate: CandidateDoc, targets: Mapping[str, TargetDOS]) -> None:
         if key != "total" and key not in sites:
             fault = f"has no site {key}, for which there is a target"
         elif made is None:
-            fault = f"has a distance, but no computed DOS for the {_name(key)}"
+            fault = f"has a distance, but no DOS for the {_name(key)}"
         elif made.kind != target.kind:
             fault = f"has a {made.kind} DOS for the {_name(key)}, which is a {target.kind} DOS"
         if fault:
@@ -169,7 +170,7 @@ def _told(candidate: CandidateDoc) -> dict[str, Any]:
 
 
 def _row(candidate: CandidateDoc, targets: dict[str, TargetDOS], home: Path) -> dict[str, Any]:
-    """What the page shows of a candidate with a computed DOS: a row of the table, and a card."""
+    """What the page shows of a candidate with a DOS: a row of the table, and a card."""
     structure = candidate.structure or candidate.generated
     lengths = ", ".join(f"{x:.2f}" for x in structure.lattice.abc)
     angles = ", ".join(f"{x:.1f}" for x in structure.lattice.angles)
@@ -196,6 +197,12 @@ def _figure(candidate: CandidateDoc, column: Column) -> dict[str, Any]:
         return {"value": "", "shown": "–"}
     words = in_words(value, column.decimals) if column.field == "energy_above_hull" else ""
     return {"value": value, "shown": words or f"{value:.{column.decimals}f}"}
+
+
+def _by(candidate: CandidateDoc) -> str:
+    """What the DOS of a candidate is by, in words: a prediction is no computation."""
+    engine = candidate.engine or "an engine that is not told"
+    return f"the {engine} (predicted, not computed)" if engine == FORWARD_MODEL else engine
 
 
 def _link(directory: str | None, home: Path) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
 from typing import NamedTuple
 
+from dosmatgen_ase.dos.checks import DOSWarning
 from dosmatgen_ase.dos.readers.castep import is_bands, read_bands
 from dosmatgen_ase.dos.readers.common import Content, Request, read_bytes
 from dosmatgen_ase.dos.readers.doscar import is_doscar, read_doscar
@@ -33,7 +35,14 @@ def read_file(path: str | PathLike[str], request: Request) -> TargetDOS:
         raise ValueError(f"{path} is {chosen.name}, not columns of text: leave out {name} (--{name})")
     target = chosen.read(content, request)
     stated = {name: getattr(request, name) for name in ("reference", "sigma", "kind")}
-    return replace(target, **{name: value for name, value in stated.items() if value is not None})
+    stated = {name: value for name, value in stated.items() if value is not None}
+    made = replace(target, **stated)
+    for name, value in stated.items():
+        if (own := getattr(target, name)) not in (value, None):
+            moves = ": nothing is moved, as aligned() (--align) would" if name == "reference" else ""
+            told = f"{path}: {name} {value!r} is stated in place of {own!r}, which was read{moves}"
+            warnings.warn(told, DOSWarning, stacklevel=3)
+    return made
 
 
 def _read_columns(content: Content, request: Request) -> TargetDOS:

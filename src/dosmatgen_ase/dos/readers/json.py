@@ -66,6 +66,8 @@ def _own(data: Mapping[str, Any], name: str, request: Request) -> TargetDOS:
     """Read `TargetDOS.to_dict`; what it leaves out is assumed, and told."""
     target = named(name, TargetDOS.from_dict, data)
     left_out = {field: sentence for field, sentence in _DEFAULTS.items() if field not in data}
+    stated = {field: getattr(request, field) for field in left_out if getattr(request, field) is not None}
+    target = replace(target, **stated)
     if not (sentences := assumed(request, **left_out)):
         return target
     source = str(target.provenance.get("source", f"JSON {name}"))
