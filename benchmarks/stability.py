@@ -207,7 +207,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"data. Of the rows, {unknown} structures have no energy or an element that the hull lacks, and count as "
         f"infinitely high. Generated: one draw per target, every site conditioned; "
         f"{candidates['valid_unique_new']:.2f} of them are valid, unique and new (against {candidates['known']} "
-        f"crystals; {candidates['found_again']:.2f} are known crystals of `test`, found again), {candidates['valid_unique_new_metastable']:.2f} are so and at most 0.1 eV/atom "
+        f"crystals; {candidates['found_again']:.2f} are known crystals of `test`, found again), "
+        f"{candidates['valid_unique_new_metastable']:.2f} are so and at most 0.1 eV/atom "
         f"above the hull once relaxed; of {candidates['with_charges']} that are not all metal "
         f"{candidates['balanced']} balance common charges.",
         "",
