@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dosmatgen_ase import __version__
-from dosmatgen_ase.files import write_atomic
+from dosmatgen_ase.files import finite, write_atomic
 from dosmatgen_ase.provenance import commit_of
 
 
@@ -26,16 +24,8 @@ def write_results(folder: Path, name: str, report: dict[str, Any], markdown: str
     """Write ``name.json`` (infinite and undefined numbers as null; it says what made it) and ``name.md``."""
     folder.mkdir(parents=True, exist_ok=True)
     report = {**report, "made_by": made_by()}
-    write_atomic(folder / f"{name}.json", (json.dumps(_strict(report), indent=2) + "\n").encode())
+    write_atomic(folder / f"{name}.json", (json.dumps(finite(report), indent=2) + "\n").encode())
     write_atomic(folder / f"{name}.md", markdown.encode())
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def text(figure: dict[str, Any]) -> str:

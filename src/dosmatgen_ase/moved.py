@@ -42,7 +42,7 @@ MOVED = {
     "metrics": ("judge.metrics",),
     "predictor": ("forward.predictor", "forward.features", "forward.predictor_training", "forward.pseudo_labels"),
     "ranking": ("judge.ranking",),
-    "relaxation": ("judge.relaxation",),
+    "relaxation": ("judge.relaxation", "judge.relaxed_file"),
     "sampler": ("generate.sampler",),
     "screening": ("crystals.screening", "crystals.checks"),
     "stability": ("judge.stability",),

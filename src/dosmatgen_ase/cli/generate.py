@@ -276,7 +276,7 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
         figures += [in_words(told["energy_above_hull"], 2) or "?"] if energies else []
         table.add_row(str(atoms.info["frame"]), atoms.get_chemical_formula(), given, *figures)
     show(table)
-    whole = "the file" if files.out == files.stream or len(written_files(files.out, 2)) == 1 else str(files.stream)
+    whole = "the file" if len(written_files(files.out, 2)) == 1 else str(files.stream)
     typer.echo(f"frame: place in {whole}, as in ase.io.read(file, frame); sites: those with the DOS")
     typer.echo(f"distance: {DISTANCE}, of the DOS that a forward model predicts; error: its expected error")
     if energies:

@@ -143,7 +143,7 @@ def predict(
     named = read_structures(files)
     output_folder(out)
     for name in named:
-        for file, marks in _files(out, name, bands).items():
+        for file, marks in _outputs(out, name, bands).items():
             if file.stem != name and (file.stem in named or (plot and file.resolve() == plot.resolve())):
                 raise ValueError(f"cannot write the bands of {name}: {file} is another output, too; rename one of them")
             output(ctx, "out", (file.suffix,), path=file, marks=marks, ours=False)
@@ -157,7 +157,7 @@ def predict(
             raise
         except Exception as error:  # noqa: BLE001 -- whatever a structure raises is its own failure, and ends no run
             table.add_row(name, "", atoms.get_chemical_formula(), "", "", reasons.cell(name, _own(error)))
-            _remove(_files(out, name, bands))
+            _remove(_outputs(out, name, bands))
             continue
         total = None if None in sites else TargetDOS.sum_of([dos for dos in sites if dos])
         record: dict[str, Any] = {"format": PREDICTION, "sites": [dos and dos.to_dict() for dos in sites]}
@@ -196,13 +196,16 @@ def _own(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
-def _files(out: Path, name: str, bands: bool) -> dict[Path, Sequence[bytes]]:
+def _outputs(out: Path, name: str, bands: bool) -> dict[Path, Sequence[bytes]]:
     """Files of a structure, each with the marks by which it is known to come from this command."""
+    return {out / f"{name}.json": (PREDICTION.encode(),), **(_of_bands(out, name) if bands else {})}
+
+
+def _of_bands(out: Path, name: str) -> dict[Path, Sequence[bytes]]:
+    """As `_outputs`, those of the bands alone: data and picture."""
     from dosmatgen_ase.files import MARK
 
-    of_bands = (MARK, b"BandStructure", b"bandstructure")
-    drawn: dict[Path, Sequence[bytes]] = {out / f"{name}_bands{ending}": of_bands for ending in (".json", ".png")}
-    return {out / f"{name}.json": (PREDICTION.encode(),), **(drawn if bands else {})}
+    return {out / f"{name}_bands{ending}": (MARK, b"BandStructure", b"bandstructure") for ending in (".json", ".png")}
 
 
 def _remove(files: Mapping[Path, Sequence[bytes]]) -> None:
@@ -223,7 +226,7 @@ def _write_bands(atoms: Atoms, out: Path, name: str) -> str | None:
     from dosmatgen_ase.forward.bands import predict_bands
     from dosmatgen_ase.plotting import plot_bands
 
-    _, data, picture = files = _files(out, name, bands=True)
+    data, picture = made = _of_bands(out, name)
     try:
         found = predict_bands(atoms)
         plot_bands(found, picture)
@@ -231,6 +234,6 @@ def _write_bands(atoms: Atoms, out: Path, name: str) -> str | None:
     except (OSError, ImportError):
         raise
     except Exception as error:  # noqa: BLE001 -- as for the DOS, which stays
-        _remove({file: files[file] for file in (data, picture)})
+        _remove(made)
         return _own(error)
     return None

@@ -124,9 +124,9 @@ def search(
     One site of the file may be any site of a crystal. Several are assigned to sites of one crystal, in the best way.
     The distance is the normalised L1 to the target, of the computed DOS where there is one and else of the predicted.
     """
-    from dosmatgen_ase.files import STRUCTURES, keeps_info, write_structures
+    from dosmatgen_ase.files import STRUCTURES, write_structures
 
-    output(ctx, "out", STRUCTURES, count=n, marks=(b"search",), ours=out is None or not keeps_info(out))
+    output(ctx, "out", STRUCTURES, count=n, marks=(b"search",), ours=False)
     output(ctx, "plot", PICTURES)
     targets = _targets(dos_file, reading, [None] if site is None else numbers_from_text(site))
     from dosmatgen_ase.retrieval.query import search as run

@@ -172,6 +172,15 @@ def write_extxyz(path: Path, structures: Sequence[Atoms]) -> None:
     write_atomic(path, extxyz(structures))
 
 
+def finite(value: Any) -> Any:
+    """Return the same with None for each NaN and infinity in it, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 # -- structures in any format ------------------------------------------------------------------------------------------
 
 STRUCTURES = (*STREAMS, ".cif", ".vasp", ".traj", ".db", ".json")

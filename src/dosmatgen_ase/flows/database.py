@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,7 @@ from jobflow import JobStore
 from maggma.stores import JSONStore
 
 from dosmatgen_ase.dos.readers.common import READ_ERRORS
-from dosmatgen_ase.files import write_atomic
-from dosmatgen_ase.flows.schemas import finite
+from dosmatgen_ase.files import finite, write_atomic
 
 if TYPE_CHECKING:
     from fireworks import LaunchPad
@@ -62,17 +61,8 @@ class WholeJSONStore(JSONStore):
         try:
             text = json.dumps(documents, default=datetime.isoformat, allow_nan=False)
         except ValueError:
-            text = json.dumps(_all_finite(documents), default=datetime.isoformat, allow_nan=False)
+            text = json.dumps(finite(documents), default=datetime.isoformat, allow_nan=False)
         write_atomic(Path(self.paths[0]), text.encode())
-
-
-def _all_finite(value: Any) -> Any:
-    """The same with None for each NaN and infinity in it."""
-    if isinstance(value, Mapping):
-        return {key: _all_finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_all_finite(part) for part in value]
-    return finite(value)
 
 
 def file_job_store(folder: Path) -> JobStore:

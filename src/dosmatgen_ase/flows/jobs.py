@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 from jobflow import Job, Maker, job
 from pymatgen.core import Structure
 
@@ -262,19 +263,13 @@ def in_given_order(given: Structure, relaxed: Structure | None, energy: float | 
     """
     if relaxed is None:
         return RelaxDoc(structure=None)
-    places, back = _places_by_element(given), _places_by_element(relaxed)
-    if {z: len(own) for z, own in places.items()} != {z: len(own) for z, own in back.items()}:
+    wanted, found = np.array(given.atomic_numbers), np.array(relaxed.atomic_numbers)
+    places, back = np.argsort(wanted, kind="stable"), np.argsort(found, kind="stable")
+    if not np.array_equal(wanted[places], found[back]):
         reason = f"the relaxation returned {relaxed.formula} for {given.formula}: which site is which is not known"
         return RelaxDoc(structure=None, reason=reason)
-    order = dict(pair for z, own in places.items() for pair in zip(own, back[z], strict=True))
-    return RelaxDoc(structure=Structure.from_sites([relaxed[order[i]] for i in range(len(given))]), energy=energy)
-
-
-def _places_by_element(structure: Structure) -> dict[int, list[int]]:
-    places: defaultdict[int, list[int]] = defaultdict(list)
-    for i, site in enumerate(structure):
-        places[site.specie.Z].append(i)
-    return places
+    order = back[np.argsort(places)].tolist()
+    return RelaxDoc(structure=Structure.from_sites([relaxed[i] for i in order]), energy=energy)
 
 
 @dataclass

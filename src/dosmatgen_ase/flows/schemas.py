@@ -6,7 +6,6 @@ database would store without a word. ``reason`` is None for what went well and o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from pymatgen.core import Structure
 from dosmatgen_ase import __version__
 from dosmatgen_ase.dos import TargetDOS
 from dosmatgen_ase.dos.readers.common import READ_ERRORS
+from dosmatgen_ase.files import finite
 
 
 def _target(value: Any) -> Any:
@@ -41,11 +41,6 @@ def _without_classes(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _without_classes(v) for k, v in value.items() if k not in ("@module", "@class", "@callable")}
     return [_without_classes(item) for item in value] if isinstance(value, list) else value
-
-
-def finite(value: Any) -> Any:
-    """The same, None for NaN and infinity, which no database keeps."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 DOS = Annotated[
