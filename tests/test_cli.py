@@ -29,7 +29,7 @@ from ase.io.jsonio import read_json
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from dosmatgen_ase import DOSGenerator, cli
+from dosmatgen_ase import DOSGenerator, cli, energy_above_hull
 from dosmatgen_ase.cli import app
 from dosmatgen_ase.cli.options import SETTINGS, TargetOptions, site_list
 from dosmatgen_ase.data import SHARD_KEYS
@@ -679,6 +679,10 @@ def test_of_many_draws_the_command_relaxes_those_that_python_does_and_goes_on(tm
     # A relaxation makes more of the rounding of the file, on some machines up to 1e-5 A.
     np.testing.assert_allclose(best.positions, expected.positions, atol=1e-4)
     assert best.info["scores"]["score"] == pytest.approx(expected.info["scores"]["score"], abs=1e-4)
+    above = energy_above_hull(best)
+    assert best.info["scores"]["energy_above_hull"] == pytest.approx(above, abs=1e-3)
+    assert f"{above:.2f}" in result.stdout
+    assert "eV/atom above the hull, by CHGNet" in result.stdout
 
     write_extxyz(relaxed, first[:2])  # as a kill leaves it
     assert run(*arguments).exit_code == 0

@@ -139,7 +139,7 @@ def generate(
                 raise
             failed = error
         found = _ranked(files, draws, n, request, best, ranking, forward, overwrite)
-    _show(found, files, request, ranking)
+    _show(found, files, request)
     if plot is not None:
         _draw(found[:4], plot, request, forward)
     tell(f"{time.perf_counter() - start:.1f} s")
@@ -208,6 +208,7 @@ def _ranked(
     from dosmatgen_ase.generate.generator import not_new
     from dosmatgen_ase.judge.ranking import best, score_and_relax
     from dosmatgen_ase.judge.relaxed_file import relax_into
+    from dosmatgen_ase.judge.stability import load_hull
 
     drawn = read_structures(files.stream, format="extxyz")
     for frame, atoms in enumerate(drawn):
@@ -242,10 +243,15 @@ def _ranked(
     picked = best(found, n)
     if len(picked) < min(n, len(drawn)):
         tell(f"warning: only {len(picked)} of the {len(drawn)} crystals drawn are new once relaxed", err=True)
+    if options.relax == "chgnet":  # the potential of the hull
+        hull = load_hull()
+        for atoms in picked:
+            above = hull.above(atoms.numbers, atoms.info["relaxation"]["energy"])
+            atoms.info["scores"].setdefault("energy_above_hull", above)
     return picked
 
 
-def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking) -> None:
+def _show(found: list[Atoms], files: _Files, request: Request) -> None:
     """Keep the best and print their table, and the known crystal that has the DOS best."""
     from dosmatgen_ase.files import write_structures, written_files
     from dosmatgen_ase.judge.stability import in_words
@@ -260,7 +266,7 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
     written = written_files(files.best, len(found))
     place = str(files.best) if len(written) == 1 else f"{written[0]} to {written[-1].name}"
     table = Table(title=printable(f"{len(found)} structures in {place}, {order}"))
-    energies = ranking.energy > 0
+    energies = any("energy_above_hull" in atoms.info["scores"] for atoms in found)
     for name in ("frame", "formula", "sites", "atoms", "Å³/atom", "distance", "error"):
         left = name in ("formula", "sites")
         table.add_column(name, justify="left" if left else "right", min_width=len(name), overflow="fold")
@@ -280,7 +286,7 @@ def _show(found: list[Atoms], files: _Files, request: Request, ranking: Ranking)
     typer.echo(f"frame: place in {whole}, as in ase.io.read(file, frame); sites: those with the DOS")
     typer.echo(f"distance: {DISTANCE}, of the DOS that a forward model predicts; error: its expected error")
     if energies:
-        typer.echo("hull: eV/atom above the hull")
+        typer.echo("hull: eV/atom above the hull, by CHGNet")
     later = "" if files.relaxed else ", and may relax into one"
     typer.echo(f"known: which of {len(known)} known crystals it is; new: none of these, but others may know it{later}")
     _show_nearest(request)
