@@ -81,7 +81,12 @@ def dos_files() -> Files:
     parts = {"total": dos[:, few].sum(0), "pdos": sites[:, :, few], "emax": 9.0, "gap": 0.0}
     np.savez_compressed(arrays, energies=energies, **parts)
     own = [site.to_dict() for site in [target(), target()]]
+    import test_program_files as programs
+
     return {
+        "x-k1-1.pdos": programs.GOOD.encode(),
+        "nacl.PDOS": programs.XML.encode(),
+        "abo_DOS_AT0001": programs.abinit(True, 2).encode(),
         "vasprun.xml": made.vasprun(step, symbols="Na Cl", ISMEAR=0, SIGMA=0.2).encode(),
         "DOSCAR": made.doscar(made.E, [made.WIDE], [made.WIDE_SUM], [table[:, 1:], table[:, 1:]], 0.0).encode(),
         "DOSCAR.lobster": made.doscar(made.E, [made.WIDE], [made.WIDE_SUM], None, 0.0, lobster=True).encode(),

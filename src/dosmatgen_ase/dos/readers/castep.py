@@ -11,9 +11,10 @@ import numpy as np
 from dosmatgen_ase.dos.grid import MIN_GAP, MODEL_SIGMA
 from dosmatgen_ase.dos.readers.common import READ_ERRORS, Content, Request, record, unreadable
 from dosmatgen_ase.dos.readers.densities import gap_of
+from dosmatgen_ase.dos.readers.levels import broadened
 from dosmatgen_ase.dos.target import TargetDOS
 
-_MAX_STATES, _MAX_POINTS = 20_000_000, 200_000
+_MAX_STATES = 20_000_000
 
 
 def is_bands(content: Content) -> bool:
@@ -54,27 +55,13 @@ def _target(content: Content) -> TargetDOS:
     degeneracy = 2.0 if num_spins == 1 and filled and electrons / filled > 1.5 else 1.0
     gap, vbm = gap_of(list(levels), fermi)
     zero, reference = (vbm, "vbm") if gap >= MIN_GAP else (fermi, "fermi")
-    low, top = float(levels.min()) - 5 * MODEL_SIGMA, float(levels[..., -1].min())
-    size = math.ceil((top - low) / (MODEL_SIGMA / 4)) + 1
-    if not 2 <= size <= _MAX_POINTS:
-        raise ValueError(f"its eigenvalues span {top - low:.3g} eV")
-    # Each state is shared by the two nearest energies of a fine mesh, which is broadened as a whole.
-    fine = (top + 6 * MODEL_SIGMA - low) / (MODEL_SIGMA / 20)
-    edges = np.arange(low, top + 6 * MODEL_SIGMA, MODEL_SIGMA / 20)
-    places = (levels - low) / (MODEL_SIGMA / 20)
-    inside = places < fine - 2
-    left, shares = places[inside].astype(int), (places % 1)[inside]
-    states = degeneracy * np.broadcast_to(weights[:, None], levels.shape)[inside]
-    counts = np.bincount(left, states * (1 - shares), edges.size) + np.bincount(left + 1, states * shares, edges.size)
-    from scipy.ndimage import gaussian_filter1d
-
-    energies = np.linspace(low, top, size)
-    values = np.interp(energies, edges, gaussian_filter1d(counts, 20.0, mode="constant") / (MODEL_SIGMA / 20))
+    states = degeneracy * np.broadcast_to(weights[:, None], levels.shape)
+    energies, values = broadened(levels, states, float(levels[..., -1].min()))
     steps = [
         f"{num_k} k-points, {electrons:g} electrons, {degeneracy * filled:.2f} states up to the Fermi level",
         f"zero of energy at {zero:.4f} eV ({reference})",
     ]
     told = ["k-points: taken as a mesh with the weights in the file; a path through the zone gives no DOS"]
     provenance = record(f"CASTEP {content.basename}", steps, told)
-    known = np.ones(size, dtype=bool)
+    known = np.ones(energies.size, dtype=bool)
     return TargetDOS(energies - zero, np.maximum(values, 0.0), known, reference, MODEL_SIGMA, "total", provenance)

@@ -64,10 +64,9 @@ class Request:
     efermi: float | None = None
     units: str | None = None
 
-    @property
-    def for_text_alone(self) -> str:
-        """A stated field that only columns of text can need; empty if there is none."""
-        return next((name for name in ("columns", "spin", "efermi", "units") if getattr(self, name) is not None), "")
+
+TEXT_ALONE = ("columns", "spin", "efermi", "units")
+"""Fields of `Request` that columns of text may need; a form of file that needs one, too, says so."""
 
 
 @dataclass(frozen=True)

@@ -10,29 +10,35 @@ from typing import NamedTuple
 
 from dosmatgen_ase.dos.checks import DOSWarning
 from dosmatgen_ase.dos.readers.castep import is_bands, read_bands
-from dosmatgen_ase.dos.readers.common import Content, Request, read_bytes
+from dosmatgen_ase.dos.readers.common import TEXT_ALONE, Content, Request, read_bytes
+from dosmatgen_ase.dos.readers.cp2k import is_pdos, read_pdos
 from dosmatgen_ase.dos.readers.doscar import is_doscar, read_doscar
 from dosmatgen_ase.dos.readers.json import is_json, read_json
 from dosmatgen_ase.dos.readers.npz import is_npz, read_npz
+from dosmatgen_ase.dos.readers.pdos_xml import is_pdos_xml, read_pdos_xml
 from dosmatgen_ase.dos.readers.text import parse_text
 from dosmatgen_ase.dos.readers.vasp import is_xml, parse_vasprun
 from dosmatgen_ase.dos.target import TargetDOS
 
 
 class Format(NamedTuple):
-    """A form of file: `recognises` looks at its content, `read` makes the target."""
+    """A form of file: `recognises` looks at its content, `read` makes the target.
+
+    `uses` names the stated facts of `TEXT_ALONE` that the file may lack, too.
+    """
 
     name: str
     recognises: Callable[[Content], bool]
     read: Callable[[Content, Request], TargetDOS]
+    uses: tuple[str, ...] = ()
 
 
 def read_file(path: str | PathLike[str], request: Request) -> TargetDOS:
     """What `TargetDOS.from_file` does: the first format of `FORMATS` that recognises the content reads it."""
     content = Content(str(path), read_bytes(path))
     chosen = next(form for form in FORMATS if form.recognises(content))
-    if (name := request.for_text_alone) and chosen is not FORMATS[-1]:
-        raise ValueError(f"{path} is {chosen.name}, not columns of text: leave out {name} (--{name})")
+    if unused := [name for name in TEXT_ALONE if name not in chosen.uses and getattr(request, name) is not None]:
+        raise ValueError(f"{path} is {chosen.name}, not columns of text: leave out {unused[0]} (--{unused[0]})")
     target = chosen.read(content, request)
     stated = {name: getattr(request, name) for name in ("reference", "sigma", "kind")}
     stated = {name: value for name, value in stated.items() if value is not None}
@@ -54,9 +60,11 @@ def _read_columns(content: Content, request: Request) -> TargetDOS:
 # To add a format: one line here, before the last, which takes what nothing else knows.
 FORMATS = (
     Format(".npz", is_npz, read_npz),
+    Format("PDOS of SIESTA or ABACUS", is_pdos_xml, read_pdos_xml, uses=("efermi",)),
     Format("vasprun.xml", is_xml, parse_vasprun),
     Format("JSON", is_json, read_json),
     Format("DOSCAR of VASP or LOBSTER", is_doscar, read_doscar),
     Format(".bands of CASTEP", is_bands, read_bands),
-    Format("columns of text", lambda _: True, _read_columns),
+    Format(".pdos of CP2K", is_pdos, read_pdos),
+    Format("columns of text", lambda _: True, _read_columns, uses=TEXT_ALONE),
 )

@@ -91,6 +91,8 @@ class Layout:
         Further files whose columns add up with this one's to the DOS of one site.
     total : path or None
         File of the total DOS and of the sum of the projections, by which those of a site are scaled.
+    spin_blocks : bool
+        Whether the rows of the second spin follow those of the first.
     """
 
     source: str = "text"
@@ -109,6 +111,7 @@ class Layout:
     per_spin: bool = False
     siblings: tuple[Path, ...] = ()
     total: Path | None = None
+    spin_blocks: bool = False
 
 
 def layout_of(table: Table, path: Path) -> Layout:
@@ -130,7 +133,7 @@ def layout_of(table: Table, path: Path) -> Layout:
         raise ValueError(
             f"{table.name}: its DOS is per volume: multiply it by the volume of the cell, and change the header"
         )
-    for recognise in (_espresso, _aims, _optados, _vaspkit, _pyprocar, _sumo):
+    for recognise in (_espresso, _abinit, _aims, _optados, _vaspkit, _pyprocar, _sumo):
         if layout := recognise(table, path):
             return layout
     return _unknown(table)
@@ -247,6 +250,26 @@ def _other_orbitals(path: Path) -> tuple[Path, ...]:
         if found["atom"] == own["atom"] and found["ending"] in (own["ending"], ""):
             orbitals.setdefault(found["orbital"], other)
     return tuple(orbitals.values())[1:]
+
+
+def _abinit(table: Table, path: Path) -> Layout | None:
+    """ABINIT's ``_DOS``, ``_DOS_TOTAL`` and ``_DOS_AT0001``: absolute energies in Ha, with the Fermi level."""
+    head = "\n".join(table.header)
+    if "ABINIT package : DOS file" not in head:
+        return None
+    if "electrons/Hartree" not in head:
+        raise ValueError(f"{table.name}: its header does not count the DOS of ABINIT in electrons/Hartree")
+    hartree = ENERGY_UNITS["ha"]
+    level = re.search(r"Fermi energy\s*:\s*([-+\d.]+)", head)
+    of_atom = "one atomic sphere" in head and "for atom number" in head
+    notes = (
+        ("states outside the sphere around the atom are not in the file (--electrons scales it)",) if of_atom else ()
+    )
+    return Layout(
+        "ABINIT", tuple(range(6)) if of_atom else (0, 1), "site" if of_atom else "total",
+        float(level[1]) * hartree if level else None, periodic=True, unit=hartree, assumed=notes, spin_blocks=True,
+        absolute="ABINIT writes absolute energies, and no single Fermi level in this file: ",
+    )  # fmt: skip
 
 
 def _aims(table: Table, path: Path) -> Layout | None:

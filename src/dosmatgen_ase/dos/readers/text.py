@@ -317,7 +317,8 @@ def _sorted(
     high, low = np.maximum(values[::2], values[1::2]), np.minimum(values[::2], values[1::2])
     down = _drawn_down(low[np.isfinite(low)])
     alike = np.nansum(high - low) <= SAME * np.nansum(np.abs(high))
-    if layout.source != "text" or (alike and not blocks and request.spin != "separate"):
+    expected = blocks if layout.spin_blocks else layout.source == "text"
+    if not expected or (alike and not blocks and request.spin != "separate"):
         raise ValueError(f'{again}: if they are two spins, say spin="separate" (--spin separate); else keep one row')
     how = "in two blocks" if blocks else "in two rows at each energy"
     steps.append(f"two spins {how}, added{'; down was drawn downwards' if down else ''}")
