@@ -7,7 +7,8 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -17,7 +18,6 @@ from typing import IO, Any
 import numpy as np
 
 from dosmatgen_ase.dos.grid import Array
-from dosmatgen_ase.dos.target import TargetDOS
 from dosmatgen_ase.files import no_file
 
 MAX_BYTES = 2**30
@@ -106,12 +106,15 @@ def record(source: str, steps: Sequence[str] = (), assumptions: Sequence[str] = 
     return {"source": source, "steps": list(steps)} | ({"assumed": list(assumptions)} if assumptions else {})
 
 
-def named(name: str, make: Callable[..., TargetDOS], *arguments: Any) -> TargetDOS:
-    """Call a constructor so that its complaint names the file."""
+@contextmanager
+def naming(
+    name: str, errors: type[Exception] | tuple[type[Exception], ...] = ValueError, what: str = ""
+) -> Iterator[None]:
+    """Turn what is raised inside, if it is one of `errors`, into one line that names the file and the reason."""
     try:
-        return make(*arguments)
-    except READ_ERRORS as error:
-        raise unreadable(name, error) from None
+        yield
+    except errors as error:
+        raise unreadable(name, error, what) from None
 
 
 def unreadable(name: str, error: BaseException, what: str = "") -> ValueError:
@@ -210,6 +213,12 @@ def check_site(site: int, count: int) -> None:
         raise TypeError(f"site must be an int, not {type(site).__name__}")
     if not 0 <= site < count:
         raise ValueError(f"site {site} does not exist: there are {count}, numbered from 0")
+
+
+def drawn_down(values: Array) -> bool:
+    """Whether values are those of a spin drawn downwards: what smearing makes negative is far less than the rest."""
+    values = values[np.isfinite(values)]
+    return bool(-values[values < 0].sum() > 5 * values[values > 0].sum())
 
 
 def clip_negative_lobes(values: Array, limit: float = MAX_NEGATIVE) -> tuple[Array, list[str]]:

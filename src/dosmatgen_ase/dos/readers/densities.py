@@ -12,7 +12,7 @@ import numpy as np
 from dosmatgen_ase.dos.broadening import scale_sites_to_total
 from dosmatgen_ase.dos.edges import gap_around_zero
 from dosmatgen_ase.dos.grid import GAP_DOS, MIN_GAP, Array, Mask, cell_widths
-from dosmatgen_ase.dos.readers.common import MAX_NEGATIVE, check_site, clip_negative_lobes, record
+from dosmatgen_ase.dos.readers.common import MAX_NEGATIVE, check_site, clip_negative_lobes, drawn_down, record
 from dosmatgen_ase.dos.target import TargetDOS
 
 HIGHEST = 1000.0
@@ -273,10 +273,8 @@ def _is_tail(energies: Array, total: Array, end: int, edge: float, sigma: float)
 
 def _upward(spins: Array) -> tuple[Array, list[str]]:
     """A spin-down channel that is drawn downwards is turned up, and that is told."""
-    if len(spins) == 2:
-        down = spins[1]
-        if -down[down < 0].sum() > 5 * down[down > 0].sum():
-            return np.stack([spins[0], -down]), ["spin down is negative in the file: taken as positive"]
+    if len(spins) == 2 and drawn_down(spins[1]):
+        return np.stack([spins[0], -spins[1]]), ["spin down is negative in the file: taken as positive"]
     return spins, []
 
 

@@ -17,8 +17,8 @@ from dosmatgen_ase.dos.readers.common import (
     Content,
     Request,
     check_site,
+    naming,
     record,
-    unreadable,
 )
 from dosmatgen_ase.dos.readers.densities import HIGHEST, real_rows
 from dosmatgen_ase.dos.target import TargetDOS
@@ -36,14 +36,10 @@ def is_npz(content: Content) -> bool:
 def read_npz(content: Content, request: Request) -> TargetDOS:
     """Read the total DOS or one site's."""
     name = content.name
-    try:
+    with naming(name, DAMAGE, f" is not an .npz with {', '.join(_WANTED)}"):
         arrays = _arrays(content.data)
-    except DAMAGE as error:
-        raise unreadable(name, error, f" is not an .npz with {', '.join(_WANTED)}") from None
-    try:
+    with naming(name):
         return _target(arrays, content.basename, request)
-    except ValueError as error:
-        raise unreadable(name, error) from None
 
 
 def _arrays(data: bytes) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class Table:
         """The header as one line."""
         return " ".join(" ".join(self.header).split())
 
+    def error(self, told: str, row: int | None = None) -> ValueError:
+        """What is wrong with the file, or with one of its rows."""
+        line = "" if row is None else f", line {self.lines[row]}"
+        return ValueError(f"{self.name}{line}: {told}")
+
 
 def decoded(content: bytes, name: str) -> str:
     """The text in UTF-8, in UTF-16 with a byte order mark, or in Latin-1; ValueError if it is no text."""

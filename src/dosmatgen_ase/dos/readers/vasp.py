@@ -11,7 +11,7 @@ from os import PathLike
 import numpy as np
 
 from dosmatgen_ase.dos.grid import Array
-from dosmatgen_ase.dos.readers.common import MAX_NEGATIVE, READ_ERRORS, Content, Request, read_bytes, unreadable
+from dosmatgen_ase.dos.readers.common import MAX_NEGATIVE, READ_ERRORS, Content, Request, naming, read_bytes, unreadable
 from dosmatgen_ase.dos.readers.densities import Densities, even
 from dosmatgen_ase.dos.target import TargetDOS
 
@@ -41,12 +41,10 @@ def parse_vasprun(content: Content, request: Request) -> TargetDOS:
     try:
         densities = _densities(content)
     except READ_ERRORS as error:
-        told = "it is cut off or damaged" if isinstance(error, ET.ParseError) else ""
-        raise unreadable(name, error, f" is not a complete vasprun.xml with a DOS{told and ', ' + told}") from None
-    try:
+        told = ", it is cut off or damaged" if isinstance(error, ET.ParseError) else ""
+        raise unreadable(name, error, f" is not a complete vasprun.xml with a DOS{told}") from None
+    with naming(name):
         return densities.target(request.site, request.sigma)
-    except ValueError as error:
-        raise unreadable(name, error) from None
 
 
 def _check_root(content: Content) -> None:
