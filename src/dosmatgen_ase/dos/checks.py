@@ -109,19 +109,16 @@ def doubts(dos: TargetDOS, num_atoms: tuple[int, int] = (1, 1)) -> list[str]:
         return [f"the {dos.kind} DOS is zero at every known energy, and {told}"]
     if states < NO_STATES:
         return [f"the {dos.kind} DOS holds {states:.2g} states in all: {SCALE_IT}"]
-    found = []
-    if message := _zero_at_an_end(dos):
-        found.append(message)
+    found = [_zero_at_an_end(dos)]
     if (gap := gap_at_zero(dos)) and dos.kind == "site" and gap[0] < -SEEN_SHIFT:
         found.append(_shift_advice(gap))
-    if message := _states_that_fit_nothing(dos, num_atoms):
-        found.append(message)
+    found.append(_states_that_fit_nothing(dos, num_atoms))
     top = float(dos.values.max())
     if top in (1.0, 100.0) and dos.provenance.get("source") == "arrays" and np.unique(dos.values).size > MANY:
         found.append(
             f"the largest value of the DOS is exactly {top:g}, so it seems to be scaled, not in states/eV: {SCALE_IT}"
         )
-    return found
+    return [message for message in found if message]
 
 
 def warn_of_doubts(targets: Mapping[Any, TargetDOS], num_atoms: tuple[int, int] = (1, 1), stacklevel: int = 3) -> None:

@@ -52,7 +52,7 @@ class Request:
     """What the caller asks of a reader, and what he states that a file may not say; None where he does not.
 
     `read_file` puts the stated values into the target. A reader looks at them for two reasons: what is stated is not
-    assumed (`assumed`), and a stated `sigma` tells how far the tail of a band reaches into the gap.
+    assumed, and a stated `sigma` tells how far the tail of a band reaches into the gap.
     """
 
     site: int | None = None
@@ -88,20 +88,12 @@ class Content:
         return Path(self.name).name
 
 
-def assumed(request: Request, **sentences: str) -> list[str]:
-    """The sentences on what a file does not say, but for the fields that the caller states.
-
-    Each keyword is a field of `Request`, each sentence short and complete: ``reference="zero of energy: taken for the
-    Fermi level"``.
-    """
-    return [sentence for name, sentence in sentences.items() if getattr(request, name) is None]
-
-
 def record(source: str, steps: Sequence[str] = (), assumptions: Sequence[str] = ()) -> dict[str, Any]:
     """Provenance of a target that was read.
 
     ``provenance["steps"]`` tells what was done, ``provenance["assumed"]`` what the file did not say and was taken for
-    granted (zero of energy, kind, units, spin); the command line prints the second. No key where there is nothing.
+    granted (zero of energy, kind, units, spin), in short and complete sentences; the command line prints the second.
+    No key where there is nothing.
     """
     return {"source": source, "steps": list(steps)} | ({"assumed": list(assumptions)} if assumptions else {})
 
@@ -185,6 +177,11 @@ _NOT_UNPACKED = {
 }
 
 
+def most_unpacked(packed: int) -> int:
+    """Bytes that so many packed ones may become."""
+    return min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * packed))
+
+
 def _unpacked(content: bytes, name: str) -> bytes:
     for start, advice in _NOT_UNPACKED.items():
         if content.startswith(start):
@@ -192,7 +189,7 @@ def _unpacked(content: bytes, name: str) -> bytes:
     for start, (packer, opened) in _PACKED.items():
         if not content.startswith(start):
             continue
-        limit = min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * len(content)))
+        limit = most_unpacked(len(content))
         try:
             with opened(io.BytesIO(content)) as stream:
                 unpacked: bytes = stream.read(limit + 1)

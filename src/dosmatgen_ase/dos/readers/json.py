@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dosmatgen_ase.dos.readers.common import READ_ERRORS, Content, Request, assumed, check_site, naming, record
+from dosmatgen_ase.dos.readers.common import READ_ERRORS, Content, Request, check_site, naming, record
 from dosmatgen_ase.dos.readers.pymatgen import is_dict_of_dos, read_pymatgen
 from dosmatgen_ase.dos.target import TargetDOS
 
@@ -62,10 +62,10 @@ def _own(data: Mapping[str, Any], name: str, request: Request) -> TargetDOS:
     """Read `TargetDOS.to_dict`; what it leaves out is assumed, and told."""
     with naming(name, READ_ERRORS):
         target = TargetDOS.from_dict(data)
-    left_out = {field: sentence for field, sentence in _DEFAULTS.items() if field not in data}
-    stated = {field: getattr(request, field) for field in left_out if getattr(request, field) is not None}
-    target = replace(target, **stated)
-    if not (sentences := assumed(request, **left_out)):
+    left_out = {field: getattr(request, field) for field in _DEFAULTS if field not in data}
+    target = replace(target, **{field: value for field, value in left_out.items() if value is not None})
+    sentences = [_DEFAULTS[field] for field, value in left_out.items() if value is None]
+    if not sentences:
         return target
     source = str(target.provenance.get("source", f"JSON {name}"))
     told = {**target.provenance, **record(source, target.provenance.get("steps", []), sentences)}
