@@ -435,9 +435,10 @@ class TargetDOS:
         FileNotFoundError, ValueError
             If the file cannot be read, holds no DOS, or the site does not exist.
         """
+        from dosmatgen_ase.dos.readers.common import Content, Request
         from dosmatgen_ase.dos.readers.vasp import read_vasprun
 
-        return read_vasprun(path, site)
+        return read_vasprun(Content.of(path), Request(site))
 
     @classmethod
     def from_ase(
@@ -526,10 +527,10 @@ class TargetDOS:
         FileNotFoundError, ValueError
             If the file cannot be read as such, or does not tell its zero; the message names the line, or the option.
         """
-        from dosmatgen_ase.dos.readers.common import Request
+        from dosmatgen_ase.dos.readers.common import Content, Request
         from dosmatgen_ase.dos.readers.text import read_text
 
-        return read_text(path, Request(None, reference, sigma, kind, columns, spin, efermi, units))
+        return read_text(Content.of(path), Request(None, reference, sigma, kind, columns, spin, efermi, units))
 
     @classmethod
     def from_file(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,6 +76,11 @@ class Content:
 
     name: str
     data: bytes
+
+    @classmethod
+    def of(cls, path: str | PathLike[str]) -> Content:
+        """Read it; errors as in `read_bytes`."""
+        return cls(fspath(path), read_bytes(path))
 
     @cached_property
     def head(self) -> str:

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from dosmatgen_ase.dos.checks import DOSWarning
 from dosmatgen_ase.dos.readers.castep import is_bands, read_bands
-from dosmatgen_ase.dos.readers.common import Content, Request, read_bytes
+from dosmatgen_ase.dos.readers.common import Content, Request
 from dosmatgen_ase.dos.readers.doscar import is_doscar, read_doscar
 from dosmatgen_ase.dos.readers.json import is_json, read_json
 from dosmatgen_ase.dos.readers.npz import is_npz, read_npz
-from dosmatgen_ase.dos.readers.text import parse_text
-from dosmatgen_ase.dos.readers.vasp import is_xml, parse_vasprun
+from dosmatgen_ase.dos.readers.text import read_text
+from dosmatgen_ase.dos.readers.vasp import is_xml, read_vasprun
 from dosmatgen_ase.dos.target import TargetDOS
 
 
@@ -29,7 +29,7 @@ class Format(NamedTuple):
 
 def read_file(path: str | PathLike[str], request: Request) -> TargetDOS:
     """What `TargetDOS.from_file` does: the first format of `FORMATS` that recognises the content reads it."""
-    content = Content(str(path), read_bytes(path))
+    content = Content.of(path)
     chosen = next(form for form in FORMATS if form.recognises(content))
     if (name := request.for_text_alone) and chosen is not FORMATS[-1]:
         raise ValueError(f"{path} is {chosen.name}, not columns of text: leave out {name} (--{name})")
@@ -45,18 +45,12 @@ def read_file(path: str | PathLike[str], request: Request) -> TargetDOS:
     return made
 
 
-def _read_columns(content: Content, request: Request) -> TargetDOS:
-    if request.site is not None:
-        raise ValueError(f"{content.name} is a two-column file with one DOS: leave out site")
-    return parse_text(content.data, content.name, request)
-
-
 # To add a format: one line here, before the last, which takes what nothing else knows.
 FORMATS = (
     Format(".npz", is_npz, read_npz),
-    Format("vasprun.xml", is_xml, parse_vasprun),
+    Format("vasprun.xml", is_xml, read_vasprun),
     Format("JSON", is_json, read_json),
     Format("DOSCAR of VASP or LOBSTER", is_doscar, read_doscar),
     Format(".bands of CASTEP", is_bands, read_bands),
-    Format("columns of text", lambda _: True, _read_columns),
+    Format("columns of text", lambda _: True, read_text),
 )

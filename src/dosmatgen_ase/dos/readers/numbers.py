@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dosmatgen_ase.dos.grid import Array
+from dosmatgen_ase.dos.readers.common import Content
 
 COMMENT_MARKS = "#!%@&"
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
@@ -83,15 +84,15 @@ def decoded(content: bytes, name: str) -> str:
     return text.translate(PLAIN).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_table(content: bytes, name: str) -> Table:
-    """Read the bytes of a file called `name`.
+def read_table(content: Content) -> Table:
+    """Read a file.
 
     Raises
     ------
     ValueError
         If a line cannot be read, rows differ in length, or there is no row; the line is named.
     """
-    text = decoded(content, name)
+    name, text = content.name, decoded(content.data, content.name)
     header, offset = _header(text)
     if offset is None:
         raise ValueError(f"{name} holds no numbers: expected two columns, energy (eV) and DOS (states/eV)")

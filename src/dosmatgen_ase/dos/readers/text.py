@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,11 @@ from dosmatgen_ase.dos.checks import gap_at_zero
 from dosmatgen_ase.dos.grid import GAP_DOS, Array, Mask
 from dosmatgen_ase.dos.readers.common import (
     READ_ERRORS,
+    Content,
     Request,
     clip_negative_lobes,
     drawn_down,
     naming,
-    read_bytes,
     record,
 )
 from dosmatgen_ase.dos.readers.layouts import DOWN, UP, Layout, are_orbitals, layout_of
@@ -39,16 +38,13 @@ SAME = 0.2
 """Relative difference below which two values at every energy may be one, written twice."""
 
 
-def read_text(path: str | PathLike[str], request: Request) -> TargetDOS:
-    """What `TargetDOS.from_text` does."""
-    return parse_text(read_bytes(path), path, request)
-
-
-def parse_text(content: bytes, path: str | PathLike[str], request: Request) -> TargetDOS:
-    """Read the bytes of the file at `path`, whose folder may hold the other spin or the other orbitals."""
+def read_text(content: Content, request: Request) -> TargetDOS:
+    """Read columns from a file whose folder may hold the other spin or the other orbitals."""
+    if request.site is not None:
+        raise ValueError(f"{content.name} is a two-column file with one DOS: leave out site")
     _check(request)
-    table = read_table(content, str(path))
-    layout = layout_of(table, Path(path))
+    table = read_table(content)
+    layout = layout_of(table, Path(content.name))
     reading = _Reading(table, layout, request, (), [*table.notes, *layout.notes], list(layout.assumed))
     reading.columns = _columns(reading)
     energies, values, known = _all_files(reading)
@@ -72,7 +68,7 @@ def parse_text(content: bytes, path: str | PathLike[str], request: Request) -> T
         assumed.append(
             f"states/eV, although the largest value is {values[known].max():g} sharp (scale it: --electrons)"
         )
-    told = record(f"{layout.source} {Path(path).name}", [*steps, *note], assumed)
+    told = record(f"{layout.source} {content.basename}", [*steps, *note], assumed)
     with naming(table.name, READ_ERRORS):
         target = TargetDOS(energies, values, known, reference, request.sigma, kind, told)
     settled = request.reference is None and request.efermi is None and layout.by_program and kind == "total"
@@ -332,7 +328,7 @@ def _sorted(reading: _Reading, energies: Array, values: Array) -> Curve:
 def _added(reading: _Reading, curve: Curve, path: Path) -> Curve:
     """Add the same columns of another file of the same program."""
     columns, layout = reading.columns, reading.layout
-    table = read_table(read_bytes(path), str(path))
+    table = read_table(Content.of(path))
     if table.rows.shape[1] <= max(columns):
         raise table.error(f"only {table.rows.shape[1]} columns", 0)
     one_spin = len(columns) == 2 and layout.partner is not None
@@ -351,7 +347,7 @@ def _scaled_to_total(reading: _Reading, curve: Curve, path: Path) -> tuple[Array
     if not path.is_file():
         reading.steps.append(f"raw projection: there is no {path.name} to scale it by")
         return energies, values, np.ones(energies.shape, dtype=bool)
-    rows = read_table(read_bytes(path), str(path)).rows
+    rows = read_table(Content.of(path)).rows
     if rows.shape[1] not in (3, 5) or len(rows) != len(energies):
         raise ValueError(f"{name} and {path} do not fit together: they are not of one calculation")
     if not np.allclose(rows[:, 0], energies, atol=1e-6):
