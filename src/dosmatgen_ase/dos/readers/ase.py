@@ -15,11 +15,11 @@ from dosmatgen_ase.dos.readers.common import clip_negative_lobes, record
 from dosmatgen_ase.dos.target import TargetDOS
 
 _MAX_ENERGIES = 1_000_000
+# Label of a row that holds a total, or one spin of it.
 _TOTAL = re.compile(
     r"(?P<name>t(?:ot(?:al)?)?[\s_-]*dos|tot(?:al)?|sum)(?P<spin>[\s_,(-]*(?:spin)?[\s_-]*(?:up|down|dn|dw)\)?)?",
     re.IGNORECASE,
 )
-"""Label of a row that holds a total, or one spin of it."""
 
 
 def read_ase(

@@ -20,17 +20,11 @@ import numpy as np
 from dosmatgen_ase.dos.grid import Array
 from dosmatgen_ase.files import no_file
 
-MAX_BYTES = 2**30
-"""Most bytes that a file may hold, unpacked."""
-
-MAX_RATIO = 100
-"""Most times that a packed file larger than `FREE_BYTES` may grow: text of numbers packs to a third or a tenth."""
-
-FREE_BYTES = 2**25
-"""Unpacked bytes below which `MAX_RATIO` is not looked at."""
-
+MAX_BYTES = 2**30  # most bytes that a file may hold, unpacked
+MAX_RATIO = 100  # most times that a packed file may grow: text of numbers packs to a third or a tenth
+FREE_BYTES = 2**25  # unpacked bytes below which `MAX_RATIO` is not looked at
+# Most negative area, as a share of the positive, that smearing can make: 0.102 of isolated levels at order 2.
 MAX_NEGATIVE = 0.11
-"""Most negative area, as a share of the positive, that smearing can make: 0.102 of isolated levels at order 2."""
 
 READ_ERRORS = (
     ArithmeticError,
@@ -63,11 +57,6 @@ class Request:
     spin: str | None = None
     efermi: float | None = None
     units: str | None = None
-
-    @property
-    def for_text_alone(self) -> str:
-        """A stated field that only columns of text can need; empty if there is none."""
-        return next((name for name in ("columns", "spin", "efermi", "units") if getattr(self, name) is not None), "")
 
 
 @dataclass(frozen=True)
@@ -105,7 +94,7 @@ def record(source: str, steps: Sequence[str] = (), assumptions: Sequence[str] = 
 
 @contextmanager
 def naming(
-    name: str, errors: type[Exception] | tuple[type[Exception], ...] = ValueError, what: str = ""
+    name: str, errors: type[Exception] | tuple[type[Exception], ...] = READ_ERRORS, what: str = ""
 ) -> Iterator[None]:
     """Turn what is raised inside, if it is one of `errors`, into one line that names the file and the reason."""
     try:

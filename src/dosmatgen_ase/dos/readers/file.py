@@ -31,8 +31,9 @@ def read_file(path: str | PathLike[str], request: Request) -> TargetDOS:
     """What `TargetDOS.from_file` does: the first format of `FORMATS` that recognises the content reads it."""
     content = Content.of(path)
     chosen = next(form for form in FORMATS if form.recognises(content))
-    if (name := request.for_text_alone) and chosen is not FORMATS[-1]:
-        raise ValueError(f"{path} is {chosen.name}, not columns of text: leave out {name} (--{name})")
+    for name in ("columns", "spin", "efermi", "units"):
+        if getattr(request, name) is not None and chosen is not FORMATS[-1]:
+            raise ValueError(f"{path} is {chosen.name}, not columns of text: leave out {name} (--{name})")
     target = chosen.read(content, request)
     stated = {name: getattr(request, name) for name in ("reference", "sigma", "kind")}
     stated = {name: value for name, value in stated.items() if value is not None}

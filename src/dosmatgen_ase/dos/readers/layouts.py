@@ -21,39 +21,36 @@ ENERGY = re.compile(r"e(?:[^a-z]|$)|en(?:ergy|ergies|g)?(?:[^a-z]|$)")
 TOTAL = re.compile(r"(?:l|t|p)?dos(?:[^a-z]|$)|tot|sum")
 ORBITAL = re.compile(r"(?:\d?[spdf]|[pdf][xyz0-9_^+-][xyzr0-9_^+-]*|l=\d|x2-y2)")
 NOT_ELECTRONIC = re.compile(r"phonon|vibration|frequenc|wave ?number|\bTHz\b|cm\^?-1|\bcoop\b|\bcohp\b", re.IGNORECASE)
+# An axis that points the other way: positive below the Fermi level.
 BINDING = re.compile(r"(?<!tight[ _-])\bbinding[ _-]*energ\w*", re.IGNORECASE)
-"""An axis that points the other way: positive below the Fermi level."""
-
 PER_VOLUME = re.compile(
     r"/\s*(?:Å|A|Ang|Angstrom|bohr)\s*\^?\s*3|(?:Å|A|Ang)\s*\^\s*-?3|per volume|/volume|cm\^?-3", re.IGNORECASE
 )
 _UNIT = r"(m?eV|Ry|Rydberg|Ha|Hartree)(?![a-z])"
 _STATES = r"(?:states?|electrons?|\b1)"
+# The unit of energy that states are counted per.
 PER_UNIT = re.compile(
     rf"{_STATES}\s*/\s*(?:(?:unit |formula )?[\w.]+\s?[/*·]\s?){{0,3}}{_UNIT}|"
     rf"{_STATES}\s*/\s*[(\[]\s*(?:[\w.]+[\s/*·,]+){{0,3}}{_UNIT}|"
     rf"(?<![a-z]){_UNIT}(?:\s*\^\s*)?[{{(]?(?:-1|⁻¹)(?![.\d])|(?:states?|electrons?|DOS) (?:per \w+ )?per {_UNIT}",
     re.IGNORECASE,
 )
-"""The unit of energy that states are counted per."""
-
+# What says that the DOS is that of one spin.
 PER_SPIN = re.compile(
     rf"(?:{_UNIT}|states?|DOS|cell|atom|site|f\.?u\.?|\))\s*/\s*spin(?!\w|-[a-z])|{_STATES}\s*/\s*\([^()]{{0,40}}\bspin\b|"
     r"spin\s*\^\s*[{(]?-1|-1 spin-1|spin⁻¹|\bper (?:one |each |a |single )?spin(?!\w|-(?:orbit|pol))|"
     r"\b(?:one|single) spin[ -](?:channel|direction|component)",
     re.IGNORECASE,
 )
-"""What says that the DOS is that of one spin."""
-
 PER_CELL = re.compile(
     r"/\s*(?:unit[ _-]?)?cell\b|/\s*(?:f\.?u\.?|u\.?c\.?|formula unit)(?![a-z])|"
     r"\bper (?:\w+ )?(?:cell|formula unit|f\.?u\.?)(?![a-z])|cell\s*\^?\s*-1",
     re.IGNORECASE,
 )
+# What says that the DOS is not that of all sites, whatever it is counted per.
 OF_SITE = re.compile(
     r"[pl]dos|project|partial|local|\batom|\bsite|orbital|(?-i:(?<![A-Za-z_])\d?[spdf](?![A-Za-z.]))", re.IGNORECASE
 )
-"""What says that the DOS is not that of all sites, whatever it is counted per."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ def named_columns(names: Sequence[str]) -> tuple[int, ...]:
         return (energy, *totals)
     if not totals and len(orbitals) == len(values):
         return (energy, *orbitals)
-    return (energy, *values) if one_or_both_spins(values, low) and len(values) == 2 else ()
+    return (energy, *values) if one_or_both_spins(values, low) else ()
 
 
 def are_orbitals(names: Sequence[str]) -> bool:
@@ -220,11 +217,11 @@ def _espresso(table: Table, path: Path) -> Layout | None:
     return layout
 
 
+# Name of a file of projwfc.x: "si.pdos_atm#1(Si)_wfc#2(p)", "(p_j1.5)" with spin-orbit coupling.
 PROJECTION = re.compile(
     r"(?P<atom>(?P<prefix>.*)\.pdos_atm#\d+\([\w-]+\)_wfc#)(?P<orbital>\d+)\([\w.]+\)"
     r"(?P<ending>.*?)(?P<packed>\.(?:gz|bz2|xz))?"
 )
-"""Name of a file of projwfc.x: ``si.pdos_atm#1(Si)_wfc#2(p)``, ``(p_j1.5)`` with spin-orbit coupling."""
 
 
 def _other_orbitals(path: Path, own: re.Match[str]) -> tuple[Path, ...]:
@@ -253,19 +250,14 @@ def _aims(table: Table, path: Path) -> Layout | None:
     raw = "vacuum" in head
     beside = path.with_name(path.name.replace("_raw", ""))
     fix = f"read {beside.name}, or " if raw and beside != path and beside.is_file() else ""
+    absolute = f"its energies are relative to the vacuum: {fix}" if raw else ""
     species = not total and re.search(r"species_proj|_l_proj_dos", path.name)
+    assumed = ("a DOS of a species: the sum over its atoms",) if species else ()
+    columns, kind, zero = tuple(range(spins + 1)), "total" if total else "site", None if raw else 0.0
     partner = None
     if re.search(r"spin-(?:up|down)", head):
         partner = _other_spin(path, (("spin_up", "spin_down"), ("spin_up", "spin_dn")))
-    return Layout(
-        "FHI-aims",
-        tuple(range(spins + 1)),
-        "total" if total else "site",
-        None if raw else 0.0,
-        absolute=f"its energies are relative to the vacuum: {fix}" if raw else "",
-        assumed=("a DOS of a species: the sum over its atoms",) if species else (),
-        partner=partner,
-    )
+    return Layout("FHI-aims", columns, kind, zero, absolute=absolute, assumed=assumed, partner=partner)
 
 
 def _optados(table: Table, path: Path) -> Layout | None:
@@ -295,7 +287,7 @@ def _vaspkit(table: Table, path: Path) -> Layout | None:
     element, partner = None, None
     if orbitals:
         partner = _other_spin(path, (("_UP", "_DW"), ("_UP", "_DN"), ("_up", "_dw")))
-        element = re.match(r"PDOS_(?!A[_.]|SUM[_.])([A-Z][a-z]?)(?:_|\.)", path.name)
+        element = re.match(r"PDOS_(?!A[_.])([A-Z][a-z]?)(?:_|\.)", path.name)
     layout = _from_vasp("VASPKIT", named_columns(table.names), total, element[1] if element else None)
     return replace(layout, partner=partner)
 

@@ -29,7 +29,7 @@ def read_npz(content: Content, request: Request) -> TargetDOS:
     name = content.name
     with naming(name, DAMAGE, f" is not an .npz with {', '.join(_WANTED)}"):
         arrays = _arrays(content.data)
-    with naming(name):
+    with naming(name, ValueError):
         return _target(arrays, content.basename, request)
 
 

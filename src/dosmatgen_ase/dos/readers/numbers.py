@@ -28,8 +28,7 @@ NAME = re.compile(r"[^\s(\[,;]+(?:\s*[(\[](?:[^()\[\]]|[(\[][^()\[\]]*[)\]])*+[)
 DECIMAL_COMMA = re.compile(r"[+-]?\d+(?:,\d+)?(?:[eEdD][+-]?\d+)?")
 # Typeset signs and blanks as ASCII.
 PLAIN = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2010": "-", "\u00a0": " ", "\u2009": " ", "\u202f": " "})
-HEADER_LINES = 200
-"""Longest header that is looked for names and units."""
+HEADER_LINES = 200  # longest header that is looked for names and units
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,8 @@ class Table:
 def decoded(content: bytes, name: str) -> str:
     """The text in UTF-8, in UTF-16 with a byte order mark, or in Latin-1; ValueError if it is no text."""
     try:
-        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            text = content.decode("utf-16")
-        else:
-            text = content.decode("utf-8-sig")
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
     if re.search(r"[\x00-\x08\x0e-\x1a\x7f-\x84\x86-\x9f]", text):
@@ -204,9 +201,6 @@ def _fast(body: str, style: _Style, start: int) -> tuple[Array, np.ndarray] | No
         return None
     if np.isinf(rows).any():
         return None
-    count = body.count("\n") + (not body.endswith("\n"))
-    if count == len(rows):
-        return rows, np.arange(start, start + count)
     kept = [i for i, line in enumerate(io.StringIO(body), start=start) if line.strip()]
     return (rows, np.array(kept)) if len(kept) == len(rows) else None
 

@@ -12,15 +12,7 @@ import numpy as np
 from dosmatgen_ase.dos.broadening import scale_sites_to_total
 from dosmatgen_ase.dos.checks import gap_at_zero
 from dosmatgen_ase.dos.grid import GAP_DOS, Array, Mask
-from dosmatgen_ase.dos.readers.common import (
-    READ_ERRORS,
-    Content,
-    Request,
-    clip_negative_lobes,
-    drawn_down,
-    naming,
-    record,
-)
+from dosmatgen_ase.dos.readers.common import Content, Request, clip_negative_lobes, drawn_down, naming, record
 from dosmatgen_ase.dos.readers.layouts import DOWN, UP, Layout, are_orbitals, layout_of
 from dosmatgen_ase.dos.readers.numbers import Table, counted, read_table
 from dosmatgen_ase.dos.readers.zeros import ENERGY_UNITS
@@ -28,14 +20,9 @@ from dosmatgen_ase.dos.target import TargetDOS
 
 Curve = tuple[Array, Array]
 SPINS = ("summed", "one", "separate")
-MAX_ENERGY = 1e6
-"""eV; the deepest level of any atom lies at 1e5."""
-
-USUAL_SPAN = (2.0, 1000.0)
-"""Energies that a DOS in eV covers. A valence band in Ry or Ha covers less, one in meV more."""
-
-SAME = 0.2
-"""Relative difference below which two values at every energy may be one, written twice."""
+MAX_ENERGY = 1e6  # eV; the deepest level of any atom lies at 1e5
+USUAL_SPAN = (2.0, 1000.0)  # eV that a DOS covers; a valence band in Ry or Ha covers less, one in meV more
+SAME = 0.2  # relative difference below which two values at every energy may be one, written twice
 
 
 def read_text(content: Content, request: Request) -> TargetDOS:
@@ -48,11 +35,10 @@ def read_text(content: Content, request: Request) -> TargetDOS:
     reading = _Reading(table, layout, request, (), [*table.notes, *layout.notes], list(layout.assumed))
     reading.columns = _columns(reading)
     energies, values, known = _all_files(reading)
-    steps, assumed = reading.steps, reading.assumed
     zero, reference = _zero(reading)
     energies = energies - zero
     if zero:
-        steps.append(f"zero of energy at {zero:g} eV ({reference})")
+        reading.steps.append(f"zero of energy at {zero:g} eV ({reference})")
     values, note = clip_negative_lobes(values)
     if (values < 0).any():
         worst = int(np.nanargmin(values))
@@ -63,13 +49,13 @@ def read_text(content: Content, request: Request) -> TargetDOS:
     known = known & _known(energies, values, layout)
     kind = request.kind or layout.kind or "site"
     if kind != (request.kind or layout.kind):
-        assumed.append("the DOS of one site")
+        reading.assumed.append("the DOS of one site")
     if not layout.by_program and values[known].size and values[known].max() in (1.0, 100.0):
-        assumed.append(
+        reading.assumed.append(
             f"states/eV, although the largest value is {values[known].max():g} sharp (scale it: --electrons)"
         )
-    told = record(f"{layout.source} {content.basename}", [*steps, *note], assumed)
-    with naming(table.name, READ_ERRORS):
+    told = record(f"{layout.source} {content.basename}", [*reading.steps, *note], reading.assumed)
+    with naming(table.name):
         target = TargetDOS(energies, values, known, reference, request.sigma, kind, told)
     settled = request.reference is None and request.efermi is None and layout.by_program and kind == "total"
     return target.aligned() if settled and gap_at_zero(target) else target
@@ -204,7 +190,7 @@ def _all_files(reading: _Reading) -> tuple[Array, Array, Mask]:
 def _curve(reading: _Reading) -> Curve:
     """Energies (eV, increasing) and values (states/eV, spins added) of the chosen columns; NaN where unknown."""
     table, layout, request = reading.table, reading.layout, reading.request
-    columns, steps, assumed = reading.columns, reading.steps, reading.assumed
+    columns = reading.columns
     unit, per = _units(reading)
     energies = table.rows[:, columns[0]] * unit
     if (absent := np.flatnonzero(np.isnan(energies))).size:
@@ -217,20 +203,20 @@ def _curve(reading: _Reading) -> Curve:
         usual = USUAL_SPAN[0] <= span <= USUAL_SPAN[1]
         doubt = "" if usual else f", although the energies span {span:.3g} (if they are in meV, Ry or Ha: --units)"
         told = "eV and states/eV" if per == 1.0 else f"energies in eV, states per {per:g} eV"
-        assumed.append(f"{told}{doubt}")
+        reading.assumed.append(f"{told}{doubt}")
     values = _spins_added(reading, table.rows[:, list(columns[1:])].T / per)
     energies, values = _sorted(reading, energies, values)
     if request.spin is None and layout.partner is None:
-        in_rows = any(step.startswith("two spins in") for step in steps)
+        in_rows = any(step.startswith("two spins in") for step in reading.steps)
         if lone := _lone_spin(reading, in_rows):
             raise table.error(
                 f"{lone}: add the other (columns=(0, 1, 2), --columns), or say "
                 'spin="one" (--spin one) if both are alike'
             )
         if len(columns) == 2 and not layout.by_program and not in_rows:
-            assumed.append("both spins in the DOS")
+            reading.assumed.append("both spins in the DOS")
     if request.spin == "one":
-        steps.append("one spin, doubled")
+        reading.steps.append("one spin, doubled")
         values = 2.0 * values
     return energies, values
 

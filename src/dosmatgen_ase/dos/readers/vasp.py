@@ -38,7 +38,7 @@ def read_vasprun(content: Content, request: Request) -> TargetDOS:
     except READ_ERRORS as error:
         told = ", it is cut off or damaged" if isinstance(error, ET.ParseError) else ""
         raise unreadable(name, error, f" is not a complete vasprun.xml with a DOS{told}") from None
-    with naming(name):
+    with naming(name, ValueError):
         return densities.target(request.site, request.sigma)
 
 
