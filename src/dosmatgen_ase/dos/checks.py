@@ -18,23 +18,15 @@ from dosmatgen_ase.dos.target import TargetDOS
 STATES = Path(__file__).parents[1] / "references" / "states_below_zero.json"
 """States that sites of each element hold below zero, made by scripts/count_states.py."""
 
-SLACK = 0.15
-"""Share by which a target may hold more or fewer states than any labelled site before it is told."""
+SLACK = 0.15  # share by which a target may hold more or fewer states than any labelled site before it is told
 
 WHOLE_CELL = 'if it is the DOS of a whole cell, say kind="total" (--kind total)'
 SCALE_IT = "if its unit is arbitrary, scale it: dos.scaled(electrons=...), --electrons"
 
-NO_STATES = 1e-3
-"""States in the whole window below which a target is as good as empty."""
-
-SEEN_SHIFT = 0.1
-"""Distance (eV) between zero and the states below it that is worth a warning: one step of the model's grid."""
-
-ONE_SIDED = 0.5
-"""Energies (eV) below zero that must be known where zero was assumed: occupied states are what tells a crystal."""
-
-MANY = 10
-"""Different values above which a DOS is a curve, not a box that is drawn with a height of 1."""
+NO_STATES = 1e-3  # states in the whole window below which a target is as good as empty
+SEEN_SHIFT = 0.1  # eV between zero and the states below it, worth a warning: one step of the model's grid
+ONE_SIDED = 0.5  # eV below zero that must be known where zero was assumed: occupied states are what tells a crystal
+MANY = 10  # different values above which a DOS is a curve, not a box that is drawn with a height of 1
 
 Key = TypeVar("Key")
 
@@ -109,19 +101,16 @@ def doubts(dos: TargetDOS, num_atoms: tuple[int, int] = (1, 1)) -> list[str]:
         return [f"the {dos.kind} DOS is zero at every known energy, and {told}"]
     if states < NO_STATES:
         return [f"the {dos.kind} DOS holds {states:.2g} states in all: {SCALE_IT}"]
-    found = []
-    if message := _zero_at_an_end(dos):
-        found.append(message)
+    found = [_zero_at_an_end(dos)]
     if (gap := gap_at_zero(dos)) and dos.kind == "site" and gap[0] < -SEEN_SHIFT:
         found.append(_shift_advice(gap))
-    if message := _states_that_fit_nothing(dos, num_atoms):
-        found.append(message)
+    found.append(_states_that_fit_nothing(dos, num_atoms))
     top = float(dos.values.max())
     if top in (1.0, 100.0) and dos.provenance.get("source") == "arrays" and np.unique(dos.values).size > MANY:
         found.append(
             f"the largest value of the DOS is exactly {top:g}, so it seems to be scaled, not in states/eV: {SCALE_IT}"
         )
-    return found
+    return [message for message in found if message]
 
 
 def warn_of_doubts(targets: Mapping[Any, TargetDOS], num_atoms: tuple[int, int] = (1, 1), stacklevel: int = 3) -> None:

@@ -66,14 +66,12 @@ def normalised_l1(dos: TargetDOS, target: TargetDOS, *, window: tuple[float, flo
     ValueError
         If one is a site's and the other a total, or no bin is known in both.
     """
-    values, wanted, known, _ = _on_common_grid(dos, target, window)
-    return float(normalised_l1_arrays(values, wanted, known))
+    return float(normalised_l1_arrays(*_on_common_grid(dos, target, window)))
 
 
 def mae(dos: TargetDOS, target: TargetDOS, *, window: tuple[float, float] | None = None) -> float:
     """Mean absolute difference in states/eV; arguments and errors as in `normalised_l1`."""
-    values, wanted, known, _ = _on_common_grid(dos, target, window)
-    return float(mae_arrays(values, wanted, known))
+    return float(mae_arrays(*_on_common_grid(dos, target, window)))
 
 
 def mean_distance(
@@ -101,8 +99,8 @@ def wasserstein(dos: TargetDOS, target: TargetDOS, *, window: tuple[float, float
     """
     from scipy.stats import wasserstein_distance
 
-    values, wanted, known, energies = _on_common_grid(dos, target, window)
-    values, wanted, energies = values[known], wanted[known], energies[known]
+    values, wanted, known = _on_common_grid(dos, target, window)
+    values, wanted, energies = values[known], wanted[known], MODEL_GRID.energies[known]
     if not (values.any() and wanted.any()):
         return math.nan
     return float(wasserstein_distance(energies, energies, values, wanted))
@@ -117,7 +115,7 @@ def fingerprint_similarity(dos: TargetDOS, target: TargetDOS, *, window: tuple[f
 
     1 for equal shapes, 0 for disjoint ones; NaN if either holds no states. Arguments and errors as in `normalised_l1`.
     """
-    values, wanted, known, _ = _on_common_grid(dos, target, window)
+    values, wanted, known = _on_common_grid(dos, target, window)
     a, b = np.where(known, values, 0.0), np.where(known, wanted, 0.0)
     if not (a.any() and b.any()):
         return math.nan
@@ -127,7 +125,8 @@ def fingerprint_similarity(dos: TargetDOS, target: TargetDOS, *, window: tuple[f
 
 def band_centre_difference(dos: TargetDOS, target: TargetDOS, *, lo: float = -10.0, hi: float = 0.0) -> float:
     """Difference (eV) of the band centres between lo and hi over the bins known in both; NaN if either is empty."""
-    values, wanted, known, energies = _on_common_grid(dos, target, (lo, hi))
+    values, wanted, known = _on_common_grid(dos, target, (lo, hi))
+    energies = MODEL_GRID.energies
     weights = known * cell_widths(energies, lo, hi)
     if not ((weights * values).any() and (weights * wanted).any()):
         return math.nan
@@ -149,13 +148,12 @@ def as_compared(dos: TargetDOS, target: TargetDOS) -> tuple[TargetDOS, TargetDOS
     return dos.on_grid(MODEL_GRID, sigma), target.on_grid(MODEL_GRID, sigma)
 
 
-def _on_common_grid(
-    dos: TargetDOS, target: TargetDOS, window: tuple[float, float] | None
-) -> tuple[Array, Array, Mask, Array]:
+def _on_common_grid(dos: TargetDOS, target: TargetDOS, window: tuple[float, float] | None) -> tuple[Array, Array, Mask]:
+    """Values of both on `MODEL_GRID`, and where these are to be compared."""
     first, second = as_compared(dos, target)
     known = first.known & second.known
     if window is not None:
         known = known & inside_window(MODEL_GRID.energies, window)
     if not known.any():
         raise ValueError("no energy is known in both DOS within the window: widen the window or the known ranges")
-    return first.values, second.values, known, MODEL_GRID.energies
+    return first.values, second.values, known

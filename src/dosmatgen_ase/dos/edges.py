@@ -32,25 +32,14 @@ def gap_around_zero(energies: Array, values: Array, known: Mask, sigma: float | 
     below, above = np.flatnonzero(states & (energies <= 0)), np.flatnonzero(states & (energies > 0))
     if not below.size:
         return None
-    last, first = int(below[-1]), int(above[0]) if above.size else energies.size
-    inside = slice(last + 1, first)
-    if (
-        first <= last + 1
-        or not known[inside].any()
-        or energies[inside][known[inside]][-1] < 0
-        or not _all_known(known, energies, last, first)
-    ):
+    last = int(below[-1])
+    first = int(above[0]) if above.size else int(np.flatnonzero(known)[-1]) + 1  # without states above: the end
+    if first <= last + 1 or not known[last:first].all() or energies[first - 1] < 0:
         return None
     vbm = energies[last] - _tail(energies, values, last, -1, sigma)
     cbm = energies[first] + _tail(energies, values, first, 1, sigma) if above.size else math.inf
-    seen = (energies[first] if above.size else energies[known][-1]) - energies[last]
+    seen = energies[first if above.size else first - 1] - energies[last]
     return (float(vbm), float(cbm)) if seen >= MIN_GAP else None
-
-
-def _all_known(known: Mask, energies: Array, last: int, first: int) -> bool:
-    """Whether everything is known between two states, or up to the end of what is known."""
-    end = first if first < energies.size else int(np.flatnonzero(known)[-1]) + 1
-    return bool(known[last:end].all())
 
 
 def _tail(energies: Array, values: Array, edge: int, inwards: int, sigma: float | None) -> float:

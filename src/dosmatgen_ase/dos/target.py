@@ -78,12 +78,8 @@ class TargetDOS:
         if self.kind not in ("site", "total"):
             raise ValueError(f'kind must be "site" or "total", not {self.kind!r}')
         sigma: Any = self.sigma
-        if sigma is not None and not (
-            isinstance(sigma, (int, float, np.integer, np.floating))
-            and not isinstance(sigma, bool)
-            and math.isfinite(sigma)
-            and sigma >= 0
-        ):
+        is_number = isinstance(sigma, int | float | np.integer | np.floating) and not isinstance(sigma, bool)
+        if sigma is not None and not (is_number and math.isfinite(sigma) and sigma >= 0):
             raise ValueError(f"sigma must be a finite standard deviation >= 0 in eV, or None if unknown, not {sigma!r}")
         set_field = object.__setattr__
         set_field(self, "energies", frozen(energies))
@@ -125,16 +121,8 @@ class TargetDOS:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able dict; `from_dict` is its inverse."""
-        return {
-            "format": "dosmatgen_ase.TargetDOS",
-            "energies": self.energies.tolist(),
-            "values": self.values.tolist(),
-            "known": self.known.tolist(),
-            "reference": self.reference,
-            "sigma": self.sigma,
-            "kind": self.kind,
-            "provenance": self.provenance,
-        }
+        own = {name: data.tolist() if isinstance(data, np.ndarray) else data for name, data in vars(self).items()}
+        return {"format": "dosmatgen_ase.TargetDOS", **own}
 
     def as_dict(self) -> dict[str, Any]:
         """`to_dict` in the form by which monty finds the class again: so jobflow carries a target between machines."""
@@ -202,9 +190,7 @@ class TargetDOS:
                 "is zero the Fermi level or the valence-band maximum? Move it (dos.shift; --efermi for columns of text)"
             )
         wider = max(sigma, self.sigma or 0.0)
-        return replace(
-            self, energies=grid.energies, values=values, known=known, sigma=wider, provenance=self._with_step(step)
-        )
+        return self._changed(step, energies=grid.energies, values=values, known=known, sigma=wider)
 
     def window(self, lo: float, hi: float) -> TargetDOS:
         """The same DOS, known on [lo, hi] (eV) only.
@@ -217,7 +203,7 @@ class TargetDOS:
         known = self.known & inside_window(self.energies, (lo, hi))
         if not known.any():
             raise ValueError(f"the window [{lo:g}, {hi:g}] eV holds no known energy of {self.in_words()}")
-        return replace(self, known=known, provenance=self._with_step(f"known on [{lo:g}, {hi:g}] eV only"))
+        return self._changed(f"known on [{lo:g}, {hi:g}] eV only", known=known)
 
     @classmethod
     def sum_of(cls, sites: Sequence[TargetDOS]) -> TargetDOS:
@@ -242,7 +228,7 @@ class TargetDOS:
 
     def shift(self, energy: float) -> TargetDOS:
         """The same DOS with `energy` (eV) added to every energy."""
-        return replace(self, energies=self.energies + energy, provenance=self._with_step(f"shifted by {energy:g} eV"))
+        return self._changed(f"shifted by {energy:g} eV", energies=self.energies + energy)
 
     def aligned(self, vbm: float | None = None) -> TargetDOS:
         """The same DOS with the zero of this package: a gap's lower end, the valence-band maximum, or the Fermi level.
@@ -277,7 +263,7 @@ class TargetDOS:
         if not math.isfinite(vbm):
             raise ValueError(f"vbm must be an energy in eV, not {vbm}")
         step = f"zero moved by {vbm:.3f} eV to the valence-band maximum"
-        return replace(self, energies=self.energies - vbm, reference="vbm", provenance=self._with_step(step))
+        return self._changed(step, energies=self.energies - vbm, reference="vbm")
 
     def scaled(
         self, factor: float | None = None, *, electrons: float | None = None, lo: float = -math.inf, hi: float = 0.0
@@ -313,7 +299,7 @@ class TargetDOS:
                 )
             factor = electrons / states
         values = self.values * float(factor)  # type: ignore[arg-type]
-        return replace(self, values=values, provenance=self._with_step(f"values times {factor:.6g}"))
+        return self._changed(f"values times {factor:.6g}", values=values)
 
     def __mul__(self, factor: float) -> TargetDOS:
         if isinstance(factor, bool) or not isinstance(factor, int | float | np.number):
@@ -323,8 +309,9 @@ class TargetDOS:
     __rmul__ = __mul__
     __array_ufunc__ = None  # so that numpy's numbers leave the product to this class
 
-    def _with_step(self, step: str) -> dict[str, Any]:
-        return {**self.provenance, "steps": [*self.provenance.get("steps", []), step]}
+    def _changed(self, step: str, **changes: Any) -> TargetDOS:
+        provenance = {**self.provenance, "steps": [*self.provenance.get("steps", []), step]}
+        return replace(self, provenance=provenance, **changes)
 
     # -- figures -------------------------------------------------------------------------------------------------------
 
@@ -448,9 +435,10 @@ class TargetDOS:
         FileNotFoundError, ValueError
             If the file cannot be read, holds no DOS, or the site does not exist.
         """
+        from dosmatgen_ase.dos.readers.common import Content, Request
         from dosmatgen_ase.dos.readers.vasp import read_vasprun
 
-        return read_vasprun(path, site)
+        return read_vasprun(Content.of(path), Request(site))
 
     @classmethod
     def from_ase(
@@ -539,10 +527,10 @@ class TargetDOS:
         FileNotFoundError, ValueError
             If the file cannot be read as such, or does not tell its zero; the message names the line, or the option.
         """
-        from dosmatgen_ase.dos.readers.common import Request
+        from dosmatgen_ase.dos.readers.common import Content, Request
         from dosmatgen_ase.dos.readers.text import read_text
 
-        return read_text(path, Request(None, reference, sigma, kind, columns, spin, efermi, units))
+        return read_text(Content.of(path), Request(None, reference, sigma, kind, columns, spin, efermi, units))
 
     @classmethod
     def from_file(

@@ -11,15 +11,15 @@ import numpy as np
 
 from dosmatgen_ase.dos.broadening import scale_sites_to_total
 from dosmatgen_ase.dos.grid import MODEL_SIGMA, Array, Mask
-from dosmatgen_ase.dos.readers.common import clip_negative_lobes
+from dosmatgen_ase.dos.readers.common import clip_negative_lobes, record
 from dosmatgen_ase.dos.target import TargetDOS
 
 _MAX_ENERGIES = 1_000_000
+# Label of a row that holds a total, or one spin of it.
 _TOTAL = re.compile(
     r"(?P<name>t(?:ot(?:al)?)?[\s_-]*dos|tot(?:al)?|sum)(?P<spin>[\s_,(-]*(?:spin)?[\s_-]*(?:up|down|dn|dw)\)?)?",
     re.IGNORECASE,
 )
-"""Label of a row that holds a total, or one spin of it."""
 
 
 def read_ase(
@@ -30,33 +30,29 @@ def read_ase(
     from ase.spectrum.doscollection import DOSCollection
     from ase.spectrum.dosdata import DOSData
 
+    name, steps = f"ASE {type(dos).__name__}", list[str]()
     if isinstance(dos, DOS):
         if site is not None or sigma is not None:
             raise ValueError("ase.dft.dos.DOS is a total DOS and knows its width: leave out site and sigma")
-        # Above the lowest maximum of the top band, bands are missing.
-        e_max = dos.e_skn.max(axis=-1).min()
-        energies = np.asarray(dos.get_energies())
-        values, note = clip_negative_lobes(np.asarray(dos.get_dos()))
-        record = {"source": "ase.dft.dos.DOS", "steps": note}
-        width = dos.width / math.sqrt(2)
-        return TargetDOS(energies - efermi, values, energies <= e_max, reference, width, kind or "total", record)
-    if isinstance(dos, DOSData):
+        energies, values, sigma = np.asarray(dos.get_energies()), np.asarray(dos.get_dos()), dos.width / math.sqrt(2)
+        known = energies <= dos.e_skn.max(axis=-1).min()  # above the lowest maximum of the top band, bands are missing
+        name, read_kind = "ase.dft.dos.DOS", "total"
+    elif isinstance(dos, DOSData):
         if site is not None:
             raise ValueError("a single DOSData holds one DOS: leave out site")
-        rows = [dos]
+        energies, (values,), sigma = _ase_table([dos], sigma)
+        known = np.ones(energies.shape, dtype=bool)
+        read_kind = "total" if _totals([dos], [0]) and "index" not in dos.info else "site"
     elif isinstance(dos, DOSCollection):
         rows = list(dos)
+        energies, table, sigma = _ase_table(rows, sigma)
+        values, known, steps = _ase_select(rows, table, energies, site)
+        read_kind = "total" if site is None else "site"
     else:
         raise TypeError(f"from_ase reads ASE DOSData, DOSCollection or DOS objects, not {type(dos).__name__}")
-    energies, table, sigma = _ase_table(rows, sigma)
-    known, steps = np.ones(energies.shape, dtype=bool), list[str]()
-    if isinstance(dos, DOSData):
-        values, read_kind = table[0], "total" if _totals(rows, [0]) and "index" not in dos.info else "site"
-    else:
-        values, known, read_kind, steps = _ase_select(rows, table, energies, site)
     values, note = clip_negative_lobes(values)
-    record = {"source": f"ASE {type(dos).__name__}", "steps": steps + note}
-    return TargetDOS(energies - efermi, values, known, reference, sigma, kind or read_kind, record)
+    told = record(name, steps + note)
+    return TargetDOS(energies - efermi, values, known, reference, sigma, kind or read_kind, told)
 
 
 def _ase_table(rows: list[Any], sigma: float | None) -> tuple[Array, Array, float | None]:
@@ -103,8 +99,8 @@ def _totals(rows: list[Any], chosen: Sequence[int]) -> list[int]:
     return [i for i, rank in ranks.items() if rank == min(ranks.values())]
 
 
-def _ase_select(rows: list[Any], table: Array, energies: Array, site: int | None) -> tuple[Array, Mask, str, list[str]]:
-    """Values, known mask, kind and provenance of one site (or of the total) of a collection."""
+def _ase_select(rows: list[Any], table: Array, energies: Array, site: int | None) -> tuple[Array, Mask, list[str]]:
+    """Values, known mask and provenance of one site (or of the total) of a collection."""
     known = np.ones(energies.shape, dtype=bool)
     owners: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
@@ -120,11 +116,11 @@ def _ase_select(rows: list[Any], table: Array, energies: Array, site: int | None
         groups.setdefault(str(rows[i].info["index"]) if indexed else str(number), []).append(i)
     sites = np.array([table[group].sum(axis=0) for group in groups.values()])
     if site is None:
-        return (table[totals] if totals else sites).sum(axis=0), known, "total", []
+        return (table[totals] if totals else sites).sum(axis=0), known, []
     if str(site) not in groups:
         raise ValueError(f"site {site} does not exist: this DOSCollection has {', '.join(groups)}")
     chosen = list(groups).index(str(site))
     if not totals:
-        return sites[chosen], known, "site", [f"site {site}: raw projection, no total DOS to scale by"]
+        return sites[chosen], known, [f"site {site}: raw projection, no total DOS to scale by"]
     scaled, known = scale_sites_to_total(sites, table[totals].sum(axis=0), energies=energies, min_coverage=0.0)
-    return scaled[chosen], known, "site", [f"site {site}, sites scaled to add up to the total"]
+    return scaled[chosen], known, [f"site {site}, sites scaled to add up to the total"]

@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from dosmatgen_ase.dos.grid import MIN_GAP, MODEL_SIGMA
-from dosmatgen_ase.dos.readers.common import READ_ERRORS, Content, Request, record, unreadable
+from dosmatgen_ase.dos.readers.common import Content, Request, naming, record
 from dosmatgen_ase.dos.readers.densities import gap_of
 from dosmatgen_ase.dos.readers.levels import broadened
 from dosmatgen_ase.dos.target import TargetDOS
@@ -27,10 +27,8 @@ def read_bands(content: Content, request: Request) -> TargetDOS:
     name = content.name
     if request.site is not None:
         raise ValueError(f"{name} holds no site projections: leave out site")
-    try:
+    with naming(name, what=" is not a complete .bands file of CASTEP"):
         return _target(content)
-    except READ_ERRORS as error:
-        raise unreadable(name, error, " is not a complete .bands file of CASTEP") from None
 
 
 def _target(content: Content) -> TargetDOS:

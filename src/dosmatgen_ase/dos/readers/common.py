@@ -7,30 +7,24 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from dosmatgen_ase.dos.grid import Array
-from dosmatgen_ase.dos.target import TargetDOS
 from dosmatgen_ase.files import no_file
 
-MAX_BYTES = 2**30
-"""Most bytes that a file may hold, unpacked."""
-
-MAX_RATIO = 100
-"""Most times that a packed file larger than `FREE_BYTES` may grow: text of numbers packs to a third or a tenth."""
-
-FREE_BYTES = 2**25
-"""Unpacked bytes below which `MAX_RATIO` is not looked at."""
-
+MAX_BYTES = 2**30  # most bytes that a file may hold, unpacked
+MAX_RATIO = 100  # most times that a packed file may grow: text of numbers packs to a third or a tenth
+FREE_BYTES = 2**25  # unpacked bytes below which `MAX_RATIO` is not looked at
+# Most negative area, as a share of the positive, that smearing can make: 0.102 of isolated levels at order 2.
 MAX_NEGATIVE = 0.11
-"""Most negative area, as a share of the positive, that smearing can make: 0.102 of isolated levels at order 2."""
 
 READ_ERRORS = (
     ArithmeticError,
@@ -52,7 +46,7 @@ class Request:
     """What the caller asks of a reader, and what he states that a file may not say; None where he does not.
 
     `read_file` puts the stated values into the target. A reader looks at them for two reasons: what is stated is not
-    assumed (`assumed`), and a stated `sigma` tells how far the tail of a band reaches into the gap.
+    assumed, and a stated `sigma` tells how far the tail of a band reaches into the gap.
     """
 
     site: int | None = None
@@ -76,6 +70,11 @@ class Content:
     name: str
     data: bytes
 
+    @classmethod
+    def of(cls, path: str | PathLike[str]) -> Content:
+        """Read it; errors as in `read_bytes`."""
+        return cls(fspath(path), read_bytes(path))
+
     @cached_property
     def head(self) -> str:
         """The first 4,096 bytes as text, without byte-order mark and leading blanks: enough to tell a format."""
@@ -87,30 +86,25 @@ class Content:
         return Path(self.name).name
 
 
-def assumed(request: Request, **sentences: str) -> list[str]:
-    """The sentences on what a file does not say, but for the fields that the caller states.
-
-    Each keyword is a field of `Request`, each sentence short and complete: ``reference="zero of energy: taken for the
-    Fermi level"``.
-    """
-    return [sentence for name, sentence in sentences.items() if getattr(request, name) is None]
-
-
 def record(source: str, steps: Sequence[str] = (), assumptions: Sequence[str] = ()) -> dict[str, Any]:
     """Provenance of a target that was read.
 
     ``provenance["steps"]`` tells what was done, ``provenance["assumed"]`` what the file did not say and was taken for
-    granted (zero of energy, kind, units, spin); the command line prints the second. No key where there is nothing.
+    granted (zero of energy, kind, units, spin), in short and complete sentences; the command line prints the second.
+    No key where there is nothing.
     """
     return {"source": source, "steps": list(steps)} | ({"assumed": list(assumptions)} if assumptions else {})
 
 
-def named(name: str, make: Callable[..., TargetDOS], *arguments: Any) -> TargetDOS:
-    """Call a constructor so that its complaint names the file."""
+@contextmanager
+def naming(
+    name: str, errors: type[Exception] | tuple[type[Exception], ...] = READ_ERRORS, what: str = ""
+) -> Iterator[None]:
+    """Turn what is raised inside, if it is one of `errors`, into one line that names the file and the reason."""
     try:
-        return make(*arguments)
-    except READ_ERRORS as error:
-        raise unreadable(name, error) from None
+        yield
+    except errors as error:
+        raise unreadable(name, error, what) from None
 
 
 def unreadable(name: str, error: BaseException, what: str = "") -> ValueError:
@@ -181,6 +175,11 @@ _NOT_UNPACKED = {
 }
 
 
+def most_unpacked(packed: int) -> int:
+    """Bytes that so many packed ones may become."""
+    return min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * packed))
+
+
 def _unpacked(content: bytes, name: str) -> bytes:
     for start, advice in _NOT_UNPACKED.items():
         if content.startswith(start):
@@ -188,7 +187,7 @@ def _unpacked(content: bytes, name: str) -> bytes:
     for start, (packer, opened) in _PACKED.items():
         if not content.startswith(start):
             continue
-        limit = min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * len(content)))
+        limit = most_unpacked(len(content))
         try:
             with opened(io.BytesIO(content)) as stream:
                 unpacked: bytes = stream.read(limit + 1)
@@ -209,6 +208,12 @@ def check_site(site: int, count: int) -> None:
         raise TypeError(f"site must be an int, not {type(site).__name__}")
     if not 0 <= site < count:
         raise ValueError(f"site {site} does not exist: there are {count}, numbered from 0")
+
+
+def drawn_down(values: Array) -> bool:
+    """Whether values are those of a spin drawn downwards: what smearing makes negative is far less than the rest."""
+    values = values[np.isfinite(values)]
+    return bool(-values[values < 0].sum() > 5 * values[values > 0].sum())
 
 
 def clip_negative_lobes(values: Array, limit: float = MAX_NEGATIVE) -> tuple[Array, list[str]]:

@@ -10,15 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dosmatgen_ase.dos.grid import MIN_GAP, MODEL_SIGMA, Array
-from dosmatgen_ase.dos.readers.common import (
-    READ_ERRORS,
-    Content,
-    Request,
-    clip_negative_lobes,
-    read_bytes,
-    record,
-    unreadable,
-)
+from dosmatgen_ase.dos.readers.common import Content, Request, clip_negative_lobes, naming, read_bytes, record
 from dosmatgen_ase.dos.readers.levels import broadened
 from dosmatgen_ase.dos.readers.zeros import ENERGY_UNITS
 from dosmatgen_ase.dos.target import TargetDOS
@@ -53,10 +45,8 @@ def read_pdos(content: Content, request: Request) -> TargetDOS:
     """Read the DOS of one atom: the mean over the atoms of a list, or the sum over those of a kind."""
     if request.site is not None:
         raise ValueError(f"{content.name} holds the DOS of one kind or list of atoms: leave out site")
-    try:
+    with naming(content.name, what=" is not a .pdos file of CP2K that can be read"):
         return _target(content)
-    except READ_ERRORS as error:
-        raise unreadable(content.name, error, " is not a .pdos file of CP2K that can be read") from None
 
 
 def _target(content: Content) -> TargetDOS:

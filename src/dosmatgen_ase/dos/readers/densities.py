@@ -12,14 +12,11 @@ import numpy as np
 from dosmatgen_ase.dos.broadening import scale_sites_to_total
 from dosmatgen_ase.dos.edges import gap_around_zero
 from dosmatgen_ase.dos.grid import GAP_DOS, MIN_GAP, Array, Mask, cell_widths
-from dosmatgen_ase.dos.readers.common import MAX_NEGATIVE, check_site, clip_negative_lobes, record
+from dosmatgen_ase.dos.readers.common import MAX_NEGATIVE, check_site, clip_negative_lobes, drawn_down, record
 from dosmatgen_ase.dos.target import TargetDOS
 
-HIGHEST = 1000.0
-"""No DOS reaches so far (eV) above its zero of energy; one that does is in meV."""
-
-MOST_HELD = 1.5
-"""Most states that overlapping spheres may hold, as a share of the total DOS, before it is told."""
+HIGHEST = 1000.0  # eV; no DOS reaches so far above its zero of energy, and one that does is in meV
+MOST_HELD = 1.5  # most states that overlapping spheres may hold, as a share of the total DOS, before it is told
 
 _LEVEL_ERROR = 0.005  # eV: the Fermi level may be printed as the band edge itself, rounded to another digit
 _TAIL = (
@@ -96,8 +93,10 @@ class Densities:
                 raise ValueError(f"{self.source} holds no site projections: {self.no_sites}")
             check_site(site, len(self.sites))
         assumptions = list(self.assumptions)
-        spins, steps = _upward(self.total)
-        steps = [*self.steps, *steps]
+        spins, steps = self.total, list(self.steps)
+        if len(spins) == 2 and drawn_down(spins[1]):
+            spins = np.stack([spins[0], -spins[1]])
+            steps.append("spin down is negative in the file: taken as positive")
         energies, total, first, note = self._representation(spins.sum(axis=0))
         steps += note
         total, lobes = clip_negative_lobes(total, self.negative_limit)
@@ -269,15 +268,6 @@ def _is_tail(energies: Array, total: Array, end: int, edge: float, sigma: float)
     """
     rise = math.log(max(float(np.interp(edge, energies, total)), 1e-99) / total[end])
     return bool(2 * sigma**2 * rise >= _GAUSSIAN * (energies[end] - edge) ** 2)
-
-
-def _upward(spins: Array) -> tuple[Array, list[str]]:
-    """A spin-down channel that is drawn downwards is turned up, and that is told."""
-    if len(spins) == 2:
-        down = spins[1]
-        if -down[down < 0].sum() > 5 * down[down > 0].sum():
-            return np.stack([spins[0], -down]), ["spin down is negative in the file: taken as positive"]
-    return spins, []
 
 
 def even(energies: Array, digits: int) -> Array:

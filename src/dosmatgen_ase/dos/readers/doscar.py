@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dosmatgen_ase.dos.grid import Array
-from dosmatgen_ase.dos.readers.common import Content, Request, unreadable
+from dosmatgen_ase.dos.readers.common import Content, Request, naming
 from dosmatgen_ase.dos.readers.densities import Densities, even
 from dosmatgen_ase.dos.target import TargetDOS
 
@@ -32,10 +32,8 @@ def is_doscar(content: Content) -> bool:
 
 def read_doscar(content: Content, request: Request) -> TargetDOS:
     """Read the total DOS or one site's."""
-    try:
+    with naming(content.name, (IndexError, ValueError)):
         return _densities(content).target(request.site, request.sigma)
-    except (IndexError, ValueError) as error:
-        raise unreadable(content.name, error) from None
 
 
 def _densities(content: Content) -> Densities:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from dosmatgen_ase.dos.checks import DOSWarning
 from dosmatgen_ase.dos.readers.castep import is_bands, read_bands
-from dosmatgen_ase.dos.readers.common import TEXT_ALONE, Content, Request, read_bytes
+from dosmatgen_ase.dos.readers.common import TEXT_ALONE, Content, Request
 from dosmatgen_ase.dos.readers.cp2k import is_pdos, read_pdos
 from dosmatgen_ase.dos.readers.doscar import is_doscar, read_doscar
 from dosmatgen_ase.dos.readers.json import is_json, read_json
 from dosmatgen_ase.dos.readers.npz import is_npz, read_npz
 from dosmatgen_ase.dos.readers.pdos_xml import is_pdos_xml, read_pdos_xml
-from dosmatgen_ase.dos.readers.text import parse_text
-from dosmatgen_ase.dos.readers.vasp import is_xml, parse_vasprun
+from dosmatgen_ase.dos.readers.text import read_text
+from dosmatgen_ase.dos.readers.vasp import is_xml, read_vasprun
 from dosmatgen_ase.dos.target import TargetDOS
 
 
@@ -35,7 +35,7 @@ class Format(NamedTuple):
 
 def read_file(path: str | PathLike[str], request: Request) -> TargetDOS:
     """What `TargetDOS.from_file` does: the first format of `FORMATS` that recognises the content reads it."""
-    content = Content(str(path), read_bytes(path))
+    content = Content.of(path)
     chosen = next(form for form in FORMATS if form.recognises(content))
     if unused := [name for name in TEXT_ALONE if name not in chosen.uses and getattr(request, name) is not None]:
         raise ValueError(f"{path} is {chosen.name}, not columns of text: leave out {unused[0]} (--{unused[0]})")
@@ -51,20 +51,14 @@ def read_file(path: str | PathLike[str], request: Request) -> TargetDOS:
     return made
 
 
-def _read_columns(content: Content, request: Request) -> TargetDOS:
-    if request.site is not None:
-        raise ValueError(f"{content.name} is a two-column file with one DOS: leave out site")
-    return parse_text(content.data, content.name, request)
-
-
 # To add a format: one line here, before the last, which takes what nothing else knows.
 FORMATS = (
     Format(".npz", is_npz, read_npz),
     Format("PDOS of SIESTA or ABACUS", is_pdos_xml, read_pdos_xml, uses=("efermi",)),
-    Format("vasprun.xml", is_xml, parse_vasprun),
+    Format("vasprun.xml", is_xml, read_vasprun),
     Format("JSON", is_json, read_json),
     Format("DOSCAR of VASP or LOBSTER", is_doscar, read_doscar),
     Format(".bands of CASTEP", is_bands, read_bands),
     Format(".pdos of CP2K", is_pdos, read_pdos),
-    Format("columns of text", lambda _: True, _read_columns, uses=TEXT_ALONE),
+    Format("columns of text", lambda _: True, read_text, uses=TEXT_ALONE),
 )

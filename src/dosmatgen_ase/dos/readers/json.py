@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dosmatgen_ase.dos.readers.common import Content, Request, assumed, check_site, named, record, unreadable
+from dosmatgen_ase.dos.readers.common import Content, Request, check_site, naming, record
 from dosmatgen_ase.dos.readers.pymatgen import is_dict_of_dos, read_pymatgen
 from dosmatgen_ase.dos.target import TargetDOS
 
@@ -36,7 +36,8 @@ def read_json(content: Content, request: Request) -> TargetDOS:
         raise ValueError(f"{name} is not valid JSON ({' '.join(str(error).split())})") from None
     data = _only_entry(data, name)
     if is_dict_of_dos(data):
-        return named(name, read_pymatgen, data, site, request.sigma)
+        with naming(name):
+            return read_pymatgen(data, site, request.sigma)
     if "failed" in data:
         raise ValueError(f"{name} tells of a calculation that failed: {' '.join(str(data['failed']).split())[:300]}")
     result = data.get("result", data)
@@ -44,38 +45,32 @@ def read_json(content: Content, request: Request) -> TargetDOS:
         if not isinstance(result["sites"], list):
             raise ValueError(f'{name}: "sites" must be a list with one DOS of each site')
         if site is not None:
-            _check_site(name, site, len(result["sites"]))
+            with naming(name, ValueError):
+                check_site(site, len(result["sites"]))
         chosen = result["total"] if site is None else result["sites"][site]
         if chosen is None:  # `dosmatgen predict` writes it for an element without labels
             whose = "the total DOS" if site is None else f"the DOS of site {site}"
             raise ValueError(f"{name}: {whose} is unknown there; name a site whose DOS is known")
-        return named(name, TargetDOS.from_dict, chosen)
+        with naming(name):
+            return TargetDOS.from_dict(chosen)
     if site is not None:
         raise ValueError(f"{name} holds one DOS: leave out site")
     return _own(data, name, request)
 
 
-def _check_site(name: str, site: int, count: int) -> None:
-    try:
-        check_site(site, count)
-    except ValueError as error:
-        raise unreadable(name, error) from None
-
-
 def _own(data: Mapping[str, Any], name: str, request: Request) -> TargetDOS:
     """Read `TargetDOS.to_dict`; what it leaves out is assumed, and told."""
-    target = named(name, TargetDOS.from_dict, data)
-    left_out = {field: sentence for field, sentence in _DEFAULTS.items() if field not in data}
-    stated = {field: getattr(request, field) for field in left_out if getattr(request, field) is not None}
-    target = replace(target, **stated)
-    if not (sentences := assumed(request, **left_out)):
+    with naming(name):
+        target = TargetDOS.from_dict(data)
+    left_out = {field: getattr(request, field) for field in _DEFAULTS if field not in data}
+    target = replace(target, **{field: value for field, value in left_out.items() if value is not None})
+    sentences = [_DEFAULTS[field] for field, value in left_out.items() if value is None]
+    if not sentences:
         return target
     source = str(target.provenance.get("source", f"JSON {name}"))
     told = {**target.provenance, **record(source, target.provenance.get("steps", []), sentences)}
-    try:
+    with naming(name, ValueError):
         return replace(target, provenance=told)
-    except ValueError as error:
-        raise unreadable(name, error) from None
 
 
 def _only_entry(data: Any, name: str) -> dict[str, Any]:

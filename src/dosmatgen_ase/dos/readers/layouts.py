@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dosmatgen_ase.dos.readers.numbers import Table
@@ -21,39 +21,36 @@ ENERGY = re.compile(r"e(?:[^a-z]|$)|en(?:ergy|ergies|g)?(?:[^a-z]|$)")
 TOTAL = re.compile(r"(?:l|t|p)?dos(?:[^a-z]|$)|tot|sum")
 ORBITAL = re.compile(r"(?:\d?[spdf]|[pdf][xyz0-9_^+-][xyzr0-9_^+-]*|l=\d|x2-y2)")
 NOT_ELECTRONIC = re.compile(r"phonon|vibration|frequenc|wave ?number|\bTHz\b|cm\^?-1|\bcoop\b|\bcohp\b", re.IGNORECASE)
+# An axis that points the other way: positive below the Fermi level.
 BINDING = re.compile(r"(?<!tight[ _-])\bbinding[ _-]*energ\w*", re.IGNORECASE)
-"""An axis that points the other way: positive below the Fermi level."""
-
 PER_VOLUME = re.compile(
     r"/\s*(?:Å|A|Ang|Angstrom|bohr)\s*\^?\s*3|(?:Å|A|Ang)\s*\^\s*-?3|per volume|/volume|cm\^?-3", re.IGNORECASE
 )
 _UNIT = r"(m?eV|Ry|Rydberg|Ha|Hartree)(?![a-z])"
 _STATES = r"(?:states?|electrons?|\b1)"
+# The unit of energy that states are counted per.
 PER_UNIT = re.compile(
     rf"{_STATES}\s*/\s*(?:(?:unit |formula )?[\w.]+\s?[/*·]\s?){{0,3}}{_UNIT}|"
     rf"{_STATES}\s*/\s*[(\[]\s*(?:[\w.]+[\s/*·,]+){{0,3}}{_UNIT}|"
     rf"(?<![a-z]){_UNIT}(?:\s*\^\s*)?[{{(]?(?:-1|⁻¹)(?![.\d])|(?:states?|electrons?|DOS) (?:per \w+ )?per {_UNIT}",
     re.IGNORECASE,
 )
-"""The unit of energy that states are counted per."""
-
+# What says that the DOS is that of one spin.
 PER_SPIN = re.compile(
     rf"(?:{_UNIT}|states?|DOS|cell|atom|site|f\.?u\.?|\))\s*/\s*spin(?!\w|-[a-z])|{_STATES}\s*/\s*\([^()]{{0,40}}\bspin\b|"
     r"spin\s*\^\s*[{(]?-1|-1 spin-1|spin⁻¹|\bper (?:one |each |a |single )?spin(?!\w|-(?:orbit|pol))|"
     r"\b(?:one|single) spin[ -](?:channel|direction|component)",
     re.IGNORECASE,
 )
-"""What says that the DOS is that of one spin."""
-
 PER_CELL = re.compile(
     r"/\s*(?:unit[ _-]?)?cell\b|/\s*(?:f\.?u\.?|u\.?c\.?|formula unit)(?![a-z])|"
     r"\bper (?:\w+ )?(?:cell|formula unit|f\.?u\.?)(?![a-z])|cell\s*\^?\s*-1",
     re.IGNORECASE,
 )
+# What says that the DOS is not that of all sites, whatever it is counted per.
 OF_SITE = re.compile(
     r"[pl]dos|project|partial|local|\batom|\bsite|orbital|(?-i:(?<![A-Za-z_])\d?[spdf](?![A-Za-z.]))", re.IGNORECASE
 )
-"""What says that the DOS is not that of all sites, whatever it is counted per."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +70,10 @@ class Layout:
         What that zero is.
     absolute : str
         Why `zero` must be given, if it must: the beginning of a message that says how.
-    periodic : bool
-        Whether it was computed band by band, so that energies above the last state are unknown.
     first_pile : bool
         Whether the states below the window are piled up in the first energy, as VASP does.
     unit : float
-        eV of the unit of energy.
+        eV of the unit of energy, as the header states it.
     per : float
         eV of the unit of energy that states are counted per; by default the same.
     notes, assumed : tuple of str
@@ -101,7 +96,6 @@ class Layout:
     zero: float | None = None
     reference: str = "fermi"
     absolute: str = ""
-    periodic: bool = False
     first_pile: bool = False
     unit: float | None = None
     per: float | None = None
@@ -113,6 +107,11 @@ class Layout:
     total: Path | None = None
     spin_blocks: bool = False
 
+    @property
+    def by_program(self) -> bool:
+        """Whether a known program wrote it: band by band, so that energies above the last state are unknown."""
+        return self.source != "text"
+
 
 def layout_of(table: Table, path: Path) -> Layout:
     """What the file is, by its header (and, where programs split a DOS over files, by its name).
@@ -122,17 +121,16 @@ def layout_of(table: Table, path: Path) -> Layout:
     ValueError
         If it is known to hold something else than a DOS in states/eV.
     """
-    if found := NOT_ELECTRONIC.search(f"{table.text} {' '.join(table.names)}"):
-        raise ValueError(f"{table.name}: {found[0]!r} in its header says that it is not an electronic DOS")
-    if found := BINDING.search(f"{table.text} {' '.join(table.names)}"):
-        raise ValueError(
-            f"{table.name}: {found[0]!r} in its header counts downwards from the Fermi level: write the energies as "
+    words = f"{table.text} {' '.join(table.names)}"
+    if found := NOT_ELECTRONIC.search(words):
+        raise table.error(f"{found[0]!r} in its header says that it is not an electronic DOS")
+    if found := BINDING.search(words):
+        raise table.error(
+            f"{found[0]!r} in its header counts downwards from the Fermi level: write the energies as "
             "E - E_F (the other sign), and change the header"
         )
     if PER_VOLUME.search(table.text):
-        raise ValueError(
-            f"{table.name}: its DOS is per volume: multiply it by the volume of the cell, and change the header"
-        )
+        raise table.error("its DOS is per volume: multiply it by the volume of the cell, and change the header")
     for recognise in (_espresso, _abinit, _aims, _optados, _vaspkit, _pyprocar, _sumo):
         if layout := recognise(table, path):
             return layout
@@ -164,7 +162,7 @@ def named_columns(names: Sequence[str]) -> tuple[int, ...]:
         return (energy, *totals)
     if not totals and len(orbitals) == len(values):
         return (energy, *orbitals)
-    return (energy, *values) if one_or_both_spins(values, low) and len(values) == 2 else ()
+    return (energy, *values) if one_or_both_spins(values, low) else ()
 
 
 def are_orbitals(names: Sequence[str]) -> bool:
@@ -199,48 +197,41 @@ def _espresso(table: Table, path: Path) -> Layout | None:
     if not re.search(r"E \(eV\)\s+l?dos(?:up)?\(E\)", head):
         return None
     spins = 2 if re.search(r"dosup\(E\)", head) else 1
+    columns, kind, source = tuple(range(spins + 1)), "total", "Quantum ESPRESSO projwfc.x"
     if "Int dos(E)" in head:
-        columns, kind, source = tuple(range(spins + 1)), "total", "Quantum ESPRESSO dos.x"
+        source = "Quantum ESPRESSO dos.x"
         if table.rows.shape[1] != spins + 2:
-            raise ValueError(f"{table.name}: dos.x writes {spins + 2} columns here, not {table.rows.shape[1]}")
+            raise table.error(f"dos.x writes {spins + 2} columns here, not {table.rows.shape[1]}")
     elif "ldos" in head:
-        columns, kind, source = tuple(range(spins + 1)), "site", "Quantum ESPRESSO projwfc.x"
-    else:
-        noncollinear = bool(re.search(r"E \(eV\)\s+dos\(E\)", head))
-        columns = (0, 1) if noncollinear else tuple(range(spins + 1))
-        kind, source = "total", "Quantum ESPRESSO projwfc.x"
+        kind = "site"
+    elif re.search(r"E \(eV\)\s+dos\(E\)", head):  # noncollinear
+        columns = (0, 1)
     numbers = re.search(r"EFermi\s*=\s*([-+.\d\s]+)", head)
     levels = numbers[1].split() if numbers else []
     if len(levels) > 1:
         raise ValueError(
             f"{table.name} has two Fermi levels, because its moment is fixed: give the zero as efermi= (--efermi)"
         )
-    siblings: tuple[Path, ...] = ()
-    total = None
+    absolute = "Quantum ESPRESSO writes absolute energies, and no Fermi level in this file: "
+    layout = Layout(source, columns, kind, float(levels[0]) if levels else None, absolute=absolute)
     if kind == "site" and (found := PROJECTION.fullmatch(path.name)):
-        siblings = _other_orbitals(path)
         total = path.with_name(f"{found['prefix']}.pdos_tot")
-    return Layout(
-        source, columns, kind, float(levels[0]) if levels else None, periodic=True, unit=1.0, siblings=siblings,
-        total=total,
-        absolute="Quantum ESPRESSO writes absolute energies, and no Fermi level in this file: ",
-    )  # fmt: skip
+        return replace(layout, siblings=_other_orbitals(path, found), total=total)
+    return layout
 
 
+# Name of a file of projwfc.x: "si.pdos_atm#1(Si)_wfc#2(p)", "(p_j1.5)" with spin-orbit coupling.
 PROJECTION = re.compile(
     r"(?P<atom>(?P<prefix>.*)\.pdos_atm#\d+\([\w-]+\)_wfc#)(?P<orbital>\d+)\([\w.]+\)"
     r"(?P<ending>.*?)(?P<packed>\.(?:gz|bz2|xz))?"
 )
-"""Name of a file of projwfc.x: ``si.pdos_atm#1(Si)_wfc#2(p)``, ``(p_j1.5)`` with spin-orbit coupling."""
 
 
-def _other_orbitals(path: Path) -> tuple[Path, ...]:
-    """Files beside `path` of the atom's other orbitals, one for each, packed or not.
+def _other_orbitals(path: Path, own: re.Match[str]) -> tuple[Path, ...]:
+    """Files beside `path`, whose name is `own`, of the atom's other orbitals, one for each, packed or not.
 
     A backup, or any other ending that Quantum ESPRESSO does not write, counts only where `path` has the same ending.
     """
-    own = PROJECTION.fullmatch(path.name)
-    assert own is not None
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     known = [(found, other) for other in beside if (found := PROJECTION.fullmatch(other.name)) and other.is_file()]
     # Of two files of an orbital, the one that is named like `path`.
@@ -258,7 +249,7 @@ def _abinit(table: Table, path: Path) -> Layout | None:
     if "ABINIT package : DOS file" not in head:
         return None
     if "electrons/Hartree" not in head:
-        raise ValueError(f"{table.name}: its header does not count the DOS of ABINIT in electrons/Hartree")
+        raise table.error("its header does not count the DOS of ABINIT in electrons/Hartree")
     hartree = ENERGY_UNITS["ha"]
     level = re.search(r"Fermi energy\s*:\s*([-+\d.]+)", head)
     of_atom = "one atomic sphere" in head and "for atom number" in head
@@ -267,7 +258,7 @@ def _abinit(table: Table, path: Path) -> Layout | None:
     )
     return Layout(
         "ABINIT", tuple(range(6)) if of_atom else (0, 1), "site" if of_atom else "total",
-        float(level[1]) * hartree if level else None, periodic=True, unit=hartree, assumed=notes, spin_blocks=True,
+        float(level[1]) * hartree if level else None, unit=hartree, assumed=notes, spin_blocks=True,
         absolute="ABINIT writes absolute energies, and no single Fermi level in this file: ",
     )  # fmt: skip
 
@@ -282,33 +273,28 @@ def _aims(table: Table, path: Path) -> Layout | None:
     raw = "vacuum" in head
     beside = path.with_name(path.name.replace("_raw", ""))
     fix = f"read {beside.name}, or " if raw and beside != path and beside.is_file() else ""
-    notes: tuple[str, ...] = ()
-    kind = "total" if total else "site"
-    if not total and re.search(r"species_proj|_l_proj_dos", path.name):
-        notes = ("a DOS of a species: the sum over its atoms",)
+    absolute = f"its energies are relative to the vacuum: {fix}" if raw else ""
+    species = not total and re.search(r"species_proj|_l_proj_dos", path.name)
+    assumed = ("a DOS of a species: the sum over its atoms",) if species else ()
+    columns, kind, zero = tuple(range(spins + 1)), "total" if total else "site", None if raw else 0.0
     partner = None
     if re.search(r"spin-(?:up|down)", head):
         partner = _other_spin(path, (("spin_up", "spin_down"), ("spin_up", "spin_dn")))
-    return Layout(
-        "FHI-aims", tuple(range(spins + 1)), kind, None if raw else 0.0, periodic=True, unit=1.0, assumed=notes,
-        absolute=f"its energies are relative to the vacuum: {fix}" if raw else "", partner=partner,
-    )  # fmt: skip
+    return Layout("FHI-aims", columns, kind, zero, absolute=absolute, assumed=assumed, partner=partner)
 
 
 def _optados(table: Table, path: Path) -> Layout | None:
     """OptaDOS: the zero depends on SET_EFERMI_ZERO, which the file does not tell."""
     if not re.search(r"O\s?p\s?t\s?a\s?D\s?O\s?S", table.text):
         return None
-    text = "\n".join(table.header)
-    common = {"periodic": True, "unit": 1.0}
+    text, count = "\n".join(table.header), table.rows.shape[1]
     if not re.search(r"partial|projected", text, re.IGNORECASE):
-        both = bool(re.search(r"down[- ]spin", text, re.IGNORECASE)) and table.rows.shape[1] > 3
-        return Layout("OptaDOS", (0, 1, 2) if both else (0, 1), "total", **common)  # type: ignore[arg-type]
+        both = bool(re.search(r"down[- ]spin", text, re.IGNORECASE)) and count > 3
+        return Layout("OptaDOS", (0, 1, 2) if both else (0, 1), "total")
     blocks = re.split(r"Column:?\s*(\d+)\s*contains:?", text)
     atoms = [sorted(set(re.findall(r"\b([A-Z][a-z]?)\s+(\d+)\b", block))) for block in blocks[2::2]]
-    if len(atoms) == table.rows.shape[1] - 1 and all(len(a) == 1 and a == atoms[0] for a in atoms):
-        return Layout("OptaDOS", tuple(range(table.rows.shape[1])), "site", **common)  # type: ignore[arg-type]
-    return Layout("OptaDOS", (0, 1) if table.rows.shape[1] == 2 else (), "site", **common)  # type: ignore[arg-type]
+    of_one_atom = len(atoms) == count - 1 and all(len(a) == 1 and a == atoms[0] for a in atoms)
+    return Layout("OptaDOS", tuple(range(count)) if of_one_atom or count == 2 else (), "site")
 
 
 def _vaspkit(table: Table, path: Path) -> Layout | None:
@@ -321,17 +307,12 @@ def _vaspkit(table: Table, path: Path) -> Layout | None:
         return None
     if re.match(r"I(?:TDOS|PDOS|DOS)", path.name):
         raise ValueError(f"{table.name} is an integrated DOS: give {path.name[1:]}")
-    columns = named_columns(table.names)
-    assumed: tuple[str, ...] = ("zero at the Fermi level, as VASPKIT writes unless told otherwise",)
-    partner = None
+    element, partner = None, None
     if orbitals:
         partner = _other_spin(path, (("_UP", "_DW"), ("_UP", "_DN"), ("_up", "_dw")))
-        if (element := re.match(r"PDOS_([A-Z][a-z]?)(?:_|\.)", path.name)) and element[1] not in ("A", "SUM"):
-            assumed += (f"one {element[1]} in the cell, as the file adds all {element[1]} atoms",)
-    return Layout(
-        "VASPKIT", columns, "total" if total else "site", 0.0, periodic=True, first_pile=True, unit=1.0,
-        assumed=assumed, partner=partner,
-    )  # fmt: skip
+        element = re.match(r"PDOS_(?!A[_.])([A-Z][a-z]?)(?:_|\.)", path.name)
+    layout = _from_vasp("VASPKIT", named_columns(table.names), total, element[1] if element else None)
+    return replace(layout, partner=partner)
 
 
 def _sumo(table: Table, path: Path) -> Layout | None:
@@ -343,12 +324,8 @@ def _sumo(table: Table, path: Path) -> Layout | None:
     total = set(bare) == {"dos"}
     if not total and not all(ORBITAL.fullmatch(name) or name in ("f_3", "f_2", "f_1") for name in bare):
         return None
-    element = path.stem.removesuffix("_dos").split("_")[-1]
-    assumed: tuple[str, ...] = ("zero at the Fermi level, as sumo writes unless told otherwise",)
-    if not total:
-        assumed += (f"one {element} in the cell, as the file adds all {element} atoms",)
-    kind, columns = "total" if total else "site", tuple(range(len(names)))
-    return Layout("sumo", columns, kind, 0.0, periodic=True, first_pile=True, unit=1.0, assumed=assumed)
+    element = None if total else path.stem.removesuffix("_dos").split("_")[-1]
+    return _from_vasp("sumo", tuple(range(len(names))), total, element)
 
 
 def _pyprocar(table: Table, path: Path) -> Layout | None:
@@ -360,11 +337,18 @@ def _pyprocar(table: Table, path: Path) -> Layout | None:
         return None
     energy = names.index("energies")
     what = {re.sub(r"^spinChannel-\d", "", names[i]) for i in channels}
-    columns, kind = ((energy, *spins), "total") if spins and not channels else ((), "site")
-    if len(what) == 1:
-        columns = (energy, *channels)
-    assumed = ("zero at the Fermi level, as pyprocar writes unless told otherwise",)
-    return Layout("pyprocar", columns, kind, 0.0, periodic=True, first_pile=True, unit=1.0, assumed=assumed)
+    total = not channels
+    columns = (energy, *(channels or spins)) if total or len(what) == 1 else ()
+    return _from_vasp("pyprocar", columns, total)
+
+
+def _from_vasp(program: str, columns: tuple[int, ...], total: bool, element: str | None = None) -> Layout:
+    """Of a program that rewrites VASP's DOS relative to the Fermi level: a total, or all atoms of an element."""
+    assumed = [f"zero at the Fermi level, as {program} writes unless told otherwise"]
+    if element is not None:
+        assumed.append(f"one {element} in the cell, as the file adds all {element} atoms")
+    kind = "total" if total else "site"
+    return Layout(program, columns, kind, 0.0, first_pile=True, assumed=tuple(assumed))
 
 
 def _other_spin(path: Path, pairs: Sequence[tuple[str, str]]) -> Path | None:
@@ -388,16 +372,14 @@ def _unknown(table: Table) -> Layout:
     if found := re.search(r"[(\[]\s*([A-Za-z/]+)\s*[)\]]", energy):
         unit = ENERGY_UNITS.get(found[1].lower())
         if unit is None and not re.fullmatch(r"e|ef|efermi|fermi", found[1], re.IGNORECASE):
-            raise ValueError(f"{table.name}: energies in {found[1]!r}: give them in eV, meV, Ry or Ha")
+            raise table.error(f"energies in {found[1]!r}: give them in eV, meV, Ry or Ha")
     kind = "total" if re.search(r"\btotal[ _-]dos|\btdos\b|total density of states", text, re.IGNORECASE) else None
     notes: tuple[str, ...] = ()
     if kind is None and PER_CELL.search(text) and not OF_SITE.search(text):
         kind, notes = "total", ("counted per cell in its header, so taken as the total DOS",)
     per_spin = bool(claims(PER_SPIN, header_lines(table))[0])
-    zero = zero_of_header(table, unit)
-    return Layout(
-        columns=columns, kind=kind, unit=unit, per=_counted_per(table), per_spin=per_spin, notes=notes, **zero
-    )
+    zero, per = zero_of_header(table, unit), _counted_per(table)
+    return Layout(columns=columns, kind=kind, unit=unit, per=per, per_spin=per_spin, notes=notes, **zero)
 
 
 def _counted_per(table: Table) -> float | None:

@@ -10,16 +10,7 @@ import numpy as np
 
 from dosmatgen_ase.dos.broadening import scale_sites_to_total
 from dosmatgen_ase.dos.grid import Array
-from dosmatgen_ase.dos.readers.common import (
-    FREE_BYTES,
-    MAX_BYTES,
-    MAX_RATIO,
-    Content,
-    Request,
-    check_site,
-    record,
-    unreadable,
-)
+from dosmatgen_ase.dos.readers.common import Content, Request, check_site, most_unpacked, naming, record
 from dosmatgen_ase.dos.readers.densities import HIGHEST, real_rows
 from dosmatgen_ase.dos.target import TargetDOS
 from dosmatgen_ase.files import DAMAGE, read_member
@@ -36,14 +27,10 @@ def is_npz(content: Content) -> bool:
 def read_npz(content: Content, request: Request) -> TargetDOS:
     """Read the total DOS or one site's."""
     name = content.name
-    try:
+    with naming(name, DAMAGE, f" is not an .npz with {', '.join(_WANTED)}"):
         arrays = _arrays(content.data)
-    except DAMAGE as error:
-        raise unreadable(name, error, f" is not an .npz with {', '.join(_WANTED)}") from None
-    try:
+    with naming(name, ValueError):
         return _target(arrays, content.basename, request)
-    except ValueError as error:
-        raise unreadable(name, error) from None
 
 
 def _arrays(data: bytes) -> dict[str, Any]:
@@ -52,8 +39,8 @@ def _arrays(data: bytes) -> dict[str, Any]:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         if lacking := [key for key in _WANTED if key not in members]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
-        size, limit = sum(members[key].file_size for key in _WANTED), max(FREE_BYTES, MAX_RATIO * len(data))
-        if size > min(limit, MAX_BYTES):
+        size = sum(members[key].file_size for key in _WANTED)
+        if size > most_unpacked(len(data)):
             raise ValueError(
                 f"it unpacks to {size / 2**20:.0f} MiB from {len(data) / 2**20:.2g} MiB, which no DOS does"
             )

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import codecs
 import io
+import math
 import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from dosmatgen_ase.dos.grid import Array
+from dosmatgen_ase.dos.readers.common import Content
 
 COMMENT_MARKS = "#!%@&"
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
@@ -26,8 +28,7 @@ NAME = re.compile(r"[^\s(\[,;]+(?:\s*[(\[](?:[^()\[\]]|[(\[][^()\[\]]*[)\]])*+[)
 DECIMAL_COMMA = re.compile(r"[+-]?\d+(?:,\d+)?(?:[eEdD][+-]?\d+)?")
 # Typeset signs and blanks as ASCII.
 PLAIN = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2010": "-", "\u00a0": " ", "\u2009": " ", "\u202f": " "})
-HEADER_LINES = 200
-"""Longest header that is looked for names and units."""
+HEADER_LINES = 200  # longest header that is looked for names and units
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,17 @@ class Table:
         """The header as one line."""
         return " ".join(" ".join(self.header).split())
 
+    def error(self, told: str, row: int | None = None) -> ValueError:
+        """What is wrong with the file, or with one of its rows."""
+        line = "" if row is None else f", line {self.lines[row]}"
+        return ValueError(f"{self.name}{line}: {told}")
+
 
 def decoded(content: bytes, name: str) -> str:
     """The text in UTF-8, in UTF-16 with a byte order mark, or in Latin-1; ValueError if it is no text."""
     try:
-        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            text = content.decode("utf-16")
-        else:
-            text = content.decode("utf-8-sig")
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
     if re.search(r"[\x00-\x08\x0e-\x1a\x7f-\x84\x86-\x9f]", text):
@@ -77,17 +81,17 @@ def decoded(content: bytes, name: str) -> str:
     return text.translate(PLAIN).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_table(content: bytes, name: str) -> Table:
-    """Read the bytes of a file called `name`.
+def read_table(content: Content) -> Table:
+    """Read a file.
 
     Raises
     ------
     ValueError
         If a line cannot be read, rows differ in length, or there is no row; the line is named.
     """
-    text = decoded(content, name)
-    header, first, offset = _header(text)
-    if first is None:
+    name, text = content.name, decoded(content.data, content.name)
+    header, offset = _header(text)
+    if offset is None:
         raise ValueError(f"{name} holds no numbers: expected two columns, energy (eV) and DOS (states/eV)")
     body = text[offset:]
     style = _Style.of(body, name, len(header) + 1)
@@ -108,17 +112,17 @@ def is_number_like(word: str) -> bool:
     return bool(NUMBER_START.match(word.strip("\"'")))
 
 
-def _header(text: str) -> tuple[list[str], str | None, int]:
-    """Lines before the first row, that row, and where it starts in `text`."""
+def _header(text: str) -> tuple[list[str], int | None]:
+    """Lines before the first row, and where that starts in `text`; None if there is none."""
     header: list[str] = []
     offset = 0
     for line in io.StringIO(text):
         words = line.replace(",", " ").replace(";", " ").split()
         if words and words[0][0] not in COMMENT_MARKS and is_number_like(words[0]):
-            return header, line, offset
+            return header, offset
         header.append(line)
         offset += len(line)
-    return header, None, offset
+    return header, None
 
 
 @dataclass(frozen=True)
@@ -159,17 +163,25 @@ class _Style:
         fields = [field.strip().strip("\"'") for field in line.split(self.separator)]
         return fields[:-1] if len(fields) > 1 and not fields[-1] else fields
 
-    def number(self, word: str) -> float:
-        """The number that a word is; ValueError if it is none."""
-        if not word or word.lower() in ("nan", "na", "n/a"):
-            return float("nan")
-        if self.decimal_comma:
-            word = word.replace(",", ".")
-        if match := FORTRAN.fullmatch(word):
-            return float(f"{match[1]}e{match[2]}" if match[1] else f"{match[3]}e{match[4]}")
-        if not NUMBER.fullmatch(word):
-            raise ValueError(word)
-        return float(word)
+    def number(self, word: str, where: str) -> float:
+        """The number that a word is; ValueError that says where it stands if it is none."""
+        if word.lower() in ("", "nan", "na", "n/a"):
+            return math.nan
+        plain = word.replace(",", ".") if self.decimal_comma else word
+        if match := FORTRAN.fullmatch(plain):
+            plain = f"{match[1]}e{match[2]}" if match[1] else f"{match[3]}e{match[4]}"
+        found = f"{where}: {word[:40]!r}"
+        if word.lower().lstrip("+-").startswith("inf") or (NUMBER.fullmatch(plain) and math.isinf(float(plain))):
+            raise ValueError(f"{found} is infinite: write nan where the DOS is unknown")
+        if NUMBER.fullmatch(plain):
+            return float(plain)
+        if word.startswith("*"):
+            raise ValueError(f"{found} is a number that did not fit its field: write it with more digits")
+        if not is_number_like(word):
+            raise ValueError(f"{where}: expected numbers, found {word[:40]!r}")
+        commas = "," in word and self.separator is None
+        fix = ": separate columns by blanks or semicolons, and write decimal points" if commas else ""
+        raise ValueError(f"{found} is not a number{fix}")
 
 
 def _bare(line: str) -> str:
@@ -189,9 +201,6 @@ def _fast(body: str, style: _Style, start: int) -> tuple[Array, np.ndarray] | No
         return None
     if np.isinf(rows).any():
         return None
-    count = body.count("\n") + (not body.endswith("\n"))
-    if count == len(rows):
-        return rows, np.arange(start, start + count)
     kept = [i for i, line in enumerate(io.StringIO(body), start=start) if line.strip()]
     return (rows, np.array(kept)) if len(kept) == len(rows) else None
 
@@ -204,32 +213,12 @@ def _slow(body: str, style: _Style, name: str, start: int) -> tuple[Array, np.nd
         if not line.strip() or line.strip()[0] in COMMENT_MARKS:
             continue
         words = style.split(_bare(line))
-        rows.append([_value(word, style, f"{name}, line {number}") for word in words])
+        rows.append([style.number(word, f"{name}, line {number}") for word in words])
         lines.append(number)
         if len(rows[-1]) != len(rows[0]):
             told = f"{counted(len(rows[-1]))}, but {len(rows[0])} in line {lines[0]}"
             raise ValueError(f"{name}, line {number}: {told}")
     return np.array(rows), np.array(lines)
-
-
-def _value(word: str, style: _Style, where: str) -> float:
-    infinite = f"{where}: {word[:40]!r} is infinite: write nan where the DOS is unknown"
-    if word.lower().lstrip("+-").startswith("inf"):
-        raise ValueError(infinite)
-    try:
-        value = style.number(word)
-    except ValueError:
-        told = f"{where}: {word[:40]!r} is not a number"
-        if word.startswith("*"):
-            told = f"{where}: {word[:40]!r} is a number that did not fit its field: write it with more digits"
-        elif not is_number_like(word):
-            told = f"{where}: expected numbers, found {word[:40]!r}"
-        elif "," in word and style.separator is None:
-            told += ": separate columns by blanks or semicolons, and write decimal points"
-        raise ValueError(told) from None
-    if np.isinf(value):
-        raise ValueError(infinite)
-    return value
 
 
 def column_names(header: tuple[str, ...], count: int, separator: str | None) -> tuple[str, ...]:

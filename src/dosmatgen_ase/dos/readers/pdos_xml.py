@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dosmatgen_ase.dos.grid import Array
-from dosmatgen_ase.dos.readers.common import READ_ERRORS, Content, Request, unreadable
+from dosmatgen_ase.dos.readers.common import Content, Request, naming
 from dosmatgen_ase.dos.readers.densities import Densities, even
 from dosmatgen_ase.dos.target import TargetDOS
 
@@ -25,15 +25,11 @@ def is_pdos_xml(content: Content) -> bool:
 
 def read_pdos_xml(content: Content, request: Request) -> TargetDOS:
     """Read the DOS of a site, or the total: that of all orbitals, which are a basis."""
-    try:
+    what = " is not a complete PDOS of SIESTA or ABACUS"
+    with naming(content.name, what=what), naming("it is cut off or damaged", ET.ParseError):
         densities = _densities(content, request)
-    except READ_ERRORS as error:
-        told = ", it is cut off or damaged" if isinstance(error, ET.ParseError) else ""
-        raise unreadable(content.name, error, f" is not a complete PDOS of SIESTA or ABACUS{told}") from None
-    try:
+    with naming(content.name, ValueError):
         return densities.target(request.site, request.sigma)
-    except ValueError as error:
-        raise unreadable(content.name, error) from None
 
 
 def _densities(content: Content, request: Request) -> Densities:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dosmatgen_ase.dos.grid import Array
-from dosmatgen_ase.dos.readers.common import READ_ERRORS, unreadable
+from dosmatgen_ase.dos.readers.common import naming
 from dosmatgen_ase.dos.readers.densities import Densities, real_rows
 from dosmatgen_ase.dos.target import TargetDOS
 
@@ -28,10 +28,8 @@ def read_pymatgen(dos: Any, site: int | None, sigma: float | None = None) -> Tar
     if not isinstance(dos, Dos):
         raise TypeError(f"from_pymatgen reads a pymatgen Dos, CompleteDos or its dict, not {type(dos).__name__}")
     source = f"pymatgen {type(dos).__name__}"
-    try:
+    with naming(f"this {source} is incomplete"):
         densities = _of_object(dos, source)
-    except READ_ERRORS as error:
-        raise unreadable(f"this {source} is incomplete", error) from None
     return densities.target(site, sigma)
 
 

@@ -6,27 +6,22 @@ import io
 import math
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from os import PathLike
 
 import numpy as np
 
 from dosmatgen_ase.dos.grid import Array
-from dosmatgen_ase.dos.readers.common import MAX_NEGATIVE, READ_ERRORS, Content, Request, read_bytes, unreadable
+from dosmatgen_ase.dos.readers.common import MAX_NEGATIVE, READ_ERRORS, Content, Request, naming, unreadable
 from dosmatgen_ase.dos.readers.densities import Densities, even
 from dosmatgen_ase.dos.target import TargetDOS
 
 _HEAD = {"generator", "incar", "kpoints", "parameters", "atominfo"}
 _MAX_ROWS = 2_000_000  # of one table
 _MAX_DEPTH = 100
+_FERMI = "i[@name='efermi']"
 
 # Largest negative area of one level, as a share of the positive one, by Methfessel-Paxton order, with a tenth to spare
 # for sampling.
 _LOBES = {1: 0.0661 * 1.1, 2: 0.1018 * 1.1}
-
-
-def read_vasprun(path: str | PathLike[str], site: int | None) -> TargetDOS:
-    """What `TargetDOS.from_vasprun` does."""
-    return parse_vasprun(Content(str(path), read_bytes(path)), Request(site))
 
 
 def is_xml(content: Content) -> bool:
@@ -34,19 +29,17 @@ def is_xml(content: Content) -> bool:
     return content.head.startswith("<")
 
 
-def parse_vasprun(content: Content, request: Request) -> TargetDOS:
+def read_vasprun(content: Content, request: Request) -> TargetDOS:
     """Read the DOS of the last ionic step of a ``vasprun.xml``."""
     name = content.name
     _check_root(content)
     try:
         densities = _densities(content)
     except READ_ERRORS as error:
-        told = "it is cut off or damaged" if isinstance(error, ET.ParseError) else ""
-        raise unreadable(name, error, f" is not a complete vasprun.xml with a DOS{told and ', ' + told}") from None
-    try:
+        told = ", it is cut off or damaged" if isinstance(error, ET.ParseError) else ""
+        raise unreadable(name, error, f" is not a complete vasprun.xml with a DOS{told}") from None
+    with naming(name, ValueError):
         return densities.target(request.site, request.sigma)
-    except ValueError as error:
-        raise unreadable(name, error) from None
 
 
 def _check_root(content: Content) -> None:
@@ -88,61 +81,50 @@ def _densities(content: Content) -> Densities:
     if dos is None:
         raise ValueError("no ionic step of it holds one")
     noncollinear = _is_on(settings, "LNONCOLLINEAR") or _is_on(settings, "LSORBIT")
-    return _of_blocks(content, settings, symbols, levels, dos, noncollinear, in_lines, last_has_dos)
-
-
-def _of_blocks(
-    content: Content,
-    settings: dict[str, str],
-    symbols: list[str],
-    levels: list[Array],
-    dos: ET.Element,
-    noncollinear: bool,
-    in_lines: bool,
-    last_has_dos: bool,
-) -> Densities:
-    fermi = dos.findtext("i[@name='efermi']")
-    total = [_table(spin) for spin in dos.findall("total/array/set/set")]
-    ions = [[_table(spin) for spin in ion] for ion in dos.findall("partial/array/set/set")]
-    if fermi is None or not total:
-        raise ValueError("its <dos> lacks the Fermi level or the total DOS")
-    steps, assumptions = [], []
-    noncollinear |= any(len(ion) > 2 for ion in ions)
-    if noncollinear:  # the other "spins" are the magnetisation along x, y and z
-        total, ions, levels = total[:1], [ion[:1] for ion in ions], levels[:1]
-        steps.append("noncollinear: one electron in a state")
-    if any(table.shape != total[0].shape or table.shape[1] < 3 for table in total):
-        raise ValueError("the columns of its total DOS do not fit together")
-    if ions and symbols and len(ions) != len(symbols):
-        raise ValueError(f"it has projections of {len(ions)} ions and {len(symbols)} atoms")
-    if any(len(ion) != len(total) or any(t.shape[0] != total[0].shape[0] for t in ion) for ion in ions):
-        raise ValueError("its projections do not fit its total DOS")
+    total, ions, noncollinear = _tables(dos, symbols, noncollinear)
+    assumptions = []
     if not last_has_dos:
         assumptions.append("structure: the DOS is that of an earlier ionic step, because the last one has none")
     if in_lines:
         assumptions.append("k-points: they lie along lines, so this is not the DOS of the crystal; use a mesh")
     ismear, width = _number(settings, "ISMEAR"), _number(settings, "SIGMA")
-    sigma = None
+    sigma = 0.0 if ismear in (-4, -5, -14, -15) else None
     if ismear == 0 and width is not None:
         sigma = width / math.sqrt(2)
-    elif ismear in (-4, -5, -14, -15):
-        sigma = 0.0
     return Densities(
         source=f"VASP {content.basename}",
         energies=even(total[0][:, 0], 4),
         total=np.array([table[:, 1] for table in total]),
         integrated=np.array([table[:, 2] for table in total]),
         sites=np.array([sum(t[:, 1:].sum(axis=1) for t in ion) for ion in ions]) if ions else None,
-        fermi=float(fermi),
+        fermi=float(dos.findtext(_FERMI, "")),
         symbols=symbols,
-        levels=levels,
+        levels=levels[:1] if noncollinear else levels,
         electrons=_number(settings, "NELECT"),
         sigma=sigma,
-        negative_limit=_LOBES.get(int(ismear), MAX_NEGATIVE) if ismear is not None and ismear >= 1 else MAX_NEGATIVE,
+        negative_limit=_LOBES.get(int(ismear or 0), MAX_NEGATIVE),
         smearing="any smearing" if ismear is None else f"ISMEAR = {ismear:g}",
-        steps=steps,
+        steps=["noncollinear: one electron in a state"] if noncollinear else [],
         assumptions=assumptions,
     )
+
+
+def _tables(dos: ET.Element, symbols: list[str], noncollinear: bool) -> tuple[list[Array], list[list[Array]], bool]:
+    """Tables of each spin of the total and of each ion, which fit each other, and whether they are noncollinear."""
+    total = [_table(spin) for spin in dos.findall("total/array/set/set")]
+    ions = [[_table(spin) for spin in ion] for ion in dos.findall("partial/array/set/set")]
+    if dos.find(_FERMI) is None or not total:
+        raise ValueError("its <dos> lacks the Fermi level or the total DOS")
+    noncollinear |= any(len(ion) > 2 for ion in ions)
+    if noncollinear:  # the other "spins" are the magnetisation along x, y and z
+        total, ions = total[:1], [ion[:1] for ion in ions]
+    if any(table.shape != total[0].shape or table.shape[1] < 3 for table in total):
+        raise ValueError("the columns of its total DOS do not fit together")
+    if ions and symbols and len(ions) != len(symbols):
+        raise ValueError(f"it has projections of {len(ions)} ions and {len(symbols)} atoms")
+    if any(len(ion) != len(total) or any(t.shape[0] != total[0].shape[0] for t in ion) for ion in ions):
+        raise ValueError("its projections do not fit its total DOS")
+    return total, ions, noncollinear
 
 
 def _blocks(data: bytes) -> Iterator[ET.Element]:

@@ -12,8 +12,8 @@ from typing import Any
 from dosmatgen_ase.dos.readers.numbers import Table
 
 HARTREE = 27.211386245988
+# eV (CODATA 2018) of the units that energies are written in.
 ENERGY_UNITS = {"ev": 1.0, "mev": 1e-3, "ha": HARTREE, "hartree": HARTREE, "ry": HARTREE / 2, "rydberg": HARTREE / 2}
-"""eV (CODATA 2018) of the units that energies are written in."""
 
 OTHER_ZERO = re.compile(
     r"(?<![a-z])(vacuum|e_?\{?vac|homo|mid-?gap|core[ -]level|n\.?h\.?e|s\.?h\.?e|average potential|"
@@ -69,12 +69,13 @@ def _valued(plain: str, doubtful: str) -> re.Pattern[str]:
     )
 
 
+# What says that zero is a level. "E-fermi :  5.3" is no difference, but how VASP gives a value.
 STATED = {
     "vbm": _stated(_VBM, rf"{_ENERGY}\s*-\s*(?:{_E_V}|{_E_VBM}|VBM?(?!\w))(?!{_VALUE_FOLLOWS})|E\s*-\s*(?-i:EV)(?!\w)"),
     "fermi": _stated(_FERMI, rf"{_ENERGY}\s*-\s*(?:{_E_F}|{_MU})"),
 }
-"""What says that zero is a level. ``E-fermi :  5.3`` is no difference, but how VASP gives a value."""
 
+# What gives the energy of a level.
 VALUES = {
     "fermi": _valued(rf"{_E_F}|fermi[\s_-]*(?:level|energy)|chemical potential", rf"fermi|{_MU}"),
     "vbm": _valued(
@@ -83,7 +84,6 @@ VALUES = {
         _E_V,
     ),
 }
-"""What gives the energy of a level."""
 
 # What denies a statement: words before it in the same line, or a "no" after it.
 _DENIED = re.compile(
@@ -92,6 +92,7 @@ _DENIED = re.compile(
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(r"(?: level| energy)?\s*[:=?]\s*\.?(?:no|false)\b", re.IGNORECASE)
+# What says, without a statement to deny, that energies are as the program has them.
 NOT_SHIFTED = re.compile(
     r"\b(?:un|non)-?shifted|"
     r"\b(?:not|never|without|no|\w+n't)(?: (?:yet|been|be|any|a|energy|rigid|further))* shift\w*|"
@@ -99,7 +100,6 @@ NOT_SHIFTED = re.compile(
     r"(?:at|set|subtracted|zero|the zero|shifted|aligned)\b",
     re.IGNORECASE,
 )
-"""What says, without a statement to deny, that energies are as the program has them."""
 
 
 def header_lines(table: Table) -> str:
