@@ -41,6 +41,7 @@ from dosmatgen_ase.dos import (
     scale_sites_to_total,
     wasserstein,
 )
+from dosmatgen_ase.dos.broadening import PIECE
 
 DATA = Path(__file__).parents[1] / "data"
 VASP = Path(ase.test.__file__).parent / "testdata" / "vasp"
@@ -796,3 +797,13 @@ def test_sum_over_sites() -> None:
             TargetDOS.sum_of(others)
     with pytest.raises(ValueError, match=r"that of \[1\] is unknown"):
         TargetDOS.sum_of([one, None])  # type: ignore[list-item]
+
+
+def test_a_fine_grid_without_further_broadening_is_taken_in_pieces() -> None:
+    energies = np.linspace(-10.0, 5.0, 1501)
+    dos = TargetDOS.from_arrays(energies, 1 + np.sin(energies), sigma=0.2, kind="site", reference="fermi")
+    fine = EnergyGrid(-10, 5, 0.001)  # more than one piece
+    assert fine.size > PIECE
+    once = dos.on_grid(fine, 0.2)
+    assert once.known.all()
+    np.testing.assert_allclose(once.values, np.interp(fine.energies, energies, dos.values), atol=1e-12)

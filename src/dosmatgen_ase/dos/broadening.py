@@ -83,14 +83,14 @@ def _resampling_matrix(energies: Array, centres: Array, width: float) -> Iterato
         piece = slice(start, start + PIECE)
         whole = points.size <= PIECE
         first, end = (0, energies.size) if whole else (int(left[piece][0]), int(left[piece][-1]) + 2)
-        # Beyond 8 widths the kernel is 1e-14.
         near = slice(0, centres.size)
-        if not whole:
-            reach = (points[piece][0] - 8 * width, points[piece][-1] + 8 * width)
-            near = slice(*np.searchsorted(centres, reach).tolist())
-        if width == 0.0:
-            kernel = np.eye(centres.size)[:, piece]
+        if width == 0.0:  # the points are the centres
+            near = slice(start, start + points[piece].size)
+            kernel = np.eye(points[piece].size)
         else:
+            if not whole:  # beyond 8 widths the kernel is 1e-14
+                reach = (points[piece][0] - 8 * width, points[piece][-1] + 8 * width)
+                near = slice(*np.searchsorted(centres, reach).tolist())
             distance = (centres[near, None] - points[piece]) / width
             kernel = np.exp(-0.5 * distance**2) / (math.sqrt(2 * math.pi) * width) * lengths[piece]
         columns = np.zeros((end - first, kernel.shape[0]))
