@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dosmatgen_ase.crystals.checks import check_atoms
 from dosmatgen_ase.limits import MAX_ATOMS
@@ -84,17 +85,13 @@ class CrystalBatch(OnDevice):
         """
         for i, atoms in enumerate(structures):
             check_atoms(atoms, f"structure {i}", max_atoms)
-        size = max(len(a) for a in structures)
         cell = np.stack([np.asarray(a.cell) for a in structures])
-        frac = np.zeros((len(structures), size, 3))
-        numbers = np.zeros((len(structures), size), dtype=np.int64)
-        for i, atoms in enumerate(structures):
-            frac[i, : len(atoms)] = atoms.get_scaled_positions(wrap=True)
-            numbers[i, : len(atoms)] = atoms.numbers
+        frac = [torch.tensor(a.get_scaled_positions(wrap=True), dtype=torch.float32) for a in structures]
+        numbers = [torch.tensor(a.numbers, dtype=torch.int64) for a in structures]
         return cls(
             torch.tensor(cell, dtype=torch.float32),
-            wrap(torch.tensor(frac, dtype=torch.float32)),
-            torch.tensor(numbers),
+            wrap(pad_sequence(frac, batch_first=True)),
+            pad_sequence(numbers, batch_first=True),
             torch.tensor([len(a) for a in structures]),
         )
 

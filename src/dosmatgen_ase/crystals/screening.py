@@ -101,14 +101,13 @@ def screen(
         )
 
     cell = np.asarray(atoms.cell, dtype=float)
-    positions = np.asarray(atoms.positions, dtype=float)
     if told := fault(atoms):
         return Screening(False, f"it {told}", None, None)
 
     with np.errstate(over="ignore", invalid="ignore"):  # an absurd cell may overflow: inf and NaN fail the checks below
         normals = np.cross(cell[[1, 2, 0]], cell[[2, 0, 1]])
         volume = float(cell[0] @ normals[0])
-        per_atom = volume / len(positions)
+        per_atom = volume / len(atoms)
     if volume < 0:
         return Screening(False, "left-handed cell", None, abs(per_atom))
     if not per_atom >= min_volume_per_atom:
@@ -119,7 +118,7 @@ def screen(
     if (beyond := too_many_or_far(atoms)) is not None:
         return Screening(False, beyond, None, per_atom)
 
-    frac_coords = positions @ (normals / volume).T  # the normals over the volume are the reciprocal vectors
+    frac_coords = atoms.positions @ (normals / volume).T  # the normals over the volume are the reciprocal vectors
     heights = volume / np.linalg.norm(normals, axis=1)
     shortest = _shortest_distance(cell, heights, frac_coords)
     if shortest is None:

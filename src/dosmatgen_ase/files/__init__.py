@@ -14,7 +14,6 @@ import os
 import re
 import struct
 import sys
-import tempfile
 import tokenize
 import zipfile
 import zlib
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dosmatgen_ase.files.contents import BY_US, STREAMS, cif, infos, json_database, poscar, write_database
+from dosmatgen_ase.files.contents import BY_US, STREAMS, cif, database, infos, json_database, poscar, trajectory
 from dosmatgen_ase.files.contents import MARK as MARK  # and who imports it finds it here
 
 if TYPE_CHECKING:
@@ -45,8 +44,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
     part = target.with_name(f".{target.name}.part")  # hidden: a name without the dot may be that of a download
     try:
-        written = False
-        while not written:
+        while True:
             if part.is_symlink():
                 part.unlink()  # and what it points to stays
             with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "wb") as file:
@@ -62,7 +60,7 @@ def write_atomic(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(part, target)
-                written = True
+                return
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -231,30 +229,17 @@ def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
     structures in POSCAR format are numbered files: x-0000.vasp, x-0001.vasp and so on. Numbered files of a longer run
     before are removed, so that no two runs are mixed; x.vasp of a single structure stays beside them.
     """
-    import ase.io
-
+    content = {".cif": cif, ".traj": trajectory, ".db": database, ".json": json_database}
     kind = structure_format(path)
-    if kind in STREAMS:
-        write_extxyz(path, structures)
-    elif kind == ".cif":
-        write_atomic(path, cif(structures))
-    elif kind == ".json":
-        write_atomic(path, json_database(structures))
-    elif kind == ".vasp":
-        files = written_files(path, len(structures))
-        for file, atoms in zip(files, structures, strict=True):
-            write_atomic(file, poscar(atoms))
-        for file in numbered_files(path) if files else ():
-            if file not in files:
-                file.unlink()
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            part = Path(folder) / f"structures{kind}"
-            if kind == ".traj":
-                ase.io.write(part, list(structures), format="traj")
-            else:
-                write_database(part, structures)
-            write_atomic(path, part.read_bytes())
+    if kind != ".vasp":
+        write_atomic(path, content.get(kind, extxyz)(structures))
+        return
+    files = written_files(path, len(structures))
+    for file, atoms in zip(files, structures, strict=True):
+        write_atomic(file, poscar(atoms))
+    for file in numbered_files(path) if files else ():
+        if file not in files:
+            file.unlink()
 
 
 def numbered_files(path: Path) -> list[Path]:

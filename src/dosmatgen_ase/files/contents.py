@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,13 +66,25 @@ def json_database(structures: Sequence[Atoms]) -> bytes:
     return f'{{{"".join(rows)}"ids": {[*range(1, len(rows) + 1)]},\n"nextid": {len(rows) + 1}}}\n'.encode()
 
 
-def write_database(path: Path, structures: Sequence[Atoms]) -> None:
-    """Write a new SQLite database of ASE; its ``data`` is ``info``."""
+def database(structures: Sequence[Atoms]) -> bytes:
+    """Content of a SQLite database of ASE; its ``data`` is ``info``."""
     from ase.db import connect
 
-    with connect(path, use_lock_file=False) as database:
-        for atoms in structures:
-            database.write(atoms, data=_storable(atoms.info))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "structures.db"
+        with connect(path, use_lock_file=False) as rows:
+            for atoms in structures:
+                rows.write(atoms, data=_storable(atoms.info))
+        return path.read_bytes()
+
+
+def trajectory(structures: Sequence[Atoms]) -> bytes:
+    """Content of a trajectory of ASE."""
+    import ase.io
+
+    content = io.BytesIO()
+    ase.io.write(content, list(structures), format="traj")
+    return content.getvalue()
 
 
 def _storable(value: Any) -> Any:

@@ -61,9 +61,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable safetensors file (truncated?): fetch or train it again") from error
-    if not isinstance(header, dict) or not {"format_version", "sha256"} <= header.keys():
-        raise ValueError(f"{path} holds no dosmatgen-ase header: it was made by another program")
-    if not isinstance(header["format_version"], int):
+    known = isinstance(header, dict) and {"format_version", "sha256"} <= header.keys()
+    if not known or not isinstance(header["format_version"], int):
         raise ValueError(f"{path} holds no dosmatgen-ase header: it was made by another program")
     if header["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{path} has format {header['format_version']}, this version reads {FORMAT_VERSION}: upgrade")

@@ -42,6 +42,19 @@ MAX_ATTEMPTS = 5  # draws per structure before the generator gives up on it
 BATCH_PAIRS = 2048  # a batch of b crystals of N sites has b N^2 at most this: bounds memory
 
 
+class _Keywords(GenerationOptions, total=False):
+    """The keywords of `DOSGenerator.generate`, for editors and type checkers: ``n`` alone tells what it returns."""
+
+    settings: GenerationSettings | None
+    oversample: int
+    relax: Any
+    trust_model: bool
+    ranking: Ranking | None
+    progress: bool
+    out: str | Path | None
+    overwrite: bool
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A checked request with everything that its draws need beside the network."""
@@ -51,10 +64,6 @@ class _Plan:
     guidance: Guidance
     record: dict[str, Any]
     """What ``atoms.info`` tells of every structure."""
-
-    @property
-    def seed(self) -> int:
-        return int(self.record["seed"])
 
 
 class DOSGenerator:
@@ -91,37 +100,9 @@ class DOSGenerator:
         self.model = model.to(self.device)
 
     @overload
-    def generate(
-        self,
-        dos: DOSInput,
-        n: None = None,
-        *,
-        settings: GenerationSettings | None = None,
-        oversample: int = 1,
-        relax: Any = None,
-        trust_model: bool = False,
-        ranking: Ranking | None = None,
-        progress: bool = False,
-        out: str | Path | None = None,
-        overwrite: bool = False,
-        **options: Unpack[GenerationOptions],
-    ) -> Atoms: ...
+    def generate(self, dos: DOSInput, n: None = None, **options: Unpack[_Keywords]) -> Atoms: ...
     @overload
-    def generate(
-        self,
-        dos: DOSInput,
-        n: int,
-        *,
-        settings: GenerationSettings | None = None,
-        oversample: int = 1,
-        relax: Any = None,
-        trust_model: bool = False,
-        ranking: Ranking | None = None,
-        progress: bool = False,
-        out: str | Path | None = None,
-        overwrite: bool = False,
-        **options: Unpack[GenerationOptions],
-    ) -> list[Atoms]: ...
+    def generate(self, dos: DOSInput, n: int, **options: Unpack[_Keywords]) -> list[Atoms]: ...
     @spelled
     def generate(
         self,
@@ -198,7 +179,7 @@ class DOSGenerator:
             targets, total = request.site_targets, request.total_target
             # Errors come before the work.
             score([], targets, total, ranking=ranking, relax=relax, trust_model=trust_model)
-        made = self._start(request, chosen, wanted * oversample if ranked else wanted, progress, out, overwrite)
+        made = self._start(request, wanted * oversample if ranked else wanted, progress, out, overwrite)
         ordered: list[Atoms] = []
         try:
             ordered.extend(made)  # keeps what came before an error
@@ -235,21 +216,13 @@ class DOSGenerator:
         **options: Unpack[GenerationOptions],
     ) -> Iterator[Atoms]:
         """Yield structures by index as they are made, batch by batch; parameters and errors as :meth:`generate`."""
-        chosen = _chosen(settings, options)
-        request = Request.of(dos, chosen)
-        return self._start(request, chosen, n, progress, out, overwrite)
+        return self._start(Request.of(dos, _chosen(settings, options)), n, progress, out, overwrite)
 
     def _start(
-        self,
-        request: Request,
-        settings: GenerationSettings,
-        n: int,
-        progress: bool,
-        out: str | Path | None,
-        overwrite: bool,
+        self, request: Request, n: int, progress: bool, out: str | Path | None, overwrite: bool
     ) -> Iterator[Atoms]:
         """Check what is left to check, and settle the record; then draw one by one."""
-        n = whole_number(n, "n", 1)
+        n, settings = whole_number(n, "n", 1), request.settings
         stream = None if out is None else Stream(Path(out), n, overwrite)
         request.check_template(self.model.denoiser.config.cutoff)
         guidance, config = request.sampling(SamplerConfig(num_steps=settings.num_steps), settings.guidance_scale)
@@ -312,9 +285,8 @@ class DOSGenerator:
                     made, failed = self._complete(plan, batch, sizes[batch[0]])
                     reasons |= failed
                     accepted |= bool(made)
-                    new: dict[int, Atoms | None] = {i: made.get(i) for i in missing}
-                    bar.update(sum(atoms is not None for atoms in new.values()))
-                    done |= new
+                    done |= {i: made.get(i) for i in missing}
+                    bar.update(len(made.keys() & set(missing)))
                 while turn in done:
                     if (atoms := done.pop(turn)) is not None:
                         if stream is not None and turn not in ready:
@@ -341,7 +313,7 @@ class DOSGenerator:
             waiting = [i for i in batch if i not in made]
             if not waiting:
                 break
-            rngs = [np.random.default_rng((plan.seed, i, attempt)) for i in waiting]
+            rngs = [np.random.default_rng((plan.record["seed"], i, attempt)) for i in waiting]
             drawn, calls = self._draw(plan.request, [size] * len(waiting), rngs, plan.config, plan.guidance)
             for i, atoms in zip(waiting, drawn, strict=True):
                 result = screen(atoms, max_volume_per_atom=plan.request.max_volume_per_atom)
@@ -389,7 +361,7 @@ class DOSGenerator:
             logits = self.model.encoder.size_logits(condition.to(self.device))[0].double().cpu()
         logits[:smallest] = -torch.inf
         probability = torch.softmax(logits, 0).numpy()
-        rngs = (np.random.default_rng((plan.seed, i, 0, 1)) for i in range(n))
+        rngs = (np.random.default_rng((plan.record["seed"], i, 0, 1)) for i in range(n))
         return [int(rng.choice(len(probability), p=probability)) for rng in rngs]
 
 

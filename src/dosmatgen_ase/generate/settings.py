@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 
 from dosmatgen_ase import parsing
@@ -130,32 +130,28 @@ class GenerationSettings:
         for name in ("fixed_cell", "new_only"):
             if getattr(self, name) not in (True, False):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
-        sites = None if self.sites is None else parsing.site_numbers(self.sites, "sites")
-        held = parsing.site_numbers(() if self.fixed_sites is None else self.fixed_sites, "fixed_sites")
-        free = parsing.site_numbers(() if self.free_species is None else self.free_species, "free_species")
-        self._set(
-            num_atoms=parsing.cell_sizes(self.num_atoms),
-            sites=sites,
-            template=_bare(self.template),
-            strength=float(self.strength),
-            fixed_species=parsing.site_elements(self.fixed_species or {}),
-            fixed_sites=held,
-            free_species=free,
-            fixed_cell=bool(self.fixed_cell),
-            new_only=bool(self.new_only),
-            composition=parsing.formula_counts(self.composition),
-            elements=parsing.element_list(self.elements, "elements"),
-            exclude_elements=parsing.element_list(self.exclude_elements, "exclude_elements"),
-            guidance_scale=None if scale is None else float(scale),
-            num_steps=parsing.whole_number(self.num_steps, "num_steps", 1, MAX_STEPS),
-            seed=None if self.seed is None else parsing.whole_number(self.seed, "seed", 0),
-        )
-        if both := sorted({*free} & {*(self.fixed_species or {})}):
-            raise ValueError(f"free_species and fixed_species both name site {both[0]}: leave it out of one of them")
-
-    def _set(self, **values: Any) -> None:
+        free = () if self.free_species is None else self.free_species
+        values = {
+            "sites": None if self.sites is None else parsing.site_numbers(self.sites, "sites"),
+            "fixed_sites": parsing.site_numbers(() if self.fixed_sites is None else self.fixed_sites, "fixed_sites"),
+            "free_species": parsing.site_numbers(free, "free_species"),
+            "num_atoms": parsing.cell_sizes(self.num_atoms),
+            "template": _bare(self.template),
+            "strength": float(self.strength),
+            "fixed_species": parsing.site_elements(self.fixed_species or {}),
+            "fixed_cell": bool(self.fixed_cell),
+            "new_only": bool(self.new_only),
+            "composition": parsing.formula_counts(self.composition),
+            "elements": parsing.element_list(self.elements, "elements"),
+            "exclude_elements": parsing.element_list(self.exclude_elements, "exclude_elements"),
+            "guidance_scale": None if scale is None else float(scale),
+            "num_steps": parsing.whole_number(self.num_steps, "num_steps", 1, MAX_STEPS),
+            "seed": None if self.seed is None else parsing.whole_number(self.seed, "seed", 0),
+        }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        if both := sorted({*(self.free_species or ())} & {*(self.fixed_species or {})}):
+            raise ValueError(f"free_species and fixed_species both name site {both[0]}: leave it out of one of them")
 
     def replace(self, **changes: Unpack[GenerationOptions]) -> Self:
         """Return a copy with some fields changed.
@@ -165,7 +161,7 @@ class GenerationSettings:
         TypeError
             For a name that is no field, with the nearest that is one; else as the class.
         """
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = vars(self)
         for name in changes:
             if name not in own:
                 near = difflib.get_close_matches(name, own, 1)
@@ -176,8 +172,7 @@ class GenerationSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able dict; `from_dict` is its inverse."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        values: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
         values["fixed_species"] = {str(i): symbol for i, symbol in values["fixed_species"].items()}
         if self.template is not None:
             from ase.io.jsonio import encode
@@ -213,16 +208,9 @@ class GenerationSettings:
 
 def described() -> dict[str, str]:
     """What each field of `GenerationSettings` means, from its docstring; the command line shows the same."""
-    lines = inspect.cleandoc(GenerationSettings.__doc__ or "").splitlines()
-    found: dict[str, list[str]] = {}
-    for line in lines[lines.index("Attributes") + 2 :] if "Attributes" in lines else ():
-        if heading := re.match(r"(\w+) : ", line):
-            found[heading[1]] = []
-        elif not line.strip() or not found:
-            break
-        else:
-            found[list(found)[-1]].append(line.strip())
-    return {name: " ".join(text) for name, text in found.items()}
+    text = inspect.cleandoc(GenerationSettings.__doc__ or "")
+    entries = re.findall(r"^(\w+) : .*\n((?: .*\n)+)", text.partition("Attributes\n")[2], re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in entries}
 
 
 def spelled(function: _Function) -> _Function:

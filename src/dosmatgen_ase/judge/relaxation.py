@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -117,8 +118,7 @@ def relax(
         if not isinstance(item, Atoms):
             raise TypeError(f"relax takes ase.Atoms or a list of them, not {type(item).__name__}")
     structures = hold(structures, fixed_sites)
-    limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "fixed_cell": fixed_cell}
-    each = relax_each(structures, calculator, processes=processes, trust_model=trust_model, **limits)
+    each = relax_each(structures, calculator, fmax, max_steps, time_limit, processes, fixed_cell, trust_model)
     with contextlib.closing(each) as finished:
         relaxed = list(tqdm(finished, total=len(structures), disable=not progress, unit="structure", desc="relax"))
     return relaxed[0] if single else relaxed
@@ -192,7 +192,7 @@ def relax_each(
         given = f"fmax={fmax}, time_limit={time_limit}, processes={processes}"
         raise ValueError(f"{given} must be above 0, and max_steps={max_steps} must not be negative")
     check_trust(calculator, trust_model)
-    work = partial(_relax_one, fmax=fmax, max_steps=max_steps, time_limit=time_limit, fixed_cell=fixed_cell)
+    work = _Relaxation(fmax, max_steps, time_limit, fixed_cell)
     if min(processes, len(structures)) <= 1:
         engine = load_calculator(calculator, trust_model)
         yield from (work(item, engine) for item in structures)
@@ -223,13 +223,12 @@ def in_processes(
                     running[pool.submit(work, structures[i])] = i
                 except BrokenProcessPool:
                     died |= {i}
-            finished = wait(running, return_when=ALL_COMPLETED if died else FIRST_COMPLETED).done
-            for job in finished:
+            for job in wait(running, return_when=ALL_COMPLETED if died else FIRST_COMPLETED).done:
+                i = running.pop(job)
                 try:
-                    done[running[job]] = job.result()
+                    done[i] = job.result()
                 except BrokenProcessPool:
-                    died |= {running[job]}
-                del running[job]
+                    died |= {i}
             if died:
                 pool.shutdown()
                 waiting.extendleft(sorted(running.values(), reverse=True))  # they broke, too, while we looked
@@ -296,15 +295,8 @@ def _end_with(parent: Connection) -> None:
     os._exit(1)
 
 
-def _relax_by_name(
-    calculator: str | Path, trust_model: bool, work: Callable[[Atoms, Any], Atoms], start: Atoms
-) -> Atoms:
+def _relax_by_name(calculator: str | Path, trust_model: bool, work: _Relaxation, start: Atoms) -> Atoms:
     return work(start, _kept_calculator(calculator, trust_model))
-
-
-@lru_cache(maxsize=1)
-def _kept_calculator(calculator: str | Path, trust_model: bool) -> Any:
-    return load_calculator(calculator, trust_model)
 
 
 @contextlib.contextmanager
@@ -336,49 +328,73 @@ def _unrelaxed(given: Atoms, reason: str | None) -> Atoms:
     return start
 
 
-def _relax_one(
-    given: Atoms, calculator: Any, fmax: float, max_steps: int, time_limit: float, fixed_cell: bool
-) -> Atoms:
-    start = _unrelaxed(given, None)
-    report = start.info["relaxation"]
-    try:
-        return _relaxed(start, report, calculator, fmax, max_steps, time_limit, fixed_cell)
-    except _BrokenDown as error:
-        report.update(energy=None, reason=str(error))
-    except Exception as error:  # noqa: BLE001 -- whatever a structure raises is its own failure, and ends no run
-        report.update(energy=None, reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    return start
+@dataclass(frozen=True)
+class _Relaxation:
+    """How one structure is relaxed; its call is the work of a process."""
 
+    fmax: float
+    max_steps: int
+    time_limit: float
+    fixed_cell: bool
 
-def _relaxed(
-    start: Atoms,
-    report: dict[str, Any],
-    calculator: Any,
-    fmax: float,
-    max_steps: int,
-    time_limit: float,
-    fixed_cell: bool,
-) -> Atoms:
-    start.set_cell(right_handed(start).cell, apply_constraint=False)
-    screening = screen_given(start)
-    if not screening.accepted:
-        raise _BrokenDown(f"rejected before relaxation: {screening.reason}")
-    atoms = start.copy()
-    atoms.info["relaxation"] = report
-    atoms.calc = calculator
-    held = [constraint for constraint in atoms.constraints if _holds(constraint)]
-    fixed_cell = fixed_cell or any(not isinstance(constraint, _MOVE_WITH_CELL) for constraint in held)
-    optimiser = BFGS(atoms if fixed_cell else FrechetCellFilter(atoms), logfile=None)
-    with quick_blas():
-        report["reason"] = _optimise(optimiser, atoms, report, fmax, max_steps, time.perf_counter() + time_limit)
-    report["converged"] = report["reason"] is None
-    results = {name: np.array(value) for name, value in calculator.results.items() if name in ("forces", "stress")}
-    atoms.calc = SinglePointCalculator(atoms, energy=report["energy"] * len(atoms), **results)
-    moved = atoms.get_scaled_positions(wrap=False) - start.get_scaled_positions(wrap=False)
-    sites_held = any(not isinstance(constraint, FixSymmetry) for constraint in held)
-    shift = 0.0 if sites_held else moved.mean(0)
-    report["rmsd"] = float(np.sqrt((((moved - shift) @ atoms.cell) ** 2).sum(1).mean()))
-    return atoms
+    def __call__(self, given: Atoms, calculator: Any) -> Atoms:
+        start = _unrelaxed(given, None)
+        report = start.info["relaxation"]
+        try:
+            return self._relaxed(start, report, calculator)
+        except _BrokenDown as error:
+            report.update(energy=None, reason=str(error))
+        except Exception as error:  # noqa: BLE001 -- whatever a structure raises is its own failure, and ends no run
+            report.update(energy=None, reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return start
+
+    def _relaxed(self, start: Atoms, report: dict[str, Any], calculator: Any) -> Atoms:
+        start.set_cell(right_handed(start).cell, apply_constraint=False)
+        screening = screen_given(start)
+        if not screening.accepted:
+            raise _BrokenDown(f"rejected before relaxation: {screening.reason}")
+        atoms = start.copy()
+        atoms.info["relaxation"] = report
+        atoms.calc = calculator
+        held = [constraint for constraint in atoms.constraints if _holds(constraint)]
+        fixed_cell = self.fixed_cell or any(not isinstance(constraint, _MOVE_WITH_CELL) for constraint in held)
+        optimiser = BFGS(atoms if fixed_cell else FrechetCellFilter(atoms), logfile=None)
+        with quick_blas():
+            report["reason"] = self._optimise(optimiser, atoms, report)
+        report["converged"] = report["reason"] is None
+        results = {name: np.array(value) for name, value in calculator.results.items() if name in ("forces", "stress")}
+        atoms.calc = SinglePointCalculator(atoms, energy=report["energy"] * len(atoms), **results)
+        moved = atoms.get_scaled_positions(wrap=False) - start.get_scaled_positions(wrap=False)
+        if all(isinstance(constraint, FixSymmetry) for constraint in held):  # no site is held
+            moved -= moved.mean(0)
+        report["rmsd"] = float(np.sqrt(((moved @ atoms.cell) ** 2).sum(1).mean()))
+        return atoms
+
+    def _optimise(self, optimiser: BFGS, atoms: Atoms, report: dict[str, Any]) -> str | None:
+        """Relax in place, keep the report's steps and energies, and return why it stopped early, if it did."""
+        deadline = time.perf_counter() + self.time_limit
+        # A calculator is foreign code, and whatever it raises is the failure of this structure only.
+        try:
+            for converged in optimiser.irun(fmax=self.fmax, steps=self.max_steps):
+                energy = float(atoms.get_potential_energy()) / len(atoms)
+                if not (math.isfinite(energy) and np.isfinite(atoms.get_forces()).all()):
+                    raise _BrokenDown("energy or forces are not finite")
+                screening = screen_given(atoms)
+                if not screening.accepted:
+                    raise _BrokenDown(f"broke down in step {optimiser.nsteps}: {screening.reason}")
+                report["energy"], report["steps"] = energy, int(optimiser.nsteps)
+                if report["energy_start"] is None:
+                    report["energy_start"] = energy
+                if converged:
+                    return None
+                if time.perf_counter() > deadline:
+                    return "time limit reached"
+        except _BrokenDown:
+            raise
+        except Exception as error:
+            told = " ".join(str(error).split())[:200]
+            raise _BrokenDown(f"the calculator failed: {type(error).__name__}: {told}") from error
+        return f"not converged in {self.max_steps} steps"
 
 
 def _holds(constraint: Any) -> bool:
@@ -388,34 +404,6 @@ def _holds(constraint: Any) -> bool:
 
 class _BrokenDown(Exception):
     """The calculator failed, or the structure left what it can describe."""
-
-
-def _optimise(
-    optimiser: BFGS, atoms: Atoms, report: dict[str, Any], fmax: float, max_steps: int, deadline: float
-) -> str | None:
-    """Relax in place, keep the report's steps and energies, and return why it stopped early, if it did."""
-    # A calculator is foreign code, and whatever it raises is the failure of this structure only.
-    try:
-        for converged in optimiser.irun(fmax=fmax, steps=max_steps):
-            energy = float(atoms.get_potential_energy()) / len(atoms)
-            if not (math.isfinite(energy) and np.isfinite(atoms.get_forces()).all()):
-                raise _BrokenDown("energy or forces are not finite")
-            screening = screen_given(atoms)
-            if not screening.accepted:
-                raise _BrokenDown(f"broke down in step {optimiser.nsteps}: {screening.reason}")
-            report["energy"], report["steps"] = energy, int(optimiser.nsteps)
-            if report["energy_start"] is None:
-                report["energy_start"] = energy
-            if converged:
-                return None
-            if time.perf_counter() > deadline:
-                return "time limit reached"
-    except _BrokenDown:
-        raise
-    except Exception as error:
-        told = " ".join(str(error).split())[:200]
-        raise _BrokenDown(f"the calculator failed: {type(error).__name__}: {told}") from error
-    return f"not converged in {max_steps} steps"
 
 
 # -- calculators -------------------------------------------------------------------------------------------------------
@@ -458,6 +446,9 @@ def load_calculator(calculator: Any, trust_model: bool = False) -> Any:
         return CHGNetForces()
     check_trust(calculator, trust_model)
     return _mace(calculator)
+
+
+_kept_calculator = lru_cache(maxsize=1)(load_calculator)  # of a process that relaxes one structure after the other
 
 
 def _mace(model: str | Path) -> Any:

@@ -63,10 +63,10 @@ def relax_into(
             fix = "choose another file (-o), or overwrite it (--overwrite)"
             raise FileExistsError(f"{path} holds {lost} structures of another run, which would be lost: {fix}")
         left, saved = [i for i in range(len(structures)) if i not in done], time.monotonic()
-        bar = tqdm(total=len(structures), initial=len(done), unit="structure", desc="relax")
+        each = relax_each([structures[i] for i in left], calculator, *limits, processes, fixed_cell, trust_model)
+        shown = tqdm(total=len(structures), initial=len(done), unit="structure", desc="relax")
         try:
-            each = relax_each([structures[i] for i in left], calculator, *limits, processes, fixed_cell, trust_model)
-            with contextlib.closing(each) as finished:
+            with shown as bar, contextlib.closing(each) as finished:
                 for i, atoms in zip(left, finished, strict=True):
                     atoms.info["relaxation"]["of"] = origins[i]
                     done[i] = atoms
@@ -75,7 +75,6 @@ def relax_into(
                         write_extxyz(path, [*_in_order(done), *kept])
                         saved = time.monotonic()
         finally:
-            bar.close()
             if done:
                 write_extxyz(path, [*_in_order(done), *kept])
         return _in_order(done)

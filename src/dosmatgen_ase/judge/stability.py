@@ -19,6 +19,7 @@ mixture that adds up to it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -82,19 +83,17 @@ class Hull:
             for z, count in reduced_formula(atoms):
                 counts[i, z] = count
         energies = np.asarray(energy, dtype=float)
-        order = np.argsort(energies, kind="stable")
-        rows = np.sort(order[np.unique(counts[order], axis=0, return_index=True)[1]])
-        return cls(
-            np.asarray(name)[rows], np.asarray(split)[rows], counts[rows], energies[rows], np.asarray(relaxed)[rows]
-        )
+        return cls(np.asarray(name), np.asarray(split), counts, energies, np.asarray(relaxed))._lowest_of_each()
 
     def joined(self, other: Hull) -> Hull:
         """Return the hull of the entries of both, the lower one where both have a formula."""
         pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
-        both = Hull(*(np.concatenate(pair) for pair in pairs))
-        order = np.argsort(both.energy, kind="stable")
-        rows = np.sort(order[np.unique(both.counts[order], axis=0, return_index=True)[1]])
-        return both.take(rows)
+        return Hull(*(np.concatenate(pair) for pair in pairs))._lowest_of_each()
+
+    def _lowest_of_each(self) -> Self:
+        """Keep the lowest entry of each formula, in their order."""
+        order = np.argsort(self.energy, kind="stable")
+        return self.take(np.sort(order[np.unique(self.counts[order], axis=0, return_index=True)[1]]))
 
     @classmethod
     def load(cls, path: str | Path = DEFAULT_HULL) -> Self:
@@ -142,13 +141,13 @@ class Hull:
             count=self.counts[row, number],
         )
 
-    def without(self, rows: np.ndarray) -> Hull:
+    def without(self, rows: np.ndarray) -> Self:
         """Return the hull without these entries (a boolean mask)."""
         return self.take(~rows)
 
-    def take(self, rows: np.ndarray) -> Hull:
+    def take(self, rows: np.ndarray) -> Self:
         """Return the hull of these entries (a boolean mask, or their numbers)."""
-        return Hull(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     @cached_property
     def _elements(self) -> np.ndarray:
@@ -292,13 +291,10 @@ def chgnet_energies(structures: Sequence[Atoms], progress: bool = False) -> np.n
         graphs, rows = [], []
         for i in batch:
             atoms = right_handed(structures[i])
-            if not screen_given(atoms).accepted:
-                continue
-            try:
-                graphs.append(chgnet_graph(atoms))
-                rows.append(i)
-            except ValueError:
-                continue
+            if screen_given(atoms).accepted:
+                with contextlib.suppress(ValueError):  # as for isolated atoms
+                    graphs.append(chgnet_graph(atoms))
+                    rows.append(i)
         if graphs:
             with torch.no_grad(), quick_blas():
                 energies[rows] = load_chgnet()(graphs, task="e")["e"].numpy()
