@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 WINDOW_GUIDANCE, WINDOW_TEMPERATURE = Guidance(3.0, (SamplerConfig.species_end, 1.0)), 0.35
 
 
+@dataclass(frozen=True)
 class Request:
     """Targets and settings that fit each other.
 
@@ -62,40 +63,19 @@ class Request:
         Atomic numbers.
     """
 
-    def __init__(self, dos: DOSInput, settings: GenerationSettings) -> None:
-        # Here and not in the settings: a Maker's template comes with the call, its settings before.
-        for name in ("fixed_cell", "fixed_sites", "free_species"):
-            if getattr(settings, name) and settings.template is None:
-                raise ValueError(f"{name} needs a template to take its values from")
-        self.settings = settings
-        total, targets = split_targets(dos, settings.sites)
-        self.site_targets = on_common_zero(targets)
-        self.total_target = None if total is None else on_common_zero({0: total})[0]
-        self.composition, self.allowed = _lists(settings)
-        self.template = template = None if settings.template is None else right_handed(settings.template)
-        self.strength = 1.0 if template is None else settings.strength
-        held = set(settings.fixed_sites or ())
-        if template is not None:
-            for constraint in template.constraints:  # FixAtoms
-                held |= {int(i) if i >= 0 else int(i) + len(template) for i in constraint.get_indices()}
-        self.fixed_sites = frozenset(held)
-        # FixAtoms holds Cartesian positions, which a changing cell would move.
-        self.fixed_cell = settings.fixed_cell or bool(template is not None and template.constraints)
-        self.free_species = frozenset(settings.free_species or ())
-        self.fixed_species = {i: NUMBER_OF[symbol] for i, symbol in (settings.fixed_species or {}).items()}
-        listed = len(self.site_targets) if is_list(dos) else None
-        self.sizes, source = _sizes(settings, template, self.composition, listed)
-        limit, source = (min(self.sizes), source) if self.sizes else (MAX_ATOMS, "the limit of this package")
-        placed = "dos" if settings.sites is None else "sites (--on-sites)"
-        named = {name: getattr(self, name) for name in ("fixed_species", "fixed_sites", "free_species")}
-        for name, used in {placed: self.site_targets, **named}.items():
-            for i in sorted(used):
-                if not 0 <= i < limit:
-                    there = "site 0" if limit == 1 else f"sites 0 to {limit - 1}"
-                    raise ValueError(f"{name} names site {i}, but {source} allows {there} only")
-        wanted: list[tuple[int | None, TargetDOS | None]] = [*self.site_targets.items(), (None, self.total_target)]
-        self.on_grid = {i: _on_grid(target) for i, target in wanted if target is not None}
-        self._check_species()
+    settings: GenerationSettings
+    site_targets: dict[int, TargetDOS]
+    total_target: TargetDOS | None
+    on_grid: dict[int | None, tuple[torch.Tensor, torch.Tensor]]
+    sizes: tuple[int, ...] | None
+    template: Atoms | None
+    strength: float
+    fixed_species: dict[int, int]
+    fixed_sites: frozenset[int]
+    free_species: frozenset[int]
+    fixed_cell: bool
+    composition: dict[int, int]
+    allowed: frozenset[int]
 
     @classmethod
     def of(cls, dos: DOSInput, settings: GenerationSettings) -> Request:
@@ -106,16 +86,58 @@ class Request:
         TypeError, ValueError
             With both culprits named where two arguments contradict each other.
         """
-        return cls(dos, settings)
+        # Here and not in the settings: a Maker's template comes with the call, its settings before.
+        for name in ("fixed_cell", "fixed_sites", "free_species"):
+            if getattr(settings, name) and settings.template is None:
+                raise ValueError(f"{name} needs a template to take its values from")
+        total, targets = split_targets(dos, settings.sites)
+        targets = on_common_zero(targets)
+        total = None if total is None else on_common_zero({0: total})[0]
+        composition, allowed = _lists(settings)
+        template = None if settings.template is None else right_handed(settings.template)
+        held = set(settings.fixed_sites or ())
+        if template is not None:
+            for constraint in template.constraints:  # FixAtoms
+                held |= {int(i) if i >= 0 else int(i) + len(template) for i in constraint.get_indices()}
+        sizes, source = _sizes(settings, template, composition, len(targets) if is_list(dos) else None)
+        pins = {i: NUMBER_OF[symbol] for i, symbol in (settings.fixed_species or {}).items()}
+        limit, source = (min(sizes), source) if sizes else (MAX_ATOMS, "the limit of this package")
+        free = set(settings.free_species or ())
+        placed = "dos" if settings.sites is None else "sites (--on-sites)"
+        named = {placed: set(targets), "fixed_species": set(pins), "fixed_sites": held, "free_species": free}
+        for name, used in named.items():
+            for i in sorted(used):
+                if not 0 <= i < limit:
+                    there = "site 0" if limit == 1 else f"sites 0 to {limit - 1}"
+                    raise ValueError(f"{name} names site {i}, but {source} allows {there} only")
+        wanted: list[tuple[int | None, TargetDOS]] = [*targets.items(), *([] if total is None else [(None, total)])]
+        request = cls(
+            settings=settings,
+            site_targets=targets,
+            total_target=total,
+            on_grid={i: _on_grid(target) for i, target in wanted},
+            sizes=sizes,
+            template=template,
+            strength=1.0 if template is None else settings.strength,
+            fixed_species=pins,
+            fixed_sites=frozenset(held),
+            free_species=frozenset(free),
+            # FixAtoms holds Cartesian positions, which a changing cell would move.
+            fixed_cell=settings.fixed_cell or bool(template is not None and template.constraints),
+            composition=composition,
+            allowed=allowed,
+        )
+        request._check_species()
+        return request
 
     def warn_of_doubts(self) -> None:
         """Issue a `DOSWarning` for what a target probably has wrong."""
         targets = dict(enumerate([*self.site_targets.values(), *([self.total_target] if self.total_target else [])]))
         sizes = self.sizes or (1, MAX_ATOMS)
         warn_of_doubts(targets, (min(sizes), max(sizes)), stacklevel=5)
-        for i, z in self.pinned_species().items():
-            symbol = chemical_symbols[z]
-            if i in self.site_targets and symbol not in labelled_elements():
+        unknown = {i: chemical_symbols[z] for i, z in self.pinned_species().items() if i in self.site_targets}
+        for i, symbol in unknown.items():
+            if symbol not in labelled_elements():
                 told = f"site {i} must be {symbol}, of which no label exists: whether it has this DOS is a guess"
                 warnings.warn(told, DOSWarning, stacklevel=4)
 
@@ -272,16 +294,21 @@ def completed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_of(record: Mapping[str, Any], num_atoms: int, dos: DOSInput, template: Atoms | None) -> GenerationSettings:
     """Return the settings by which the structure of a record was made, for the same targets and template."""
-    same = ("fixed_sites", "free_species", "fixed_cell", "new_only", "guidance_scale", "num_steps", "seed")
     return GenerationSettings(
         num_atoms=num_atoms,
         sites=([int(i) for i in record["targets"]] or None) if isinstance(dos, TargetDOS) else None,
         template=template,
         strength=1.0 if record["strength"] is None else record["strength"],
         fixed_species={int(i): symbol for i, symbol in record["fixed_species"].items()},
+        fixed_sites=record["fixed_sites"],
+        free_species=record["free_species"],
+        new_only=record["new_only"],
+        fixed_cell=record["fixed_cell"],
         composition=record["composition"] or None,
         exclude_elements=record["forbidden_elements"],
-        **{name: record[name] for name in same},
+        guidance_scale=record["guidance_scale"],
+        num_steps=record["num_steps"],
+        seed=record["seed"],
     )
 
 
@@ -297,11 +324,11 @@ def _lists(settings: GenerationSettings) -> tuple[dict[int, int], frozenset[int]
     allowed = set(every if settings.elements is None else settings.elements) - set(settings.exclude_elements or ())
     if not allowed:
         raise ValueError("elements and exclude_elements together leave no element: allow at least one")
-    given = cast("dict[str, int]", settings.composition or {})
-    composition = {NUMBER_OF[symbol]: count for symbol, count in given.items()}
-    if extra := [symbol for symbol in given if symbol not in allowed]:
-        raise ValueError(f"composition={_formula(composition)!r} contradicts elements/exclude_elements: {extra[0]}")
-    return composition, frozenset(NUMBER_OF[symbol] for symbol in allowed)
+    composition = cast("dict[str, int]", settings.composition or {})
+    if extra := [symbol for symbol in composition if symbol not in allowed]:
+        formula = _formula({NUMBER_OF[e]: count for e, count in composition.items()})
+        raise ValueError(f"composition={formula!r} contradicts elements/exclude_elements: {extra[0]}")
+    return {NUMBER_OF[e]: c for e, c in composition.items()}, frozenset(NUMBER_OF[e] for e in allowed)
 
 
 def _formula(composition: Mapping[int, int]) -> str:

@@ -117,12 +117,14 @@ def sample(
     def level(t: float, free: Tensor) -> Tensor:
         return free.to(torch.float32) * t
 
+    t_coords = level(strength, free_sites)
     x0 = lattice.encode(start.cell, start.num_atoms)
     x, _ = lattice.noised(x0, randomness.lattice, level(strength, free_cell))
-    frac, _ = coordinates.noised(start.frac_coords, randomness.coords, level(strength, free_sites), mask)
+    frac, _ = coordinates.noised(start.frac_coords, randomness.coords, t_coords, mask)
     hidden = mask & ~constraints.fixed_species
     tau = randomness.reveal_time
-    numbers = species.noised(start.atomic_numbers, tau, _species_level(strength, config) * hidden)
+    species_level = _species_level(strength, config)
+    numbers = species.noised(start.atomic_numbers, tau, species_level * hidden)
     numbers = constraints.admit(numbers) if steps else numbers
     calls = 0
     for t, s in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
