@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pymatgen.core import Composition, Element, Species
 
 from dosmatgen_ase import DOSGenerator, TargetDOS
+from dosmatgen_ase.generate.generator import _Keywords
 from dosmatgen_ase.generate.request import Request
 from dosmatgen_ase.generate.settings import GenerationOptions, GenerationSettings, described
 
@@ -35,6 +36,11 @@ def test_the_keywords_for_editors_are_the_fields() -> None:
     spelled = {name: hint.__forward_arg__ for name, hint in GenerationOptions.__annotations__.items()}
     assert spelled == {field.name: field.type for field in fields(GenerationSettings)}
     assert list(described()) == NAMES
+
+
+def test_the_keywords_of_the_overloads_are_those_of_generate() -> None:
+    own = set(inspect.signature(DOSGenerator.generate).parameters) - {"self", "dos", "n"}
+    assert _Keywords.__optional_keys__ == own
 
 
 @pytest.mark.parametrize("method", [DOSGenerator.generate, DOSGenerator.generate_iter])
