@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from typer import Option
 
 from dosmatgen_ase.cli.application import app, busy, printable, resumable, show, tell
 from dosmatgen_ase.cli.options import (
@@ -17,7 +19,6 @@ from dosmatgen_ase.cli.options import (
     PICTURES,
     Device,
     DosFile,
-    OptionGroup,
     Overwrite,
     TargetOptions,
     figure,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from dosmatgen_ase.generate.request import Request
     from dosmatgen_ase.judge.ranking import Ranking
 
-BEST = "Relax and rank"
+ranking_option = partial(Option, rich_help_panel="Relax and rank")
 MANY = 200  # candidates whose ranking takes seconds, and shows a bar
 
 
@@ -44,53 +45,43 @@ class RankingOptions:
     """What becomes of the structures drawn."""
 
     oversample: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Draw this many times -n. The -n best by predicted DOS go to OUT-best.", rich_help_panel=BEST
-        ),
+        int, ranking_option(min=1, help="Draw this many times -n. The -n best by predicted DOS go to OUT-best.")
     ] = 1
     relax: Annotated[
         str | None,
-        typer.Option(
+        ranking_option(
             metavar="CALCULATOR",
             help="Rank, relax the best four for each of -n, and rank again: chgnet, or the path or name of a MACE "
             "model. The relaxed go to OUT-relaxed.extxyz, the best to OUT-best. A fixed cell and fixed sites stay.",
-            rich_help_panel=BEST,
         ),
     ] = None
     trust_model: Annotated[
         bool,
-        typer.Option(
-            "--trust-model",
-            help="Load a MACE model file for --relax, which may run any code: trust its maker.",
-            rich_help_panel=BEST,
+        ranking_option(
+            "--trust-model", help="Load a MACE model file for --relax, which may run any code: trust its maker."
         ),
     ] = False
     energy_weight: Annotated[
         float,
-        typer.Option(
-            help="Weight of the energy above the hull (per eV/atom) in the ranking, beside the distance.",
-            rich_help_panel=BEST,
-        ),
+        ranking_option(help="Weight of the energy above the hull (per eV/atom) in the ranking, beside the distance."),
     ] = 0.0
     predictor: Annotated[
-        Path | None,
-        typer.Option(help="Forward model made by train-predictor. Default: the shipped one.", rich_help_panel=BEST),
+        Path | None, ranking_option(help="Forward model made by train-predictor. Default: the shipped one.")
     ] = None
 
 
 @app.command()
-@with_options(target=OptionGroup.of(TargetOptions), settings=generation_settings(), best=OptionGroup.of(RankingOptions))
+@with_options(target=TargetOptions, settings=generation_settings, best=RankingOptions)
 def generate(
     dos_file: DosFile,
     settings: GenerationSettings,
     best: RankingOptions,
     target: TargetOptions,
     ctx: typer.Context,
-    n: Annotated[int, typer.Option("-n", help="Number of structures.")] = DEFAULT_COUNT,
+    n: Annotated[int, Option("-n", help="Number of structures.")] = DEFAULT_COUNT,
     out: Annotated[
         Path,
-        typer.Option(
+        Option(
             "-o",
             "--out",
             help="File of the structures: .extxyz or .xyz, which grows; or .cif, .vasp (one each), .traj, .db, .json, "
@@ -99,11 +90,10 @@ def generate(
     ] = Path("out.extxyz"),
     overwrite: Overwrite = False,
     plot: Annotated[
-        Path | None,
-        typer.Option(help="Picture (.png, .pdf, .svg) of the best four: target and predicted DOS, crystal."),
+        Path | None, Option(help="Picture (.png, .pdf, .svg) of the best four: target and predicted DOS, crystal.")
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="'default' for the shipped generator, or weights made by dosmatgen train.")
+        str, Option(help="'default' for the shipped generator, or weights made by dosmatgen train.")
     ] = "default",
     device: Device = None,
 ) -> None:

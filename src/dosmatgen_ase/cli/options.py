@@ -9,11 +9,12 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
+from typer import Argument, Option
 
 from dosmatgen_ase.cli.application import tell
 from dosmatgen_ase.generate.settings import GenerationSettings, described
@@ -27,11 +28,10 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., None])
 Key = TypeVar("Key")
-TARGET_PANEL = "How DOS_FILE is read"
 
 DosFile = Annotated[
     Path,
-    typer.Argument(
+    Argument(
         metavar="DOS_FILE",
         help="vasprun.xml, DOSCAR, pymatgen or TargetDOS JSON, .npz, files of other programs, or columns of text: "
         "energy (eV), DOS (states/eV).",
@@ -40,24 +40,18 @@ DosFile = Annotated[
 ]
 PICTURES = (".png", ".pdf", ".svg")
 DISTANCE = "normalised L1 to the target, 0 is the same DOS, 1 an error as large as the target"
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files that this command did not write.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is one.")]
-Data = Annotated[Path, typer.Option(help="Folder with structures.parquet and site_dos/*.npz.")]
-Predictor = Annotated[
-    Path | None, typer.Option(help="Forward model made by train-predictor. Default: the shipped one.")
-]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing files that this command did not write.")]
+Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is one.")]
+Data = Annotated[Path, Option(help="Folder with structures.parquet and site_dos/*.npz.")]
+Predictor = Annotated[Path | None, Option(help="Forward model made by train-predictor. Default: the shipped one.")]
 
-StructureTables = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="STRUCTURES",
-        help="A table laid out as data/structures.parquet, or files that ASE reads.",
-        show_default=False,
-    ),
-]
+STRUCTURE_TABLES = Argument(
+    metavar="STRUCTURES",
+    help="A table laid out as data/structures.parquet, or files that ASE reads.",
+    show_default=False,
+)
 Structures = Annotated[
-    list[Path],
-    typer.Argument(metavar="FILES", help="Files that ASE reads, with one structure or many.", show_default=False),
+    list[Path], Argument(metavar="FILES", help="Files that ASE reads, with one structure or many.", show_default=False)
 ]
 
 
@@ -69,47 +63,35 @@ def column_from_text(text: str) -> int | str:
 # -- options that are declared once and stand in several commands ------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OptionGroup:
-    """Options that belong together: what typer shows of them, and the object that they make."""
+def with_options(**groups: Callable[..., Any]) -> Callable[[Command], Command]:
+    """Give a command, in place of a parameter of that name, the options of a group; it gets the object they make.
 
-    parameters: tuple[inspect.Parameter, ...]
-    build: Callable[[dict[str, Any]], Any]
-
-    @classmethod
-    def of(cls, group: type[Any], without: Sequence[str] = ()) -> OptionGroup:
-        """Fields of a dataclass whose annotations typer reads; those left out keep their defaults."""
-        hints, signature = get_type_hints(group, include_extras=True), inspect.signature(group)
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        own = (p for p in signature.parameters.values() if p.name not in without)
-        parameters = (p.replace(annotation=hints[p.name], kind=keyword) for p in own)
-        return cls(tuple(parameters), lambda values: group(**values))
-
-
-def with_options(**groups: OptionGroup) -> Callable[[Command], Command]:
-    """Give a command, in place of a parameter of that name, the options of a group; it gets the object they make."""
+    A group is a class or function whose parameters typer can read. What the command declares itself is not the group's.
+    """
 
     def decorate(command: Command) -> Command:
-        hints, signature = get_type_hints(command, include_extras=True), inspect.signature(command)
-        parameters: list[inspect.Parameter] = []
-        for parameter in signature.parameters.values():
-            group = groups.get(parameter.name)
-            parameters += group.parameters if group else [parameter.replace(annotation=hints[parameter.name])]
+        own = inspect.signature(command, eval_str=True).parameters
+        members: dict[str, list[inspect.Parameter]] = {}
+        for name, group in groups.items():
+            options = inspect.signature(group, eval_str=True).parameters
+            members[name] = [option for option in options.values() if option.name not in own]
 
         @wraps(command)
         def wrapper(**values: Any) -> None:
-            own = {p.name: values[p.name] for p in parameters if p.name in signature.parameters}
-            built = {
-                name: group.build({p.name: values[p.name] for p in group.parameters}) for name, group in groups.items()
-            }
-            command(**own, **built)
+            for name, group in groups.items():
+                values[name] = group(**{option.name: values.pop(option.name) for option in members[name]})
+            command(**values)
 
-        shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        shown = [p.replace(kind=p.KEYWORD_ONLY) for name, one in own.items() for p in members.get(name, [one])]
         wrapper.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        wrapper.__annotations__ = {p.name: p.annotation for p in shown}
         return wrapper  # type: ignore[return-value]
 
     return decorate
+
+
+TARGET_PANEL = "How DOS_FILE is read"
+reading = partial(Option, rich_help_panel=TARGET_PANEL)
 
 
 @dataclass(frozen=True)
@@ -118,75 +100,44 @@ class TargetOptions:
 
     site: Annotated[
         int | None,
-        typer.Option(
-            help="Take the DOS of this site of the file's structure, counted from 0. Default: the total DOS.",
-            rich_help_panel=TARGET_PANEL,
-        ),
+        reading(help="Take the DOS of this site of the file's structure, counted from 0. Default: the total DOS."),
     ] = None
     reference: Annotated[
         str | None,
-        typer.Option(
+        reading(
             help="What the zero of the energies is, if the file does not say: fermi or vbm. For any other zero, as the "
-            "vacuum, give --efermi.",
-            rich_help_panel=TARGET_PANEL,
+            "vacuum, give --efermi."
         ),
     ] = None
     efermi: Annotated[
         float | None,
-        typer.Option(
-            help="Energy of a text file that becomes zero, in eV whatever --units says: its Fermi level.",
-            rich_help_panel=TARGET_PANEL,
-        ),
+        reading(help="Energy of a text file that becomes zero, in eV whatever --units says: its Fermi level."),
     ] = None
-    align: Annotated[
-        bool,
-        typer.Option(
-            "--align", help="Move zero to the valence-band maximum, below the gap.", rich_help_panel=TARGET_PANEL
-        ),
-    ] = False
+    align: Annotated[bool, reading("--align", help="Move zero to the valence-band maximum, below the gap.")] = False
     columns: Annotated[
         str | None,
-        typer.Option(
-            metavar="0,1",
-            help="Columns of text: energy, then those that add up to the DOS. Numbers from 0, or names.",
-            rich_help_panel=TARGET_PANEL,
+        reading(
+            metavar="0,1", help="Columns of text: energy, then those that add up to the DOS. Numbers from 0, or names."
         ),
     ] = None
     spin: Annotated[
         str | None,
-        typer.Option(
-            help="Spins in columns of text: summed (both added), one (of two that are alike), separate (up and down).",
-            rich_help_panel=TARGET_PANEL,
+        reading(
+            help="Spins in columns of text: summed (both added), one (of two that are alike), separate (up and down)."
         ),
     ] = None
-    units: Annotated[
-        str | None, typer.Option(help="Unit of the energies in text: eV, meV, Ry or Ha.", rich_help_panel=TARGET_PANEL)
-    ] = None
+    units: Annotated[str | None, reading(help="Unit of the energies in text: eV, meV, Ry or Ha.")] = None
     electrons: Annotated[
         float | None,
-        typer.Option(
-            help="Scale the DOS to this number of states below 0 eV in the whole file, if its unit is arbitrary.",
-            rich_help_panel=TARGET_PANEL,
-        ),
+        reading(help="Scale the DOS to this number of states below 0 eV in the whole file, if its unit is arbitrary."),
     ] = None
-    sigma: Annotated[
-        float | None,
-        typer.Option(help="Gaussian broadening of the file, standard deviation in eV.", rich_help_panel=TARGET_PANEL),
-    ] = None
+    sigma: Annotated[float | None, reading(help="Gaussian broadening of the file, standard deviation in eV.")] = None
     kind: Annotated[
-        str | None,
-        typer.Option(
-            help="Whose DOS it is, if the file does not say: site, or total (of the cell).",
-            rich_help_panel=TARGET_PANEL,
-        ),
+        str | None, reading(help="Whose DOS it is, if the file does not say: site, or total (of the cell).")
     ] = None
     window: Annotated[
         tuple[float, float] | None,
-        typer.Option(
-            metavar="LOW HIGH",
-            help="Use the DOS between these energies (eV) only; elsewhere it is unknown.",
-            rich_help_panel=TARGET_PANEL,
-        ),
+        reading(metavar="LOW HIGH", help="Use the DOS between these energies (eV) only; elsewhere it is unknown."),
     ] = None
 
     def read(self, dos_file: Path) -> TargetDOS:
@@ -232,69 +183,63 @@ def tell_doubts(target: TargetDOS) -> None:
         tell(f"warning: {doubt}", err=True)
 
 
-@dataclass(frozen=True)
-class _Setting:
+class _Setting(NamedTuple):
     """How a field of `GenerationSettings` is written on the command line."""
 
+    flag: str
     panel: str
     type: Any
     metavar: str | None = None
     read: Callable[[Any], Any] = lambda value: value
-    option: str | None = None  # where the name of the field is taken
 
 
 CRYSTAL, START, SAMPLING = "What the crystal must have", "Start from a crystal", "How it is drawn"
-SETTINGS: dict[str, _Setting] = {
-    "num_atoms": _Setting(CRYSTAL, str | None, "4,6 or 4-7", numbers_from_text),
-    "sites": _Setting(CRYSTAL, str | None, "0,2", numbers_from_text, option="--on-sites"),
-    "elements": _Setting(CRYSTAL, str | None, "Ni,Au", names_from_text),
-    "exclude_elements": _Setting(CRYSTAL, str | None, "O,F", names_from_text),
-    "composition": _Setting(CRYSTAL, str | None, "NiAu3"),
-    "fixed_species": _Setting(CRYSTAL, list[str] | None, "0=Co", pins_from_text),
-    "new_only": _Setting(CRYSTAL, bool),
-    "template": _Setting(START, Path | None, "FILE", lambda path: read_structure(path)),
-    "strength": _Setting(START, float),
-    "fixed_cell": _Setting(START, bool),
-    "fixed_sites": _Setting(START, str | None, "0,2", numbers_from_text),
-    "free_species": _Setting(START, str | None, "0,2", numbers_from_text),
-    "guidance_scale": _Setting(SAMPLING, float | None),
-    "num_steps": _Setting(SAMPLING, int),
-    "seed": _Setting(SAMPLING, int | None),
+SETTINGS = {
+    "num_atoms": _Setting("--num-atoms", CRYSTAL, str | None, "4,6 or 4-7", numbers_from_text),
+    "sites": _Setting("--on-sites", CRYSTAL, str | None, "0,2", numbers_from_text),
+    "elements": _Setting("--elements", CRYSTAL, str | None, "Ni,Au", names_from_text),
+    "exclude_elements": _Setting("--exclude-elements", CRYSTAL, str | None, "O,F", names_from_text),
+    "composition": _Setting("--composition", CRYSTAL, str | None, "NiAu3"),
+    "fixed_species": _Setting("--fixed-species", CRYSTAL, list[str] | None, "0=Co", pins_from_text),
+    "new_only": _Setting("--new-only", CRYSTAL, bool),
+    "template": _Setting("--template", START, Path | None, "FILE", lambda path: read_structure(path)),
+    "strength": _Setting("--strength", START, float),
+    "fixed_cell": _Setting("--fixed-cell", START, bool),
+    "fixed_sites": _Setting("--fixed-sites", START, str | None, "0,2", numbers_from_text),
+    "free_species": _Setting("--free-species", START, str | None, "0,2", numbers_from_text),
+    "guidance_scale": _Setting("--guidance-scale", SAMPLING, float | None),
+    "num_steps": _Setting("--num-steps", SAMPLING, int),
+    "seed": _Setting("--seed", SAMPLING, int | None),
 }
 """In the order of the help. Names, defaults and words are those of `GenerationSettings`; a test misses no field."""
 
 
-def generation_settings() -> OptionGroup:
-    """The options that make a `GenerationSettings`."""
-    defaults, words = inspect.signature(GenerationSettings).parameters, described()
+def generation_settings(**values: Any) -> GenerationSettings:
+    """What the options of `SETTINGS` make."""
+    read: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            read[name] = value if value is None else SETTINGS[name].read(value)
+        except ValueError as error:
+            if name == "template":  # a file
+                raise
+            raise typer.BadParameter(str(error), param_hint=SETTINGS[name].flag) from None
+    return GenerationSettings(**read)
+
+
+def _settings_signature() -> inspect.Signature:
+    """The options of `SETTINGS`, for `with_options`."""
+    fields, words = inspect.signature(GenerationSettings).parameters, described()
     parameters = []
     for name, told in SETTINGS.items():
-        flag = told.option or f"--{name.replace('_', '-')}"
         several = " May be given several times." if told.type == list[str] | None else ""
         text = words[name].replace("`", "") + several
-        option = typer.Option(flag, metavar=told.metavar, help=text, rich_help_panel=told.panel)
-        parameters.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=defaults[name].default,
-                annotation=Annotated[told.type, option],
-            )
-        )
+        option = Option(told.flag, metavar=told.metavar, help=text, rich_help_panel=told.panel)
+        parameters.append(fields[name].replace(annotation=Annotated[told.type, option]))
+    return inspect.Signature(parameters)
 
-    def build(values: dict[str, Any]) -> GenerationSettings:
-        read: dict[str, Any] = {}
-        for name, value in values.items():
-            try:
-                read[name] = value if value is None else SETTINGS[name].read(value)
-            except ValueError as error:
-                if name == "template":  # a file
-                    raise
-                flag = SETTINGS[name].option or f"--{name.replace('_', '-')}"
-                raise typer.BadParameter(str(error), param_hint=flag) from None
-        return GenerationSettings(**read)
 
-    return OptionGroup(tuple(parameters), build)
+generation_settings.__signature__ = _settings_signature()  # type: ignore[attr-defined]
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from typer import Option
 
 from dosmatgen_ase.cli.application import app, show, tell
 from dosmatgen_ase.cli.options import Data, Device, Overwrite, Predictor, figure, output
@@ -25,26 +26,26 @@ def train(
     ctx: typer.Context,
     config: Annotated[
         Path,
-        typer.Option(
+        Option(
             help="JSON with fields of TrainingConfig, such as configs/default.json, or with several stages, such as "
             "configs/shipped.json.",
             show_default=False,
         ),
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder of the run: state, log.jsonl, weights.safetensors; continued if it exists.")
+        Path, Option(help="Folder of the run: state, log.jsonl, weights.safetensors; continued if it exists.")
     ] = Path("runs/default"),
     data: Data = Path("data"),
     wide: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Larger table of structures (.parquet) to train on. In a config of several stages, the stages with "
             '\'"structures": "wide"\' use it.'
         ),
     ] = None,
     pseudo_labels: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="File of predicted DOS for structures without a label, or 'auto': predict them once and keep the file "
             "in OUT. A config of several stages always does this. For the judge of the benchmarks to stay independent, "
             "--predictor must be benchmarks/ranker.safetensors."
@@ -52,10 +53,10 @@ def train(
     ] = None,
     predictor: Predictor = None,
     init: Annotated[
-        Path | None, typer.Option(help="Weights to start from (fine-tuning); same 'network' in the config.")
+        Path | None, Option(help="Weights to start from (fine-tuning); same 'network' in the config.")
     ] = None,
     device: Device = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; replaces the config's.")] = None,
+    threads: Annotated[int | None, Option(min=1, help="CPU threads; replaces the config's.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a generator on the training split. A run that was killed goes on where its last state was saved."""
@@ -180,14 +181,14 @@ def train_predictor(
     ctx: typer.Context,
     data: Data = Path("data"),
     out: Annotated[
-        Path, typer.Option(help="Folder for predictor.safetensors (generate --predictor), ranker and judge.")
+        Path, Option(help="Folder for predictor.safetensors (generate --predictor), ranker and judge.")
     ] = Path("runs/predictor"),
     epochs: Annotated[
-        int, typer.Option(min=1, help="Epochs of each tight-binding model; 40 take about half an hour on a CPU core.")
+        int, Option(min=1, help="Epochs of each tight-binding model; 40 take about half an hour on a CPU core.")
     ] = 40,
     device: Device = None,
     overwrite: Overwrite = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights, dropout and order.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of the initial weights, dropout and order.")] = 0,
 ) -> None:
     """Train the forward models (structure to site DOS): one on all labels, two on the halves of the formulas.
 
