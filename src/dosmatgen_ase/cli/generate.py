@@ -7,26 +7,16 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from typer import Option
 
 from dosmatgen_ase.cli.application import app, busy, printable, resumable, show, tell
-from dosmatgen_ase.cli.options import (
-    DISTANCE,
-    PICTURES,
-    Device,
-    DosFile,
-    Overwrite,
-    TargetOptions,
-    figure,
-    generation_settings,
-    on_told_zero,
-    output,
-    with_options,
-)
+from dosmatgen_ase.cli.files import PICTURES, output
+from dosmatgen_ase.cli.options import DISTANCE, Device, Overwrite, figure, generation_settings, with_options
+from dosmatgen_ase.cli.target import DosFile, TargetOptions, on_told_zero
 from dosmatgen_ase.generate.settings import DEFAULT_COUNT, GenerationSettings
 
 if TYPE_CHECKING:
@@ -128,7 +118,7 @@ def generate(
             if not made:
                 raise
             failed = error
-        found = _ranked(files, draws, n, request, best, ranking, forward, overwrite)
+        found = _ranked(files, n, request, best, overwrite, predictor=forward, ranking=ranking)
     _show(found, files, request, ranking)
     if plot is not None:
         _draw(found[:4], plot, request, forward)
@@ -184,16 +174,9 @@ def _check_before(ctx: typer.Context, files: _Files, n: int, options: RankingOpt
 
 
 def _ranked(
-    files: _Files,
-    draws: int,
-    n: int,
-    request: Request,
-    options: RankingOptions,
-    ranking: Ranking,
-    forward: DOSPredictor,
-    overwrite: bool,
+    files: _Files, n: int, request: Request, options: RankingOptions, overwrite: bool, **how: Any
 ) -> list[Atoms]:
-    """Relax, if asked, and rank the structures drawn into `out`; return the best."""
+    """Relax, if asked, and rank the structures drawn into `out`, as `score` is told; return the best."""
     from dosmatgen_ase.files import read_structures
     from dosmatgen_ase.generate.generator import not_new
     from dosmatgen_ase.judge.ranking import best, score_and_relax
@@ -203,7 +186,7 @@ def _ranked(
     for frame, atoms in enumerate(drawn):
         atoms.info["frame"] = frame
     held = len(drawn)
-    drawn = [atoms for atoms in drawn if atoms.info["dosmatgen"]["index"] < draws]
+    drawn = [atoms for atoms in drawn if atoms.info["dosmatgen"]["index"] < n * options.oversample]
     if held > len(drawn):
         tell(f"{files.stream} holds {held - len(drawn)} more, of a longer run before", err=True)
     rejected = sum(atoms.info["dosmatgen"].get("attempt", 0) for atoms in drawn)
@@ -216,16 +199,13 @@ def _ranked(
         assert files.relaxed is not None
         assert options.relax is not None
         chosen.extend(part)  # the file goes on from what it holds
-        done = relax_into(
-            files.relaxed, chosen, options.relax, trust_model=options.trust_model, **request.held,
-            among=drawn, overwrite=overwrite,
-        )  # fmt: skip
-        return done[-len(part) :]
+        told: dict[str, Any] = {"trust_model": options.trust_model, "overwrite": overwrite, **request.held}
+        return relax_into(files.relaxed, chosen, options.relax, among=drawn, **told)[-len(part) :]
 
     with contextlib.nullcontext() if progress else busy(f"predicting the DOS of {len(drawn)} crystals"):
         found = score_and_relax(
             drawn, n, sites, total, accepts=lambda atoms: not_new(request, atoms) is None,  # some relax into known ones
-            relaxed=None if files.relaxed is None else relaxed, predictor=forward, ranking=ranking, progress=progress,
+            relaxed=None if files.relaxed is None else relaxed, progress=progress, **how,
         )  # fmt: skip
     if not found:
         raise RuntimeError(f"none of the {len(drawn)} crystals drawn is new once relaxed: draw more (--oversample)")

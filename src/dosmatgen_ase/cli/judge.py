@@ -15,7 +15,8 @@ from tqdm import tqdm
 from typer import Option
 
 from dosmatgen_ase.cli.application import Reasons, app, busy, resumable, show, tell
-from dosmatgen_ase.cli.options import PICTURES, Overwrite, Structures, figure, output, read_structures, site_list
+from dosmatgen_ase.cli.files import PICTURES, output, read_structures
+from dosmatgen_ase.cli.options import Overwrite, Structures, figure, site_list
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -9,7 +9,8 @@ import typer
 from typer import Argument, Option
 
 from dosmatgen_ase.cli.application import app, tell
-from dosmatgen_ase.cli.options import Overwrite, output
+from dosmatgen_ase.cli.files import output
+from dosmatgen_ase.cli.options import Overwrite
 
 
 @app.command()

@@ -14,22 +14,9 @@ from rich.table import Table
 from typer import Option
 
 from dosmatgen_ase.cli.application import app, resumable, show, tell
-from dosmatgen_ase.cli.options import (
-    DISTANCE,
-    PICTURES,
-    STRUCTURE_TABLES,
-    DosFile,
-    Overwrite,
-    Predictor,
-    TargetOptions,
-    figure,
-    on_told_zero,
-    output,
-    read_structures,
-    single_table,
-    tell_doubts,
-    with_options,
-)
+from dosmatgen_ase.cli.files import PICTURES, output, read_structures, single_table
+from dosmatgen_ase.cli.options import DISTANCE, STRUCTURE_TABLES, Overwrite, Predictor, figure, with_options
+from dosmatgen_ase.cli.target import DosFile, TargetOptions, on_told_zero, tell_doubts
 from dosmatgen_ase.parsing import names_from_text, numbers_from_text
 
 if TYPE_CHECKING:
@@ -269,17 +256,20 @@ def make_index(
     if parts is None:
         remove_parts(folder)
     size = out.stat().st_size / 1e6
-    count = int(made.computed.sum())
-    tell(f"{out}: {len(made)} crystals, {count} with a computed DOS, {size:.1f} MB")
+    tell(f"{out}: {len(made)} crystals, {int(made.computed.sum())} with a computed DOS, {size:.1f} MB")
     _tell_failed(made)
 
 
 def _of_files(paths: Sequence[Path]) -> list[Atoms]:
-    """Crystals of one table, or of files that ASE reads."""
+    """Crystals of one table, or of files: their ``material_id`` is their own, or else the name of the file."""
     from dosmatgen_ase.retrieval.build import read_known
 
-    table = single_table(paths)
-    return read_known(table) if table else _named(read_structures(paths))
+    if table := single_table(paths):
+        return read_known(table)
+    crystals = read_structures(paths)
+    for name, atoms in crystals.items():
+        atoms.info.setdefault("material_id", name)
+    return list(crystals.values())
 
 
 def _of_database(url: str, filter: str, limit: int | None, folder: Path) -> tuple[list[Atoms], dict[str, Any]]:
@@ -302,10 +292,3 @@ def attribution(source: Mapping[str, Any]) -> str:
     """Where the structures of an index come from, in one line."""
     more = [str(source[key]) for key in ("url", "homepage", "licence") if source.get(key)]
     return f"{source.get('provider') or 'a database without a name'} ({', '.join(dict.fromkeys(more))})"
-
-
-def _named(crystals: dict[str, Atoms]) -> list[Atoms]:
-    """Crystals with a ``material_id``: their own, or the name of their file."""
-    for name, atoms in crystals.items():
-        atoms.info.setdefault("material_id", name)
-    return list(crystals.values())

@@ -12,7 +12,8 @@ from rich.table import Table
 from typer import Option
 
 from dosmatgen_ase.cli.application import app, show, tell
-from dosmatgen_ase.cli.options import Data, Device, Overwrite, Predictor, figure, output
+from dosmatgen_ase.cli.files import output
+from dosmatgen_ase.cli.options import Data, Device, Overwrite, Predictor, figure
 
 if TYPE_CHECKING:
     from dosmatgen_ase.data import CrystalDataset, Structures
@@ -74,7 +75,7 @@ def train(
         return _dataset(out, data, table, predicted, predictor, chosen)
 
     try:
-        weights = _trained(recipe, several, dataset_of, out, init, chosen)
+        weights = _trained(recipe, several, dataset_of, out, init=init, device=chosen)
     except KeyboardInterrupt:
         kept = any(out.glob("**/state.safetensors"))
         what = f"the last state is kept in {out}; the same command goes on" if kept else "no state was saved yet"
@@ -94,21 +95,15 @@ def _recipe(config: Path, threads: int | None) -> tuple[Recipe, bool]:
 
 
 def _trained(
-    recipe: Recipe,
-    several: bool,
-    dataset_of: Callable[[Stage], CrystalDataset],
-    out: Path,
-    init: Path | None,
-    device: str,
+    recipe: Recipe, several: bool, dataset_of: Callable[[Stage], CrystalDataset], out: Path, **how: Any
 ) -> Path:
     from dosmatgen_ase.train.recipe import counts_of, train_stages
     from dosmatgen_ase.train.trainer import train
 
     if several:
-        return train_stages(recipe, dataset_of, out, init=init, device=device)
+        return train_stages(recipe, dataset_of, out, **how)
     dataset = dataset_of(recipe.stages[0])
-    metadata = {"data": counts_of(dataset)}
-    return train(recipe.stages[0].training, dataset, out, init=init, device=device, metadata=metadata)
+    return train(recipe.stages[0].training, dataset, out, metadata={"data": counts_of(dataset)}, **how)
 
 
 def _dataset(
