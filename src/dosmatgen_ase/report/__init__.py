@@ -117,13 +117,14 @@ def write_report(result: InverseDesignDoc, path: str | os.PathLike[str]) -> Path
         If a candidate with a distance lacks the DOS or the site of a target.
     """
     path = Path(path)
-    for candidate in result.candidates:
+    good = [candidate for candidate in result.candidates if candidate.distance is not None]
+    for candidate in good:
         _check(candidate, result.targets)
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
     text = page.render(
         count=len(result.candidates),
-        engines=" and ".join(sorted({_by(c) for c in result.candidates if c.distance is not None})),
-        good=[(c, _shown(c, result.targets, path.parent)) for c in result.candidates if c.distance is not None],
+        engines=" and ".join(sorted({_by(c) for c in good})),
+        good=[(c, _shown(c, result.targets, path.parent)) for c in good],
         lost=[c for c in result.candidates if c.reason is not None or c.distance is None],
         targets=[
             (_name(key), _picture(plot_dos(drawn_together(target, []), [_name(key)])))
@@ -146,8 +147,6 @@ def _name(key: str) -> str:
 
 def _check(candidate: CandidateDoc, targets: Mapping[str, TargetDOS]) -> None:
     """Refuse a candidate whose distance cannot be of these targets."""
-    if candidate.distance is None:
-        return
     sites = {str(i) for i in range(len(candidate.structure or candidate.generated))}
     for key, target in targets.items():
         made, fault = candidate.achieved.get(key), None
