@@ -31,7 +31,8 @@ from typer.testing import CliRunner, Result
 
 from dosmatgen_ase import DOSGenerator, cli, energy_above_hull
 from dosmatgen_ase.cli import app
-from dosmatgen_ase.cli.options import SETTINGS, TargetOptions, site_list
+from dosmatgen_ase.cli.options import SETTINGS, site_list
+from dosmatgen_ase.cli.target import TargetOptions
 from dosmatgen_ase.data import SHARD_KEYS
 from dosmatgen_ase.dos import TargetDOS, normalised_l1
 from dosmatgen_ase.files import write_extxyz

@@ -32,6 +32,14 @@ ElementLike = str | int | HasAtomicNumber
 DOSInput: TypeAlias = "TargetDOS | Sequence[TargetDOS] | Mapping[int, TargetDOS] | None"
 
 
+def _members(given: Any) -> list[Any] | None:
+    """What is in a list, array, range, set and so on; None for text and for what is no list."""
+    try:
+        return None if isinstance(given, str) else list(given)
+    except TypeError:
+        return None
+
+
 def _in_order(given: Any, read: tuple[Any, ...]) -> tuple[Any, ...]:
     """What was read of a list; that of a set is sorted, as its own order may be another in each process."""
     return tuple(sorted(read)) if isinstance(given, set | frozenset) else read
@@ -76,10 +84,7 @@ def cell_sizes(num_atoms: Any) -> tuple[int, ...] | None:
     """
     if num_atoms is None:
         return None
-    try:
-        sizes = (num_atoms,) if is_whole(num_atoms) or isinstance(num_atoms, str) else tuple(num_atoms)
-    except TypeError:
-        sizes = ()
+    sizes = [num_atoms] if is_whole(num_atoms) else _members(num_atoms)
     if not sizes or not all(map(is_whole, sizes)):
         raise ValueError(f"num_atoms={num_atoms!r} must be a whole number or a list of them")
     if outside := [size for size in sizes if not 1 <= size <= MAX_ATOMS]:
@@ -95,10 +100,7 @@ def site_numbers(sites: Any, name: str) -> tuple[int, ...]:
     TypeError
         If this is no list of whole numbers.
     """
-    try:
-        chosen = None if isinstance(sites, str) else list(sites)
-    except TypeError:
-        chosen = None
+    chosen = _members(sites)
     if chosen is None:
         raise TypeError(f"{name} must be a list of sites such as [0], not {sites!r}")
     if not all(map(is_whole, chosen)):
@@ -142,10 +144,7 @@ def element_list(elements: Any, name: str) -> tuple[str, ...] | None:
     """
     if elements is None:
         return None
-    try:
-        chosen = None if isinstance(elements, str) else list(elements)
-    except TypeError:
-        chosen = None
+    chosen = _members(elements)
     if chosen is None:
         meant = re.findall(r"[A-Z][a-z]?", elements) if isinstance(elements, str) else []
         raise TypeError(f"{name} must be a list such as {meant or ['Ni', 'Au']}, not {elements!r}")

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -96,17 +96,10 @@ def _limited() -> Iterator[None]:
             OpenBLASController.clear_controlling_thread(force=True)  # who leaves may not be who entered, who alone may
 
 
-@contextlib.contextmanager
-def _ignored() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 one_blas_thread = _Shared(_limited)
 """One thread of BLAS inside of a block: for small matrices, where several threads wait for each other."""
 
-without_warnings = _Shared(_ignored)
+without_warnings = _Shared(partial(warnings.catch_warnings, action="ignore"))
 """No warnings inside of a block, of any thread: for libraries that warn of their own code."""
 
 

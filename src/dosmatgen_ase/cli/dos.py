@@ -8,30 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 from rich.text import Text
+from typer import Option
 
 from dosmatgen_ase.cli.application import app, printable, show, tell
-from dosmatgen_ase.cli.options import (
-    PICTURES,
-    DosFile,
-    OptionGroup,
-    Overwrite,
-    TargetOptions,
-    output,
-    tell_doubts,
-    with_options,
-)
+from dosmatgen_ase.cli.files import PICTURES, output
+from dosmatgen_ase.cli.options import Overwrite, with_options
+from dosmatgen_ase.cli.target import DosFile, TargetOptions, tell_doubts
 
 if TYPE_CHECKING:
     from dosmatgen_ase.dos import TargetDOS
 
 
 @app.command()
-@with_options(options=OptionGroup.of(TargetOptions))
+@with_options(options=TargetOptions)
 def dos(
     dos_file: DosFile,
     options: TargetOptions,
     ctx: typer.Context,
-    plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf or .svg) of the DOS.")] = None,
+    plot: Annotated[Path | None, Option(help="Picture (.png, .pdf or .svg) of the DOS.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Show how a file is read: grid, zero of energy, broadening, known window, band centre, states."""

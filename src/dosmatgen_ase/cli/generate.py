@@ -5,27 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from typer import Option
 
 from dosmatgen_ase.cli.application import app, busy, printable, resumable, show, tell
-from dosmatgen_ase.cli.options import (
-    DISTANCE,
-    PICTURES,
-    Device,
-    DosFile,
-    OptionGroup,
-    Overwrite,
-    TargetOptions,
-    figure,
-    generation_settings,
-    on_told_zero,
-    output,
-    with_options,
-)
+from dosmatgen_ase.cli.files import PICTURES, output
+from dosmatgen_ase.cli.options import DISTANCE, Device, Overwrite, figure, generation_settings, with_options
+from dosmatgen_ase.cli.target import DosFile, TargetOptions, on_told_zero
 from dosmatgen_ase.generate.settings import DEFAULT_COUNT, GenerationSettings
 
 if TYPE_CHECKING:
@@ -35,7 +26,7 @@ if TYPE_CHECKING:
     from dosmatgen_ase.generate.request import Request
     from dosmatgen_ase.judge.ranking import Ranking
 
-BEST = "Relax and rank"
+ranking_option = partial(Option, rich_help_panel="Relax and rank")
 MANY = 200  # candidates whose ranking takes seconds, and shows a bar
 
 
@@ -44,53 +35,43 @@ class RankingOptions:
     """What becomes of the structures drawn."""
 
     oversample: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Draw this many times -n. The -n best by predicted DOS go to OUT-best.", rich_help_panel=BEST
-        ),
+        int, ranking_option(min=1, help="Draw this many times -n. The -n best by predicted DOS go to OUT-best.")
     ] = 1
     relax: Annotated[
         str | None,
-        typer.Option(
+        ranking_option(
             metavar="CALCULATOR",
             help="Rank, relax the best four for each of -n, and rank again: chgnet, or the path or name of a MACE "
             "model. The relaxed go to OUT-relaxed.extxyz, the best to OUT-best. A fixed cell and fixed sites stay.",
-            rich_help_panel=BEST,
         ),
     ] = None
     trust_model: Annotated[
         bool,
-        typer.Option(
-            "--trust-model",
-            help="Load a MACE model file for --relax, which may run any code: trust its maker.",
-            rich_help_panel=BEST,
+        ranking_option(
+            "--trust-model", help="Load a MACE model file for --relax, which may run any code: trust its maker."
         ),
     ] = False
     energy_weight: Annotated[
         float,
-        typer.Option(
-            help="Weight of the energy above the hull (per eV/atom) in the ranking, beside the distance.",
-            rich_help_panel=BEST,
-        ),
+        ranking_option(help="Weight of the energy above the hull (per eV/atom) in the ranking, beside the distance."),
     ] = 0.0
     predictor: Annotated[
-        Path | None,
-        typer.Option(help="Forward model made by train-predictor. Default: the shipped one.", rich_help_panel=BEST),
+        Path | None, ranking_option(help="Forward model made by train-predictor. Default: the shipped one.")
     ] = None
 
 
 @app.command()
-@with_options(target=OptionGroup.of(TargetOptions), settings=generation_settings(), best=OptionGroup.of(RankingOptions))
+@with_options(target=TargetOptions, settings=generation_settings, best=RankingOptions)
 def generate(
     dos_file: DosFile,
     settings: GenerationSettings,
     best: RankingOptions,
     target: TargetOptions,
     ctx: typer.Context,
-    n: Annotated[int, typer.Option("-n", help="Number of structures.")] = DEFAULT_COUNT,
+    n: Annotated[int, Option("-n", help="Number of structures.")] = DEFAULT_COUNT,
     out: Annotated[
         Path,
-        typer.Option(
+        Option(
             "-o",
             "--out",
             help="File of the structures: .extxyz or .xyz, which grows; or .cif, .vasp (one each), .traj, .db, .json, "
@@ -99,11 +80,10 @@ def generate(
     ] = Path("out.extxyz"),
     overwrite: Overwrite = False,
     plot: Annotated[
-        Path | None,
-        typer.Option(help="Picture (.png, .pdf, .svg) of the best four: target and predicted DOS, crystal."),
+        Path | None, Option(help="Picture (.png, .pdf, .svg) of the best four: target and predicted DOS, crystal.")
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="'default' for the shipped generator, or weights made by dosmatgen train.")
+        str, Option(help="'default' for the shipped generator, or weights made by dosmatgen train.")
     ] = "default",
     device: Device = None,
 ) -> None:
@@ -138,7 +118,7 @@ def generate(
             if not made:
                 raise
             failed = error
-        found = _ranked(files, draws, n, request, best, ranking, forward, overwrite)
+        found = _ranked(files, n, request, best, overwrite, predictor=forward, ranking=ranking)
     _show(found, files, request)
     if plot is not None:
         _draw(found[:4], plot, request, forward)
@@ -194,16 +174,9 @@ def _check_before(ctx: typer.Context, files: _Files, n: int, options: RankingOpt
 
 
 def _ranked(
-    files: _Files,
-    draws: int,
-    n: int,
-    request: Request,
-    options: RankingOptions,
-    ranking: Ranking,
-    forward: DOSPredictor,
-    overwrite: bool,
+    files: _Files, n: int, request: Request, options: RankingOptions, overwrite: bool, **how: Any
 ) -> list[Atoms]:
-    """Relax, if asked, and rank the structures drawn into `out`; return the best."""
+    """Relax, if asked, and rank the structures drawn into `out`, as `score` is told; return the best."""
     from dosmatgen_ase.files import read_structures
     from dosmatgen_ase.generate.generator import not_new
     from dosmatgen_ase.judge.ranking import best, score_and_relax
@@ -214,7 +187,7 @@ def _ranked(
     for frame, atoms in enumerate(drawn):
         atoms.info["frame"] = frame
     held = len(drawn)
-    drawn = [atoms for atoms in drawn if atoms.info["dosmatgen"]["index"] < draws]
+    drawn = [atoms for atoms in drawn if atoms.info["dosmatgen"]["index"] < n * options.oversample]
     if held > len(drawn):
         tell(f"{files.stream} holds {held - len(drawn)} more, of a longer run before", err=True)
     rejected = sum(atoms.info["dosmatgen"].get("attempt", 0) for atoms in drawn)
@@ -227,16 +200,13 @@ def _ranked(
         assert files.relaxed is not None
         assert options.relax is not None
         chosen.extend(part)  # the file goes on from what it holds
-        done = relax_into(
-            files.relaxed, chosen, options.relax, trust_model=options.trust_model, **request.held,
-            among=drawn, overwrite=overwrite,
-        )  # fmt: skip
-        return done[-len(part) :]
+        told: dict[str, Any] = {"trust_model": options.trust_model, "overwrite": overwrite, **request.held}
+        return relax_into(files.relaxed, chosen, options.relax, among=drawn, **told)[-len(part) :]
 
     with contextlib.nullcontext() if progress else busy(f"predicting the DOS of {len(drawn)} crystals"):
         found = score_and_relax(
             drawn, n, sites, total, accepts=lambda atoms: not_new(request, atoms) is None,  # some relax into known ones
-            relaxed=None if files.relaxed is None else relaxed, predictor=forward, ranking=ranking, progress=progress,
+            relaxed=None if files.relaxed is None else relaxed, progress=progress, **how,
         )  # fmt: skip
     if not found:
         raise RuntimeError(f"none of the {len(drawn)} crystals drawn is new once relaxed: draw more (--oversample)")

@@ -12,17 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 from tqdm import tqdm
+from typer import Option
 
 from dosmatgen_ase.cli.application import Reasons, app, busy, resumable, show, tell
-from dosmatgen_ase.cli.options import (
-    PICTURES,
-    Overwrite,
-    Structures,
-    figure,
-    output,
-    read_structures,
-    site_list,
-)
+from dosmatgen_ase.cli.files import PICTURES, output, read_structures
+from dosmatgen_ase.cli.options import Overwrite, Structures, figure, site_list
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -40,24 +34,22 @@ def relax(
     files: Structures,
     out: Annotated[
         Path,
-        typer.Option(
-            "-o", "--out", help="File of the relaxed: .extxyz, .xyz, .cif, .vasp (one each), .traj, .db or .json."
-        ),
+        Option("-o", "--out", help="File of the relaxed: .extxyz, .xyz, .cif, .vasp (one each), .traj, .db or .json."),
     ] = Path("relaxed.extxyz"),
     overwrite: Overwrite = False,
     calculator: Annotated[
-        str, typer.Option(help="chgnet, or a MACE model: the path of a file, or a name such as medium-mpa-0.")
+        str, Option(help="chgnet, or a MACE model: the path of a file, or a name such as medium-mpa-0.")
     ] = "chgnet",
     trust_model: Annotated[
-        bool, typer.Option("--trust-model", help="Load a MACE model file, which may run any code: trust its maker.")
+        bool, Option("--trust-model", help="Load a MACE model file, which may run any code: trust its maker.")
     ] = False,
-    fmax: Annotated[float, typer.Option(help="Converged when no force is larger than this, eV/A.")] = 0.05,
-    max_steps: Annotated[int, typer.Option(min=0, help="Limit of steps for each structure.")] = 200,
-    time_limit: Annotated[float, typer.Option(help="Limit of time for each structure, seconds.")] = 120.0,
-    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Structures relaxed at a time.")] = 1,
-    fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="Keep the cell; only atoms move.")] = False,
+    fmax: Annotated[float, Option(help="Converged when no force is larger than this, eV/A.")] = 0.05,
+    max_steps: Annotated[int, Option(min=0, help="Limit of steps for each structure.")] = 200,
+    time_limit: Annotated[float, Option(help="Limit of time for each structure, seconds.")] = 120.0,
+    jobs: Annotated[int, Option("-j", "--jobs", min=1, help="Structures relaxed at a time.")] = 1,
+    fixed_cell: Annotated[bool, Option("--fixed-cell", help="Keep the cell; only atoms move.")] = False,
     fixed_sites: Annotated[
-        str | None, typer.Option(help="Sites that do not move: 0-3 or 0,2. The cell is then fixed, too.")
+        str | None, Option(help="Sites that do not move: 0-3 or 0,2. The cell is then fixed, too.")
     ] = None,
 ) -> None:
     """Relax cell and positions with a machine-learned potential. The table and the file tell what failed.
@@ -81,10 +73,7 @@ def relax(
         output(ctx, "out", STRUCTURES, count=len(named), marks=(b"relaxation",), ours=False, exact=True)
     limits: dict[str, Any] = {"fmax": fmax, "max_steps": max_steps, "time_limit": time_limit, "processes": jobs}
     limits["trust_model"] = trust_model
-    held: dict[str, Any] = {
-        "fixed_cell": fixed_cell,
-        "fixed_sites": site_list(fixed_sites, "--fixed-sites"),
-    }
+    held: dict[str, Any] = {"fixed_cell": fixed_cell, "fixed_sites": site_list(fixed_sites, "--fixed-sites")}
     warnings.filterwarnings("ignore", module=r"chgnet\.")  # it warns of its own code
     with resumable(lambda: f"what is relaxed is kept in {stream}"):
         relaxed = relax_into(stream, list(named.values()), calculator, **limits, **held, overwrite=overwrite)
@@ -122,11 +111,11 @@ def predict(
     ctx: typer.Context,
     files: Structures,
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="Folder of the results. Each NAME.json can be read as a DOS_FILE.")
+        Path, Option("-o", "--out", help="Folder of the results. Each NAME.json can be read as a DOS_FILE.")
     ] = Path("predicted"),
-    plot: Annotated[Path | None, typer.Option(help="Picture (.png, .pdf, .svg) of the sites of the first one.")] = None,
+    plot: Annotated[Path | None, Option(help="Picture (.png, .pdf, .svg) of the sites of the first one.")] = None,
     bands: Annotated[
-        bool, typer.Option("--bands", help="Write the bands, too: NAME_bands.json (ASE) and NAME_bands.png.")
+        bool, Option("--bands", help="Write the bands, too: NAME_bands.json (ASE) and NAME_bands.png.")
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from dosmatgen_ase.cli.application import app, tell
-from dosmatgen_ase.cli.options import Overwrite, output
+from dosmatgen_ase.cli.files import output
+from dosmatgen_ase.cli.options import Overwrite
 
 
 @app.command()
@@ -16,15 +18,13 @@ def report(
     ctx: typer.Context,
     result: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             metavar="RESULT",
             help="result.json of an inverse-design run, as write_result and workflows/inverse_design_*.py write it.",
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="HTML file. Default: report.html beside RESULT.")
-    ] = None,
+    out: Annotated[Path | None, Option("-o", "--out", help="HTML file. Default: report.html beside RESULT.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Show an inverse-design run as one HTML file: target and computed DOS, crystals, a table sorted by match."""

@@ -5,29 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from typer import Option
 
 from dosmatgen_ase.cli.application import app, resumable, show, tell
-from dosmatgen_ase.cli.options import (
-    DISTANCE,
-    PICTURES,
-    DosFile,
-    OptionGroup,
-    Overwrite,
-    Predictor,
-    TargetOptions,
-    figure,
-    on_told_zero,
-    output,
-    read_structures,
-    single_table,
-    tell_doubts,
-    with_options,
-)
+from dosmatgen_ase.cli.files import PICTURES, output, read_structures, single_table
+from dosmatgen_ase.cli.options import DISTANCE, STRUCTURE_TABLES, Overwrite, Predictor, figure, with_options
+from dosmatgen_ase.cli.target import DosFile, TargetOptions, on_told_zero, tell_doubts
 from dosmatgen_ase.parsing import names_from_text, numbers_from_text
 
 if TYPE_CHECKING:
@@ -37,7 +26,7 @@ if TYPE_CHECKING:
     from dosmatgen_ase.retrieval.index import DOSIndex
 
 DRAWN = 3  # crystals in the picture
-FILTERS = "Which crystals"
+filter_option = partial(Option, rich_help_panel="Which crystals")
 FAR = 0.65
 """Median distance of a site from the mean DOS of its element (docs/benchmarks/predictor.md)."""
 
@@ -46,27 +35,15 @@ FAR = 0.65
 class FilterOptions:
     """Which of the known crystals may be found."""
 
-    elements: Annotated[
-        str | None, typer.Option(help="Crystals made of these elements only: Ni,Au.", rich_help_panel=FILTERS)
-    ] = None
-    exclude_elements: Annotated[
-        str | None, typer.Option(help="Crystals that hold none of these: O,F.", rich_help_panel=FILTERS)
-    ] = None
-    composition: Annotated[
-        str | None, typer.Option(help="Crystals of this reduced formula: NiAu3.", rich_help_panel=FILTERS)
-    ] = None
-    num_atoms: Annotated[
-        str | None, typer.Option(help="Atoms of the primitive cell: 4, 4,6 or 4-7.", rich_help_panel=FILTERS)
-    ] = None
+    elements: Annotated[str | None, filter_option(help="Crystals made of these elements only: Ni,Au.")] = None
+    exclude_elements: Annotated[str | None, filter_option(help="Crystals that hold none of these: O,F.")] = None
+    composition: Annotated[str | None, filter_option(help="Crystals of this reduced formula: NiAu3.")] = None
+    num_atoms: Annotated[str | None, filter_option(help="Atoms of the primitive cell: 4, 4,6 or 4-7.")] = None
     max_above_hull: Annotated[
-        float | None,
-        typer.Option(
-            help="Highest energy above the hull, eV/atom, as given with the crystals.", rich_help_panel=FILTERS
-        ),
+        float | None, filter_option(help="Highest energy above the hull, eV/atom, as given with the crystals.")
     ] = None
     gap: Annotated[
-        tuple[float, float] | None,
-        typer.Option(metavar="LOW HIGH", help="Band gap, eV; 0 0 for metals.", rich_help_panel=FILTERS),
+        tuple[float, float] | None, filter_option(metavar="LOW HIGH", help="Band gap, eV; 0 0 for metals.")
     ] = None
 
     def keywords(self) -> dict[str, Any]:
@@ -77,10 +54,7 @@ class FilterOptions:
 
 
 @app.command()
-@with_options(
-    reading=OptionGroup.of(TargetOptions, without=("site",)),
-    filters=OptionGroup.of(FilterOptions),
-)
+@with_options(reading=TargetOptions, filters=FilterOptions)
 def search(
     dos_file: DosFile,
     reading: TargetOptions,
@@ -88,31 +62,28 @@ def search(
     ctx: typer.Context,
     site: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Take the DOS of this site of the file's structure, counted from 0, or of several: 3 or 0-3. "
             "Default: the total DOS."
         ),
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Number of crystals.")] = 10,
+    n: Annotated[int, Option("-n", min=1, help="Number of crystals.")] = 10,
     overwrite: Overwrite = False,
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "-o",
             "--out",
             help="Write the crystals into this file: .extxyz, .xyz, .cif, .vasp (one each), .traj, .db or .json.",
         ),
     ] = None,
     plot: Annotated[
-        Path | None,
-        typer.Option(help="Picture (.png, .pdf, .svg) of the nearest three: target and their DOS, crystal."),
+        Path | None, Option(help="Picture (.png, .pdf, .svg) of the nearest three: target and their DOS, crystal.")
     ] = None,
-    index: Annotated[
-        Path | None, typer.Option(help="Index made by dosmatgen index. Default: the one that ships.")
-    ] = None,
+    index: Annotated[Path | None, Option(help="Index made by dosmatgen index. Default: the one that ships.")] = None,
     among: Annotated[
         list[Path] | None,
-        typer.Option(
+        Option(
             metavar="FILE",
             help="Look among the structures of this file instead, such as crystals that were generated or relaxed. "
             "May be given several times.",
@@ -234,32 +205,24 @@ def _draw(path: Path, target: TargetDOS, hits: Sequence[Atoms], index: DOSIndex)
 @app.command("index")
 def make_index(
     ctx: typer.Context,
-    structures: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="STRUCTURES",
-            help="A table laid out as data/structures.parquet, or files that ASE reads.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="File of the index.")] = Path("dos_index.npz"),
+    structures: Annotated[list[Path] | None, STRUCTURE_TABLES] = None,
+    out: Annotated[Path, Option("-o", "--out", help="File of the index.")] = Path("dos_index.npz"),
     labels: Annotated[
-        Path | None, typer.Option(help="Folder of computed site DOS, such as data/site_dos. Default: none.")
+        Path | None, Option(help="Folder of computed site DOS, such as data/site_dos. Default: none.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Take no more structures than this. Default: all; 1000 of a database.")
+        int | None, Option(min=1, help="Take no more structures than this. Default: all; 1000 of a database.")
     ] = None,
     from_optimade: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Take the structures of this database, which speaks OPTIMADE, not of files."),
+        Option(metavar="URL", help="Take the structures of this database, which speaks OPTIMADE, not of files."),
     ] = None,
     filter: Annotated[
-        str,
-        typer.Option(metavar="FILTER", help="Which structures of the database: 'elements HAS \"Ni\" AND nsites<=8'."),
+        str, Option(metavar="FILTER", help="Which structures of the database: 'elements HAS \"Ni\" AND nsites<=8'.")
     ] = "",
     parts: Annotated[
         Path | None,
-        typer.Option(help="Folder of the predictions so far; it is kept. Default: OUT-parts, removed at the end."),
+        Option(help="Folder of the predictions so far; it is kept. Default: OUT-parts, removed at the end."),
     ] = None,
     predictor: Predictor = None,
     overwrite: Overwrite = False,
@@ -293,17 +256,20 @@ def make_index(
     if parts is None:
         remove_parts(folder)
     size = out.stat().st_size / 1e6
-    count = int(made.computed.sum())
-    tell(f"{out}: {len(made)} crystals, {count} with a computed DOS, {size:.1f} MB")
+    tell(f"{out}: {len(made)} crystals, {int(made.computed.sum())} with a computed DOS, {size:.1f} MB")
     _tell_failed(made)
 
 
 def _of_files(paths: Sequence[Path]) -> list[Atoms]:
-    """Crystals of one table, or of files that ASE reads."""
+    """Crystals of one table, or of files: their ``material_id`` is their own, or else the name of the file."""
     from dosmatgen_ase.retrieval.build import read_known
 
-    table = single_table(paths)
-    return read_known(table) if table else _named(read_structures(paths))
+    if table := single_table(paths):
+        return read_known(table)
+    crystals = read_structures(paths)
+    for name, atoms in crystals.items():
+        atoms.info.setdefault("material_id", name)
+    return list(crystals.values())
 
 
 def _of_database(url: str, filter: str, limit: int | None, folder: Path) -> tuple[list[Atoms], dict[str, Any]]:
@@ -326,10 +292,3 @@ def attribution(source: Mapping[str, Any]) -> str:
     """Where the structures of an index come from, in one line."""
     more = [str(source[key]) for key in ("url", "homepage", "licence") if source.get(key)]
     return f"{source.get('provider') or 'a database without a name'} ({', '.join(dict.fromkeys(more))})"
-
-
-def _named(crystals: dict[str, Atoms]) -> list[Atoms]:
-    """Crystals with a ``material_id``: their own, or the name of their file."""
-    for name, atoms in crystals.items():
-        atoms.info.setdefault("material_id", name)
-    return list(crystals.values())

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from typer import Option
 
 from dosmatgen_ase.cli.application import app, show, tell
-from dosmatgen_ase.cli.options import Data, Device, Overwrite, Predictor, figure, output
+from dosmatgen_ase.cli.files import output
+from dosmatgen_ase.cli.options import Data, Device, Overwrite, Predictor, figure
 
 if TYPE_CHECKING:
     from dosmatgen_ase.data import CrystalDataset, Structures
@@ -25,26 +27,26 @@ def train(
     ctx: typer.Context,
     config: Annotated[
         Path,
-        typer.Option(
+        Option(
             help="JSON with fields of TrainingConfig, such as configs/default.json, or with several stages, such as "
             "configs/shipped.json.",
             show_default=False,
         ),
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder of the run: state, log.jsonl, weights.safetensors; continued if it exists.")
+        Path, Option(help="Folder of the run: state, log.jsonl, weights.safetensors; continued if it exists.")
     ] = Path("runs/default"),
     data: Data = Path("data"),
     wide: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Larger table of structures (.parquet) to train on. In a config of several stages, the stages with "
             '\'"structures": "wide"\' use it.'
         ),
     ] = None,
     pseudo_labels: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="File of predicted DOS for structures without a label, or 'auto': predict them once and keep the file "
             "in OUT. A config of several stages always does this. For the judge of the benchmarks to stay independent, "
             "--predictor must be benchmarks/ranker.safetensors."
@@ -52,10 +54,10 @@ def train(
     ] = None,
     predictor: Predictor = None,
     init: Annotated[
-        Path | None, typer.Option(help="Weights to start from (fine-tuning); same 'network' in the config.")
+        Path | None, Option(help="Weights to start from (fine-tuning); same 'network' in the config.")
     ] = None,
     device: Device = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; replaces the config's.")] = None,
+    threads: Annotated[int | None, Option(min=1, help="CPU threads; replaces the config's.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a generator on the training split. A run that was killed goes on where its last state was saved."""
@@ -73,7 +75,7 @@ def train(
         return _dataset(out, data, table, predicted, predictor, chosen)
 
     try:
-        weights = _trained(recipe, several, dataset_of, out, init, chosen)
+        weights = _trained(recipe, several, dataset_of, out, init=init, device=chosen)
     except KeyboardInterrupt:
         kept = any(out.glob("**/state.safetensors"))
         what = f"the last state is kept in {out}; the same command goes on" if kept else "no state was saved yet"
@@ -93,21 +95,15 @@ def _recipe(config: Path, threads: int | None) -> tuple[Recipe, bool]:
 
 
 def _trained(
-    recipe: Recipe,
-    several: bool,
-    dataset_of: Callable[[Stage], CrystalDataset],
-    out: Path,
-    init: Path | None,
-    device: str,
+    recipe: Recipe, several: bool, dataset_of: Callable[[Stage], CrystalDataset], out: Path, **how: Any
 ) -> Path:
     from dosmatgen_ase.train.recipe import counts_of, train_stages
     from dosmatgen_ase.train.trainer import train
 
     if several:
-        return train_stages(recipe, dataset_of, out, init=init, device=device)
+        return train_stages(recipe, dataset_of, out, **how)
     dataset = dataset_of(recipe.stages[0])
-    metadata = {"data": counts_of(dataset)}
-    return train(recipe.stages[0].training, dataset, out, init=init, device=device, metadata=metadata)
+    return train(recipe.stages[0].training, dataset, out, metadata={"data": counts_of(dataset)}, **how)
 
 
 def _dataset(
@@ -180,14 +176,14 @@ def train_predictor(
     ctx: typer.Context,
     data: Data = Path("data"),
     out: Annotated[
-        Path, typer.Option(help="Folder for predictor.safetensors (generate --predictor), ranker and judge.")
+        Path, Option(help="Folder for predictor.safetensors (generate --predictor), ranker and judge.")
     ] = Path("runs/predictor"),
     epochs: Annotated[
-        int, typer.Option(min=1, help="Epochs of each tight-binding model; 40 take about half an hour on a CPU core.")
+        int, Option(min=1, help="Epochs of each tight-binding model; 40 take about half an hour on a CPU core.")
     ] = 40,
     device: Device = None,
     overwrite: Overwrite = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights, dropout and order.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of the initial weights, dropout and order.")] = 0,
 ) -> None:
     """Train the forward models (structure to site DOS): one on all labels, two on the halves of the formulas.
 

@@ -117,14 +117,15 @@ def write_report(result: InverseDesignDoc, path: str | os.PathLike[str]) -> Path
         If a candidate with a distance lacks the DOS or the site of a target.
     """
     path = Path(path)
-    for candidate in result.candidates:
+    good = [candidate for candidate in result.candidates if candidate.distance is not None]
+    for candidate in good:
         _check(candidate, result.targets)
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
     text = page.render(
         count=len(result.candidates),
-        engines=" and ".join(sorted({_by(c) for c in result.candidates if c.distance is not None})),
-        good=[_row(c, result.targets, path.parent) for c in result.candidates if c.distance is not None],
-        lost=[_told(c) for c in result.candidates if c.reason is not None or c.distance is None],
+        engines=" and ".join(sorted({_by(c) for c in good})),
+        good=[(c, _shown(c, result.targets, path.parent)) for c in good],
+        lost=[c for c in result.candidates if c.reason is not None or c.distance is None],
         targets=[
             (_name(key), _picture(plot_dos(drawn_together(target, []), [_name(key)])))
             for key, target in result.targets.items()
@@ -146,8 +147,6 @@ def _name(key: str) -> str:
 
 def _check(candidate: CandidateDoc, targets: Mapping[str, TargetDOS]) -> None:
     """Refuse a candidate whose distance cannot be of these targets."""
-    if candidate.distance is None:
-        return
     sites = {str(i) for i in range(len(candidate.structure or candidate.generated))}
     for key, target in targets.items():
         made, fault = candidate.achieved.get(key), None
@@ -163,24 +162,14 @@ def _check(candidate: CandidateDoc, targets: Mapping[str, TargetDOS]) -> None:
             )
 
 
-def _told(candidate: CandidateDoc) -> dict[str, Any]:
-    """What the page says of every candidate."""
-    told = candidate.model_dump(include={"index", "formula", "known_as", "relaxation", "reason"})
-    return {**told, "searched": "search" in candidate.record}
-
-
-def _row(candidate: CandidateDoc, targets: dict[str, TargetDOS], home: Path) -> dict[str, Any]:
-    """What the page shows of a candidate with a DOS: a row of the table, and a card."""
+def _shown(candidate: CandidateDoc, targets: dict[str, TargetDOS], home: Path) -> dict[str, Any]:
+    """What the page shows of a candidate with a DOS beside its own fields, in its row of the table and on its card."""
     structure = candidate.structure or candidate.generated
     lengths = ", ".join(f"{x:.2f}" for x in structure.lattice.abc)
     angles = ", ".join(f"{x:.1f}" for x in structure.lattice.angles)
     return {
-        **_told(candidate),
-        "distance": f"{candidate.distance:.3f}",
-        "figures": [
-            {"value": len(structure), "shown": len(structure)},
-            *(_figure(candidate, column) for column in COLUMNS.values()),
-        ],
+        "atoms": len(structure),
+        "figures": [_figure(candidate, column) for column in COLUMNS.values()],
         "cif": f"data:chemical/x-cif;base64,{b64encode(structure.to(fmt='cif').encode()).decode()}",
         "folder": _link(candidate.directory, home),
         "cell": f"a, b, c = {lengths} Å; α, β, γ = {angles}°; {structure.volume / len(structure):.1f} Å³/atom",
