@@ -23,24 +23,40 @@ from dosmatgen_ase.moved import TYPE_CHECKING, install
 if TYPE_CHECKING:
     from typing import Any
 
-    from dosmatgen_ase.crystals.screening import KnownCrystals as KnownCrystals
-    from dosmatgen_ase.crystals.screening import screen_many as screen_many
-    from dosmatgen_ase.dft.espresso import compute_dos as compute_dos
-    from dosmatgen_ase.dos import DOSWarning as DOSWarning
-    from dosmatgen_ase.dos import EnergyGrid as EnergyGrid
-    from dosmatgen_ase.dos import TargetDOS as TargetDOS
-    from dosmatgen_ase.forward.bands import predict_bands as predict_bands
-    from dosmatgen_ase.forward.bands import predict_levels as predict_levels
-    from dosmatgen_ase.forward.predictor import predict_dos as predict_dos
-    from dosmatgen_ase.generate.generator import DOSGenerator as DOSGenerator
-    from dosmatgen_ase.generate.settings import GenerationSettings as GenerationSettings
-    from dosmatgen_ase.judge.ranking import Ranking as Ranking
-    from dosmatgen_ase.judge.relaxation import relax as relax
-    from dosmatgen_ase.judge.stability import energy_above_hull as energy_above_hull
-    from dosmatgen_ase.retrieval.index import DOSIndex as DOSIndex
-    from dosmatgen_ase.retrieval.query import search as search
+    from dosmatgen_ase.crystals.screening import KnownCrystals, screen_many
+    from dosmatgen_ase.dft.espresso import compute_dos
+    from dosmatgen_ase.dos import DOSWarning, EnergyGrid, TargetDOS
+    from dosmatgen_ase.forward.bands import predict_bands, predict_levels
+    from dosmatgen_ase.forward.predictor import predict_dos
+    from dosmatgen_ase.generate.generator import DOSGenerator
+    from dosmatgen_ase.generate.settings import GenerationSettings
+    from dosmatgen_ase.judge.ranking import Ranking
+    from dosmatgen_ase.judge.relaxation import relax
+    from dosmatgen_ase.judge.stability import energy_above_hull
+    from dosmatgen_ase.retrieval.index import DOSIndex
+    from dosmatgen_ase.retrieval.query import search
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DOSGenerator",
+    "DOSIndex",
+    "DOSWarning",
+    "EnergyGrid",
+    "GenerationSettings",
+    "KnownCrystals",
+    "Ranking",
+    "TargetDOS",
+    "__version__",
+    "compute_dos",
+    "energy_above_hull",
+    "predict_bands",
+    "predict_dos",
+    "predict_levels",
+    "relax",
+    "screen_many",
+    "search",
+]
 
 _HOME = {
     "DOSGenerator": "generate.generator",
@@ -61,8 +77,6 @@ _HOME = {
     "search": "retrieval.query",
 }
 
-__all__ = sorted([*_HOME, "__version__"])
-
 install()
 
 
@@ -75,4 +89,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__)
