@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from dosmatgen_ase.forward.predictor import DOSPredictor
     from dosmatgen_ase.generate.request import Request
-    from dosmatgen_ase.judge.ranking import Ranking
 
 ranking_option = partial(Option, rich_help_panel="Relax and rank")
 MANY = 200  # candidates whose ranking takes seconds, and shows a bar
