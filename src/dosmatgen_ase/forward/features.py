@@ -8,7 +8,7 @@ import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from dosmatgen_ase.threads import cpu_threads, once, without_warnings
 
 if TYPE_CHECKING:
     from ase import Atoms
+
+Features: TypeAlias = "Sequence[np.ndarray | str]"
+"""Of each structure the features of its atoms, (n, 385), or why it has none."""
 
 NUM_FEATURES = 385  # 4 convolutions x 64, final site vector 64, crystal vector 64, magnetic moment 1
 MAX_BONDS = 200_000  # and angles of a crystal: CHGNet takes 3 kB for each, 0.6 GB in all

@@ -29,7 +29,7 @@ from dosmatgen_ase.crystals.checks import formula_of
 from dosmatgen_ase.crystals.reduction import niggli_operation
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files.tensors import fill, load_tensors, save_tensors, without_values
-from dosmatgen_ase.forward.features import NUM_FEATURES, check_cell, site_features, tight_binding_graph
+from dosmatgen_ase.forward.features import NUM_FEATURES, Features, check_cell, site_features, tight_binding_graph
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph
 from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
@@ -229,7 +229,7 @@ class DOSPredictor:
         progress: bool = False,
         *,
         method: str = "all",
-        features: Sequence[np.ndarray | str] | None = None,
+        features: Features | None = None,
     ) -> list[SitePrediction]:
         """Predict the site DOS of periodic structures; one that cannot be read comes back all unknown.
 
@@ -257,9 +257,7 @@ class DOSPredictor:
             self._by_networks(features, numbers, opinions)
         return [self._joined(z, found, method) for z, found in zip(numbers, opinions, strict=True)]
 
-    def _by_networks(
-        self, features: Sequence[np.ndarray | str], numbers: Sequence[np.ndarray], opinions: Sequence[_Opinions]
-    ) -> None:
+    def _by_networks(self, features: Features, numbers: Sequence[np.ndarray], opinions: Sequence[_Opinions]) -> None:
         """Fill in what networks and, where there is a tight-binding DOS, correctors say; or why they do not."""
         readable = [i for i, feature in enumerate(features) if not isinstance(feature, str)]
         for i, feature in enumerate(features):
