@@ -35,7 +35,7 @@ from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBinding
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
 from dosmatgen_ase.forward.tight_binding.spectrum import MIN_GAP
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
-from dosmatgen_ase.parsing import is_real, site_numbers
+from dosmatgen_ase.parsing import is_real, site_numbers, whole_number
 from dosmatgen_ase.threads import cpu_threads, once
 
 if TYPE_CHECKING:
@@ -72,10 +72,8 @@ class PredictorConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        for name, highest in (("hidden", 8192), ("depth", 32), ("members", 64), ("correctors", 64)):
-            value, lowest = getattr(self, name), int(name not in ("members", "correctors"))
-            if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-                raise ValueError(f"{name}={value!r} must be a whole number from {lowest} to {highest}")
+        for name, lowest, highest in (("hidden", 1, 8192), ("depth", 1, 32), ("members", 0, 64), ("correctors", 0, 64)):
+            whole_number(getattr(self, name), name, lowest, highest)
         if self.correctors and not self.members:
             raise ValueError(f"correctors={self.correctors} need members, with which they share inputs")
 
@@ -117,12 +115,14 @@ class _Opinions:
 
     Attributes
     ----------
+    numbers : (n,), of the atoms
     bound, networks : by each tight-binding model and by each network
     corrected : mean of the correctors, if there are any
     gaps : by each tight-binding model, eV
     reason : why the last kind of model that refused did so
     """
 
+    numbers: np.ndarray
     bound: list[np.ndarray] = field(default_factory=list)
     networks: list[np.ndarray] = field(default_factory=list)
     corrected: np.ndarray | None = None
@@ -135,14 +135,11 @@ class _Opinions:
         Correctors count half, tight binding and the mean network a quarter each: on `val` the three kinds err
         differently, and a corrector starts from one of the others.
         """
-        if not self.bound or not self.networks:
-            voices = self.bound or self.networks
-            weights = np.full(len(voices), 1 / max(1, len(voices)))
-        elif self.corrected is None:
-            voices = [*self.bound, np.mean(self.networks, 0)]
-            weights = np.full(len(voices), 1 / len(voices))
-        else:
-            voices = [*self.bound, np.mean(self.networks, 0), self.corrected]
+        both = self.bound and self.networks
+        voices = [*self.bound, np.mean(self.networks, 0)] if both else self.bound or self.networks
+        weights = np.full(len(voices), 1 / max(1, len(voices)))
+        if self.corrected is not None:
+            voices.append(self.corrected)
             weights = np.array([*[0.25 / len(self.bound)] * len(self.bound), 0.25, 0.5])
         return np.stack(voices) if voices else np.zeros((0, 0, 0)), weights.astype(np.float32)
 
@@ -199,10 +196,7 @@ class DOSPredictor:
 
     def calibration(self, method: str = "all") -> dict[str, Any]:
         """Factor on the ensemble's "spread", and slope and offset of the expected "error"; see `SitePrediction`."""
-        plain = {"spread": 1.0, "error": [1.0, 0.0]}  # before it is calibrated
-        found = self.info.get("calibration", plain)
-        if method == "all" or method not in self.methods:
-            return found
+        found = self.info.get("calibration", {"spread": 1.0, "error": [1.0, 0.0]})  # plain before it is calibrated
         return self.info.get("calibrations", {}).get(method, found)
 
     @property
@@ -247,38 +241,36 @@ class DOSPredictor:
         """
         if method not in self.methods:
             raise ValueError(f"method={method!r}: this predictor has {', '.join(self.methods)}")
-        numbers = [atoms.numbers.astype(np.int64) for atoms in atoms_list]
-        opinions = [_Opinions() for _ in atoms_list]
+        opinions = [_Opinions(atoms.numbers.astype(np.int64)) for atoms in atoms_list]
         if self.tight_binding and method != "features":
             self._by_tight_binding(atoms_list, opinions, progress)
         if self.members and method != "tight-binding":
             if features is None:
                 features = site_features(atoms_list, progress=progress)
-            self._by_networks(features, numbers, opinions)
-        return [self._joined(z, found, method) for z, found in zip(numbers, opinions, strict=True)]
+            self._by_networks(features, opinions)
+        return [self._joined(found, method) for found in opinions]
 
-    def _by_networks(self, features: Features, numbers: Sequence[np.ndarray], opinions: Sequence[_Opinions]) -> None:
+    @torch.no_grad()
+    def _by_networks(self, features: Features, opinions: Sequence[_Opinions]) -> None:
         """Fill in what networks and, where there is a tight-binding DOS, correctors say; or why they do not."""
-        readable = [i for i, feature in enumerate(features) if not isinstance(feature, str)]
         for i, feature in enumerate(features):
             if isinstance(feature, str):
                 opinions[i].reason = feature
+        readable = [i for i, feature in enumerate(features) if not isinstance(feature, str)]
         if not readable:
             return
-        baseline = self.tables["baseline"]
-        with torch.no_grad():
-            kinds = [numbers[i] for i in readable]
-            inputs = network_inputs(baseline, [features[i] for i in readable], kinds)
-            offset = inverse_softplus(baseline[torch.from_numpy(np.concatenate(kinds))])
-            x = self.standardised(inputs)
-            found = torch.stack([softplus(net(x) + offset) for net in self.members])
-            counts = [len(z) for z in kinds]
-            for i, part in zip(readable, found.split(counts, 1), strict=True):
-                opinions[i].networks = list(part.numpy())
-            seen = zip(readable, inputs.split(counts), strict=True)
-            both = [(opinions[i], part) for i, part in seen if opinions[i].bound]
-            if self.correctors and both:
-                self._correct(both)
+        baseline, kinds = self.tables["baseline"], [opinions[i].numbers for i in readable]
+        inputs = network_inputs(baseline, [features[i] for i in readable], kinds)
+        offset = inverse_softplus(baseline[torch.from_numpy(np.concatenate(kinds))])
+        x = self.standardised(inputs)
+        found = torch.stack([softplus(net(x) + offset) for net in self.members])
+        counts, both = [len(z) for z in kinds], []
+        for i, seen, part in zip(readable, inputs.split(counts), found.split(counts, 1), strict=True):
+            opinions[i].networks = list(part.numpy())
+            if opinions[i].bound:
+                both.append((opinions[i], seen))
+        if self.correctors and both:
+            self._correct(both)
 
     def _correct(self, both: Sequence[tuple[_Opinions, Tensor]]) -> None:
         """Fill in what correctors make of the tight-binding DOS of crystals, given with their inputs (n, 536)."""
@@ -307,8 +299,9 @@ class DOSPredictor:
                     opinions[i].bound.append(found.dos.sum(axis=1))
                     opinions[i].gaps.append(found.gap)
 
-    def _joined(self, z: np.ndarray, opinions: _Opinions, method: str) -> SitePrediction:
+    def _joined(self, opinions: _Opinions, method: str) -> SitePrediction:
         """Mean and calibrated spread of the opinions; of one, a part of the DOS itself is its spread."""
+        z = opinions.numbers
         voices, weights = opinions.weighted()
         if not len(voices):
             nothing = np.zeros((len(z), MODEL_GRID.size), dtype=np.float32)
@@ -318,9 +311,8 @@ class DOSPredictor:
         if len(voices) == 1:
             spread = np.maximum(mean, 1e-3)  # never sure, not even of a gap
         known = self.tables["support"].numpy()[z] >= MIN_LABELS
-        alone = "tight-binding" if opinions.bound else "features"
         both = bool(opinions.bound and opinions.networks)
-        by = "tight binding" if opinions.bound else "the networks"
+        alone, by = ("tight-binding", "tight binding") if opinions.bound else ("features", "the networks")
         lacking = f"predicted by {by} alone: {opinions.reason}" if opinions.reason and not both else ""
         calibration = self.calibration(method if both else alone)
         slope, offset = calibration["error"]

@@ -34,6 +34,7 @@ from dosmatgen_ase.forward.tight_binding.integrals import (
     harrison_scale,
 )
 from dosmatgen_ase.forward.tight_binding.spectrum import EMPTY, Spectrum, broadened, eigh, zero_and_gap
+from dosmatgen_ase.parsing import whole_number
 
 RADIAL = 16  # Gaussians of the distance over the sum of covalent radii
 TAIL = 30.0
@@ -71,9 +72,7 @@ class TightBindingConfig:
 
     def __post_init__(self) -> None:
         for name, highest in (("width", 1024), ("hidden", 2048), ("site_hidden", 2048), ("rounds", 4), ("message", 64)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
-                raise ValueError(f"{name}={value!r} must be a whole number from 1 to {highest}")
+            whole_number(getattr(self, name), name, 1, highest)
         if not 1 <= self.cutoff <= 8:
             raise ValueError(f"cutoff={self.cutoff} A must lie in 1 to 8")
         for name in ("dropout", "site_dropout"):
