@@ -8,12 +8,13 @@ import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from ase import Atoms
 from torch import Tensor, nn
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 from dosmatgen_ase.crystals.checks import MIN_VOLUME_PER_ATOM, beyond_bounds, fault
 from dosmatgen_ase.crystals.convert import to_structure
@@ -23,12 +24,7 @@ from dosmatgen_ase.forward.tight_binding.graph import MIN_DISTANCE, TOO_CLOSE, C
 from dosmatgen_ase.forward.tight_binding.predict import MAX_ORBITALS
 from dosmatgen_ase.threads import cpu_threads, once, without_warnings
 
-if TYPE_CHECKING:
-    from ase import Atoms
-
-Features: TypeAlias = "Sequence[np.ndarray | str]"
-"""Of each structure the features of its atoms, (n, 385), or why it has none."""
-
+Features: TypeAlias = Sequence[np.ndarray | str]  # of each structure those of its atoms, (n, 385), or why it has none
 NUM_FEATURES = 385  # 4 convolutions x 64, final site vector 64, crystal vector 64, magnetic moment 1
 MAX_BONDS = 200_000  # and angles of a crystal: CHGNet takes 3 kB for each, 0.6 GB in all
 
@@ -191,9 +187,7 @@ def site_features(atoms_list: Sequence[Atoms], batch_size: int = 32, progress: b
     return found
 
 
-def cached_site_features(
-    structures: Structures, directory: str | Path, piece: int = 512, progress: bool = False
-) -> list[np.ndarray | str]:
+def cached_site_features(structures: Structures, directory: str | Path, piece: int = 512) -> list[np.ndarray | str]:
     """Return `site_features` of a table of structures, kept on disk in pieces so that an interrupted run resumes.
 
     Pieces (`*.npz`) are looked up by `material_id` and the crystal itself, so one folder serves any selection of any
@@ -212,7 +206,7 @@ def cached_site_features(
             ids, of, reasons = (file[name].tolist() for name in ("material_id", "structure", "reason"))
             known |= {(i, s): reason or part for i, s, part, reason in zip(ids, of, parts, reasons, strict=True)}
     missing = [i for i, key in enumerate(keys) if key not in known]
-    for start in trange(0, len(missing), piece, disable=not progress, unit="piece", desc="CHGNet features"):
+    for start in range(0, len(missing), piece):
         rows = missing[start : start + piece]
         fresh = site_features([structures.atoms(i) for i in rows])
         arrays = [f if isinstance(f, np.ndarray) else np.zeros((0, NUM_FEATURES), np.float32) for f in fresh]

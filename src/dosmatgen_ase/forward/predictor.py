@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.data import chemical_symbols
 from torch import Tensor, nn
@@ -31,15 +32,12 @@ from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files.tensors import fill, load_tensors, save_tensors, without_values
 from dosmatgen_ase.forward.features import NUM_FEATURES, Features, check_cell, site_features, tight_binding_graph
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph
-from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
+from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig, linear
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
 from dosmatgen_ase.forward.tight_binding.spectrum import MIN_GAP
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 from dosmatgen_ase.parsing import is_real, site_numbers, whole_number
 from dosmatgen_ase.threads import cpu_threads, once
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 DEFAULT_PREDICTOR = Path(__file__).parents[1] / "weights" / "predictor.safetensors"
 METHODS = ("all", "tight-binding", "features")
@@ -150,10 +148,7 @@ def _member(inputs: int, config: PredictorConfig) -> nn.Sequential:
     layers: list[nn.Module] = []
     for size, width in pairwise(widths):
         layers += [nn.Linear(size, width), nn.SiLU(), nn.Dropout(config.dropout)]
-    head = nn.Linear(widths[-1], MODEL_GRID.size)
-    nn.init.normal_(head.weight, std=1e-3)  # start at the element's mean
-    nn.init.zeros_(head.bias)
-    return nn.Sequential(*layers, head)
+    return nn.Sequential(*layers, linear(widths[-1], MODEL_GRID.size, start=1e-3))  # at first the element's mean
 
 
 class DOSPredictor:
@@ -355,11 +350,7 @@ class DOSPredictor:
         tables = {k: v for k, v in tensors.items() if not k.startswith(("members.", "correctors.", "tight_binding."))}
         try:
             config = PredictorConfig(**header["config"])
-            named = {"baseline", "support", *(("input_mean", "input_std") if config.members else ())}
-            named |= {"dos_mean", "dos_std"} if config.correctors else set()
-            if tables.keys() != named:
-                raise ValueError(f"it has the tables {sorted(tables)}")
-            _check_tables(tables, header["info"])
+            _check_tables(tables, config, header)
             tables = {k: table if k == "support" else table.float() for k, table in tables.items()}
             models = [_filled(k, told, tensors) for k, told in enumerate(header.get("tight_binding", []))]
             with without_values():
@@ -372,11 +363,15 @@ class DOSPredictor:
         return predictor
 
 
-def _check_tables(tables: Mapping[str, Tensor], info: Any) -> None:
-    """Raise ``ValueError`` unless the tables have their shapes, and the calibrations are numbers."""
-    inputs, grid = NUM_FEATURES + MODEL_GRID.size, (MAX_ATOMIC_NUMBER + 1, MODEL_GRID.size)
-    shapes = {"baseline": grid, "support": grid, "input_mean": (inputs,), "input_std": (inputs,)}
-    shapes |= {"dos_mean": grid[1:], "dos_std": grid[1:]}
+def _check_tables(tables: Mapping[str, Tensor], config: PredictorConfig, header: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless the tables are there and have their shapes, and the calibrations are numbers."""
+    inputs, grid = (NUM_FEATURES + MODEL_GRID.size,), (MAX_ATOMIC_NUMBER + 1, MODEL_GRID.size)
+    shapes: dict[str, tuple[int, ...]] = {"baseline": grid, "support": grid}
+    shapes |= {"input_mean": inputs, "input_std": inputs} if config.members else {}
+    shapes |= {"dos_mean": grid[1:], "dos_std": grid[1:]} if config.correctors else {}
+    if tables.keys() != shapes.keys():
+        raise ValueError(f"it has the tables {sorted(tables)}")
+    info = header["info"]
     if wrong := [name for name, table in tables.items() if tuple(table.shape) != shapes[name]]:
         raise ValueError(f"the table {wrong[0]} has the shape {tuple(tables[wrong[0]].shape)}")
     if not all(table.is_floating_point() for name, table in tables.items() if name != "support"):
@@ -469,8 +464,6 @@ def predict_dos(
         If a crystal lacks a site wanted, if CHGNet cannot read it, or if no site wanted is known. In a sequence the
         last two cost no other crystal: all its sites are None, and a warning names it and the reason.
     """
-    from ase import Atoms
-
     single = isinstance(atoms, Atoms)
     structures: list[Atoms] = [atoms] if single else list(atoms)
     for item in structures:
@@ -492,11 +485,10 @@ def predict_dos(
             lacking.append(f"{name}: {prediction.lacking}")
     if unknown and single:
         raise ValueError(f"no DOS for {unknown[0]}")
-    if unknown:
-        warnings.warn(f"no DOS for {len(unknown)} of {len(found)} structures: {_first(unknown)}", stacklevel=2)
-    if lacking:
-        told = f"a less certain DOS for {len(lacking)} of {len(found)} structures: {_first(lacking)}"
-        warnings.warn(told, stacklevel=2)
+    for what, lines in (("no DOS", unknown), ("a less certain DOS", lacking)):
+        if lines:
+            told = "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
+            warnings.warn(f"{what} for {len(lines)} of {len(found)} structures: {told}", stacklevel=2)
     return found[0] if single else found
 
 
@@ -504,10 +496,6 @@ def too_few_labels(numbers: Iterable[int]) -> str:
     """Say why the DOS of sites of these elements, all unknown, is no prediction."""
     held = {chemical_symbols[z] for z in numbers if 0 <= z < len(chemical_symbols)}
     return f"fewer than {MIN_LABELS} labelled structures hold {', '.join(sorted(held))}"
-
-
-def _first(lines: Sequence[str]) -> str:
-    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 
 def _wanted_sites(sites: Sequence[int] | None, atoms: Atoms) -> list[int]:

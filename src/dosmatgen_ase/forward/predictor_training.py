@@ -66,9 +66,8 @@ def element_tables(labels: SiteDOSLabels, rows: np.ndarray) -> tuple[Tensor, Ten
     """
     labels = labels.select(rows)
     owner, site = np.nonzero(labels.atomic_numbers)
-    key, inverse = np.unique(
-        np.stack([owner, labels.atomic_numbers[owner, site]]), axis=1, return_inverse=True
-    )  # (structure, element) pairs
+    pairs = np.stack([owner, labels.atomic_numbers[owner, site]])  # of structure and element
+    key, inverse = np.unique(pairs, axis=1, return_inverse=True)
     count = np.bincount(inverse, minlength=key.shape[1])[:, None]
     mean = np.zeros((key.shape[1], MODEL_GRID.size))
     np.add.at(mean, inverse, labels.values[owner, site])
@@ -146,8 +145,6 @@ def train_predictor(
             train, val = (part.around(start, predictor) for part, start in zip(parts, dos, strict=True))
             for net in predictor.correctors:
                 _fit(net, train, val, config, progress)
-    predictor.members.eval()
-    predictor.correctors.eval()
     calibrate(predictor, *_chosen(labels, features, val_rows))
     return predictor
 
@@ -237,7 +234,7 @@ def _training_sites(baseline: Tensor, labels: SiteDOSLabels, features: Features)
 
 
 def _fit(net: nn.Module, train: _Sites, val: _Sites, config: PredictorConfig, progress: bool) -> None:
-    """Train one member in place and leave it with the averaged weights of its best epoch on `val`."""
+    """Train one member in place and leave it in evaluation mode, with averaged weights of its best epoch on `val`."""
     sites = len(train.weight)
     steps = -(-sites // config.batch_size)
     optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=config.weight_decay)
@@ -263,7 +260,7 @@ def _fit(net: nn.Module, train: _Sites, val: _Sites, config: PredictorConfig, pr
             error = val.loss(average.module, everything).item()
         if error < best:
             best, best_state = error, copy.deepcopy(average.module.state_dict())
-    net.load_state_dict(best_state)
+    net.eval().load_state_dict(best_state)
 
 
 def _compared(

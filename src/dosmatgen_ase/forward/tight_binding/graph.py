@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
+from ase import Atoms
 from torch import Tensor
 
 from dosmatgen_ase.forward.tight_binding.basis import ELECTRONS, MAGNETIC, NUM_ORBITALS, ORBITALS
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 MIN_DISTANCE = 0.1  # Angstrom; closer atoms share a place
 TOO_CLOSE = f"two atoms are closer than {MIN_DISTANCE:g} A: move them apart"
@@ -92,9 +90,7 @@ def crystal_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
     vectors, image = np.unique(everything, axis=0, return_inverse=True)
     image = image.ravel()
     order = np.argsort(np.arange(len(vectors)) != image[0], kind="stable")  # the home cell first
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    vectors, image = vectors[order], rank[image[1:]]
+    vectors, image = vectors[order], np.argsort(order)[image[1:]]
     size, exists = num_orbitals(atoms), ORBITALS[numbers]  # (n, 9)
     place = np.cumsum(exists.ravel()).reshape(exists.shape) - 1  # of each orbital in the Hamiltonian
     both = exists[first][:, :, None] & exists[second][:, None]

@@ -100,12 +100,17 @@ class MatrixElements(NamedTuple):
     splitting: Tensor
 
 
+def linear(inputs: int, outputs: int, start: float) -> nn.Linear:
+    """Layer whose weights start at random of this standard deviation around zero, without a bias."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=start)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def _mlp(inputs: int, hidden: int, outputs: int, dropout: float = 0.0, start: float | None = None) -> nn.Sequential:
-    """One hidden layer; the outputs' weights start at random of standard deviation `start`, if given, around zero."""
-    last = nn.Linear(hidden, outputs)
-    if start is not None:
-        nn.init.normal_(last.weight, std=start)
-        nn.init.zeros_(last.bias)
+    """One hidden layer; the outputs' weights start as those of `linear`, if `start` is given."""
+    last = nn.Linear(hidden, outputs) if start is None else linear(hidden, outputs, start)
     return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Dropout(dropout), last)
 
 
@@ -150,9 +155,7 @@ class TightBinding(nn.Module):
         self.exchange = _mlp(wide, 64, 3, start=0.0)
         self.left, self.right = nn.Linear(wide, config.hidden), nn.Linear(wide, config.hidden)
         self.distance = nn.Linear(RADIAL, config.hidden)
-        last = nn.Linear(config.hidden, 2 * NUM_INTEGRALS)  # of hopping, and of the crystal field
-        nn.init.normal_(last.weight, std=0.01)
-        nn.init.zeros_(last.bias)
+        last = linear(config.hidden, 2 * NUM_INTEGRALS, start=0.01)  # of hopping, and of the crystal field
         self.integrals = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden, config.hidden), nn.SiLU(), last)
         nn.init.normal_(self.element.weight, std=0.3)
         nn.init.normal_(told.weight, std=0.5)
@@ -228,16 +231,10 @@ class TightBinding(nn.Module):
         return Spectrum(levels, weights, kweights, *found, spread), elements.moment
 
     def forward(
-        self,
-        batch: GraphBatch,
-        kpoints: Tensor,
-        energies: Tensor,
-        sigma: float,
-        kweights: Tensor | None = None,
-        steps: Tensor | None = None,
+        self, batch: GraphBatch, kpoints: Tensor, energies: Tensor, sigma: float, kweights: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """DOS (b, sites, 3, energies) of s, p and d of every site, states/eV, and moments (n,); see `spectrum`."""
-        spectrum, moment = self.spectrum(batch, kpoints, kweights, steps)
+        spectrum, moment = self.spectrum(batch, kpoints, kweights)
         dos = broadened(spectrum, energies, sigma)
         return dos.view(len(batch), batch.sites, 3, -1), moment
 

@@ -166,7 +166,7 @@ def batches(
                     and c.graph.size <= 1.3 * part[0].graph.size + 2
                     for k, c in enumerate(part[1:MAX_BATCH], start=1)
                 ]
-                many = 1 + (fits.index(False) if False in fits else len(fits))
+                many = 1 + sum(fits)  # the smallest, for they are sorted
                 found.append(part[:many])
                 part = part[many:]
     return [found[i] for i in rng.permutation(len(found))]
@@ -211,7 +211,7 @@ def fit(
     """
     if not train or not val:
         raise ValueError(f"{len(train)} training and {len(val)} validation crystals: both are needed")
-    run = _Run(model, train, val, settings, seed, Path(directory) if directory is not None else None)
+    run = _Run(model, settings, seed, Path(directory) if directory is not None else None, labels_digest([*train, *val]))
     run.resume()
     with tqdm(total=1000, initial=round(1000 * run.done), disable=not progress, desc="tight binding") as bar:
         bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -251,24 +251,23 @@ def mean_error(model: TightBinding, crystals: Sequence[LabelledCrystal], points:
     return float(torch.cat(errors).mean())
 
 
+@dataclass
 class _Run:
     """What changes while a model is trained."""
 
-    def __init__(
-        self,
-        model: TightBinding,
-        train: Sequence[LabelledCrystal],
-        val: Sequence[LabelledCrystal],
-        settings: TightBindingTraining,
-        seed: int,
-        directory: Path | None,
-    ) -> None:
-        self.model, self.settings, self.seed, self.directory = model, settings, seed, directory
-        rate, decay = settings.learning_rate, settings.weight_decay
-        self.optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
-        self.done, self.epochs, self.steps = 0.0, 0, 0
-        self.described = {"config": asdict(model.config), "training": asdict(settings), "seed": seed}
-        self.labels = labels_digest([*train, *val])
+    model: TightBinding
+    settings: TightBindingTraining
+    seed: int
+    directory: Path | None
+    labels: str
+    done: float = 0.0
+    epochs: int = 0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        rate, decay = self.settings.learning_rate, self.settings.weight_decay
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), rate, weight_decay=decay)
+        self.described = {"config": asdict(self.model.config), "training": asdict(self.settings), "seed": self.seed}
 
     def epoch(self, train: Sequence[LabelledCrystal], bar: tqdm) -> None:
         """Walk through the crystals once, or until the time is over; what is drawn depends on seed and epoch only."""
