@@ -197,9 +197,9 @@ def cached_site_features(structures: Structures, directory: str | Path, piece: i
     prints = structures.fingerprints()
     keys = list(zip(structures.material_id.tolist(), prints.tolist(), strict=True))
     known: dict[tuple[str, str], np.ndarray | str] = {}
+    kinds = {"features": ("f", 2), "counts": ("iu", 1)}
+    kinds |= dict.fromkeys(("material_id", "structure", "reason"), ("U", 1))
     for path in sorted(directory.glob("*.npz")):
-        kinds = {"features": ("f", 2), "counts": ("iu", 1)}
-        kinds |= dict.fromkeys(("material_id", "structure", "reason"), ("U", 1))
         with contextlib.suppress(ValueError):  # what is damaged is made again
             file = read_npz(path, kinds)
             parts = np.split(file["features"], np.cumsum(file["counts"])[:-1])
@@ -208,17 +208,17 @@ def cached_site_features(structures: Structures, directory: str | Path, piece: i
     missing = [i for i, key in enumerate(keys) if key not in known]
     for start in range(0, len(missing), piece):
         rows = missing[start : start + piece]
-        fresh = site_features([structures.atoms(i) for i in rows])
-        arrays = [f if isinstance(f, np.ndarray) else np.zeros((0, NUM_FEATURES), np.float32) for f in fresh]
+        made = site_features([structures.atoms(i) for i in rows])
+        fresh = [f if isinstance(f, str) else f.astype(np.float16) for f in made]  # as a resumed run reads them
+        arrays = [f if isinstance(f, np.ndarray) else np.zeros((0, NUM_FEATURES), np.float16) for f in fresh]
         ids = structures.material_id[rows]
         write_npz(
             directory / f"{ids[0]}-{prints[rows[0]]}.npz",  # a piece of another crystal of that name stays
             material_id=ids,
             structure=prints[rows],
             counts=np.array([len(a) for a in arrays]),
-            features=np.concatenate(arrays).astype(np.float16),
+            features=np.concatenate(arrays),
             reason=np.array([f if isinstance(f, str) else "" for f in fresh]),
         )
-        rounded = [f if isinstance(f, str) else f.astype(np.float16) for f in fresh]  # as a resumed run reads them
-        known.update(zip([keys[i] for i in rows], rounded, strict=True))
+        known.update(zip([keys[i] for i in rows], fresh, strict=True))
     return [known[key] for key in keys]

@@ -110,44 +110,6 @@ def new_model(crystals: Sequence[LabelledCrystal], config: TightBindingConfig, s
         return TightBinding(config, torch.from_numpy(levels))
 
 
-def loss_of(
-    model: TightBinding,
-    members: Sequence[LabelledCrystal],
-    points: Tensor,
-    settings: TightBindingTraining,
-    moved: float,
-) -> Tensor:
-    """Mean over sites of the softened normalised L1, its parts by shell and what must move; of moments and of gaps.
-
-    The distance that states must move (the integral of the difference of cumulated DOS, in eV times states) still pulls
-    a level that overlaps with none of its target, where the L1 says nothing.
-    """
-    device = model.start.device
-    batch = collate([m.graph for m in members]).to(device)
-    energies = torch.tensor(MODEL_GRID.energies, dtype=torch.float32, device=device)
-    spectrum, moment = model.spectrum(batch, points.to(device))
-    found = broadened(spectrum, energies, MODEL_SIGMA).view(len(members), batch.sites, 3, -1)
-    shells = torch.cat([m.shells for m in members]).to(device)
-    dos = torch.cat([m.dos for m in members]).to(device)
-    known = torch.stack([m.known for m in members]).to(device)[batch.owner]
-    found = found[batch.owner, batch.site]
-    scale = (dos * known).sum(-1) + 1
-    difference = (found.sum(1) - dos) * known
-    step = float(MODEL_GRID.energies[1] - MODEL_GRID.energies[0])
-    error = difference.abs().sum(-1)
-    error = error + settings.orbital * ((found - shells).abs() * known[:, None]).sum((-1, -2))
-    error = error + moved * step * (difference.cumsum(-1).abs() * known).sum(-1)
-    loss = (error / scale).mean()
-    if batch.magnetic:
-        carriers = model.magnetic[batch.numbers]
-        wanted = torch.cat([m.moment for m in members]).to(device)
-        loss = loss + settings.moment * (moment - wanted).abs()[carriers].mean()
-    gap = loss.new_tensor([m.gap for m in members])
-    opening = torch.where(spectrum.opening.isnan(), gap, spectrum.opening)  # an odd number of electrons teaches nothing
-    wrong = torch.where(gap > 0, (opening - gap).abs(), opening.clamp(min=0))
-    return loss + settings.gap * wrong.mean()
-
-
 def batches(
     crystals: Sequence[LabelledCrystal], elements: int, rng: np.random.Generator
 ) -> list[list[LabelledCrystal]]:
@@ -298,12 +260,43 @@ class _Run:
         most = self.settings.points if done > 0.6 else max(1, self.settings.points // 2)
         first, last = self.settings.moved
         points = random_points(members, most, rng)
-        loss = loss_of(self.model, members, points, self.settings, last + (first - last) * (1 - done))
+        loss = self.loss(members, points, last + (first - last) * (1 - done))
         self.optimizer.zero_grad()
         loss.backward()
         if torch.isfinite(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)):
             self.optimizer.step()
         self.steps += 1
+
+    def loss(self, members: Sequence[LabelledCrystal], points: Tensor, moved: float) -> Tensor:
+        """Mean over sites of the softened normalised L1, its parts by shell and what must move; of moments and of gaps.
+
+        The distance that states must move (the integral of the difference of cumulated DOS, in eV times states) still
+        pulls a level that overlaps with none of its target, where the L1 says nothing.
+        """
+        device = self.model.start.device
+        batch = collate([m.graph for m in members]).to(device)
+        energies = torch.tensor(MODEL_GRID.energies, dtype=torch.float32, device=device)
+        spectrum, moment = self.model.spectrum(batch, points.to(device))
+        found = broadened(spectrum, energies, MODEL_SIGMA).view(len(batch), batch.sites, 3, -1)[batch.owner, batch.site]
+        shells = torch.cat([m.shells for m in members]).to(device)
+        dos = torch.cat([m.dos for m in members]).to(device)
+        known = torch.stack([m.known for m in members]).to(device)[batch.owner]
+        scale = (dos * known).sum(-1) + 1
+        difference = (found.sum(1) - dos) * known
+        step = float(MODEL_GRID.energies[1] - MODEL_GRID.energies[0])
+        error = difference.abs().sum(-1)
+        error = error + self.settings.orbital * ((found - shells).abs() * known[:, None]).sum((-1, -2))
+        error = error + moved * step * (difference.cumsum(-1).abs() * known).sum(-1)
+        loss = (error / scale).mean()
+        if batch.magnetic:
+            carriers = self.model.magnetic[batch.numbers]
+            wanted = torch.cat([m.moment for m in members]).to(device)
+            loss = loss + self.settings.moment * (moment - wanted).abs()[carriers].mean()
+        gap = loss.new_tensor([m.gap for m in members])
+        # An odd number of electrons teaches nothing.
+        opening = torch.where(spectrum.opening.isnan(), gap, spectrum.opening)
+        wrong = torch.where(gap > 0, (opening - gap).abs(), opening.clamp(min=0))
+        return loss + self.settings.gap * wrong.mean()
 
     def save(self, error: float) -> None:
         """Write the state, then a line of the log."""
