@@ -43,9 +43,7 @@ def group(z: int) -> int:
 
 def shells(z: int) -> tuple[bool, bool, bool]:
     """Tell which of s, p and d the element has."""
-    if z <= 2:
-        return True, False, False
-    return True, True, z >= 19 and (group(z) <= 12 or z == TL)
+    return z > 0, z > 2, z == TL or (z >= 19 and group(z) <= 12)
 
 
 def valence_electrons(z: int) -> int:
@@ -80,7 +78,5 @@ def start_levels(centres: np.ndarray) -> np.ndarray:
     return levels
 
 
-ORBITALS = np.array(
-    [[z > 0 and shells(z)[shell] for shell in SHELL_OF_ORBITAL] for z in range(NUM_ELEMENTS)], dtype=bool
-)  # (95, 9)
+ORBITALS = np.array([[shells(z)[shell] for shell in SHELL_OF_ORBITAL] for z in range(NUM_ELEMENTS)])  # (95, 9)
 ELECTRONS = np.array([valence_electrons(z) if z else 0 for z in range(NUM_ELEMENTS)], dtype=np.float32)
