@@ -139,10 +139,8 @@ def pymatgen_bands(bands: BandStructure, atoms: Atoms) -> Any:
     eigenvalues = {spin: energies.T for spin, energies in zip(spins, bands.energies, strict=False)}
     lattice = Lattice(atoms.cell.array).reciprocal_lattice
     special = {("\\Gamma" if name == "G" else name): np.asarray(k) for name, k in bands.path.special_points.items()}
-    structure = AseAtomsAdaptor.get_structure(atoms)
-    return BandStructureSymmLine(
-        bands.path.kpts, eigenvalues, lattice, _mid_gap(bands.energies), special, structure=structure
-    )
+    structure, zero = AseAtomsAdaptor.get_structure(atoms), _mid_gap(bands.energies)
+    return BandStructureSymmLine(bands.path.kpts, eigenvalues, lattice, zero, special, structure=structure)
 
 
 def _mid_gap(energies: np.ndarray) -> float:

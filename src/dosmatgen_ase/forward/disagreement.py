@@ -74,11 +74,7 @@ def _distances(predictor: DOSPredictor, atoms: list[Atoms]) -> list[float | None
     by_bonds, by_networks = (predictor.predict_arrays(atoms, method=m) for m in ("tight-binding", "features"))
     found: list[float | None] = []
     for a, b in zip(by_bonds, by_networks, strict=True):
-        known = a.known & b.known
-        if a.reason or b.reason or not known.any():
-            found.append(None)
-            continue
-        distance = normalised_l1_arrays(a.mean.astype(float), b.mean.astype(float), known)
+        distance = normalised_l1_arrays(a.mean.astype(float), b.mean.astype(float), a.known & b.known)
         found.append(float(np.nanmean(distance)) if np.isfinite(distance).any() else None)
     return found
 

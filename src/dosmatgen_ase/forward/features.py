@@ -8,12 +8,13 @@ import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from ase import Atoms
 from torch import Tensor, nn
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 from dosmatgen_ase.crystals.checks import MIN_VOLUME_PER_ATOM, beyond_bounds, fault
 from dosmatgen_ase.crystals.convert import to_structure
@@ -23,9 +24,7 @@ from dosmatgen_ase.forward.tight_binding.graph import MIN_DISTANCE, TOO_CLOSE, C
 from dosmatgen_ase.forward.tight_binding.predict import MAX_ORBITALS
 from dosmatgen_ase.threads import cpu_threads, once, without_warnings
 
-if TYPE_CHECKING:
-    from ase import Atoms
-
+Features: TypeAlias = Sequence[np.ndarray | str]  # of each structure those of its atoms, (n, 385), or why it has none
 NUM_FEATURES = 385  # 4 convolutions x 64, final site vector 64, crystal vector 64, magnetic moment 1
 MAX_BONDS = 200_000  # and angles of a crystal: CHGNet takes 3 kB for each, 0.6 GB in all
 
@@ -188,9 +187,7 @@ def site_features(atoms_list: Sequence[Atoms], batch_size: int = 32, progress: b
     return found
 
 
-def cached_site_features(
-    structures: Structures, directory: str | Path, piece: int = 512, progress: bool = False
-) -> list[np.ndarray | str]:
+def cached_site_features(structures: Structures, directory: str | Path, piece: int = 512) -> list[np.ndarray | str]:
     """Return `site_features` of a table of structures, kept on disk in pieces so that an interrupted run resumes.
 
     Pieces (`*.npz`) are looked up by `material_id` and the crystal itself, so one folder serves any selection of any
@@ -200,28 +197,28 @@ def cached_site_features(
     prints = structures.fingerprints()
     keys = list(zip(structures.material_id.tolist(), prints.tolist(), strict=True))
     known: dict[tuple[str, str], np.ndarray | str] = {}
+    kinds = {"features": ("f", 2), "counts": ("iu", 1)}
+    kinds |= dict.fromkeys(("material_id", "structure", "reason"), ("U", 1))
     for path in sorted(directory.glob("*.npz")):
-        kinds = {"features": ("f", 2), "counts": ("iu", 1)}
-        kinds |= dict.fromkeys(("material_id", "structure", "reason"), ("U", 1))
         with contextlib.suppress(ValueError):  # what is damaged is made again
             file = read_npz(path, kinds)
             parts = np.split(file["features"], np.cumsum(file["counts"])[:-1])
             ids, of, reasons = (file[name].tolist() for name in ("material_id", "structure", "reason"))
             known |= {(i, s): reason or part for i, s, part, reason in zip(ids, of, parts, reasons, strict=True)}
     missing = [i for i, key in enumerate(keys) if key not in known]
-    for start in trange(0, len(missing), piece, disable=not progress, unit="piece", desc="CHGNet features"):
+    for start in range(0, len(missing), piece):
         rows = missing[start : start + piece]
-        fresh = site_features([structures.atoms(i) for i in rows])
-        arrays = [f if isinstance(f, np.ndarray) else np.zeros((0, NUM_FEATURES), np.float32) for f in fresh]
+        made = site_features([structures.atoms(i) for i in rows])
+        fresh = [f if isinstance(f, str) else f.astype(np.float16) for f in made]  # as a resumed run reads them
+        arrays = [f if isinstance(f, np.ndarray) else np.zeros((0, NUM_FEATURES), np.float16) for f in fresh]
         ids = structures.material_id[rows]
         write_npz(
             directory / f"{ids[0]}-{prints[rows[0]]}.npz",  # a piece of another crystal of that name stays
             material_id=ids,
             structure=prints[rows],
             counts=np.array([len(a) for a in arrays]),
-            features=np.concatenate(arrays).astype(np.float16),
+            features=np.concatenate(arrays),
             reason=np.array([f if isinstance(f, str) else "" for f in fresh]),
         )
-        rounded = [f if isinstance(f, str) else f.astype(np.float16) for f in fresh]  # as a resumed run reads them
-        known.update(zip([keys[i] for i in rows], rounded, strict=True))
+        known.update(zip([keys[i] for i in rows], fresh, strict=True))
     return [known[key] for key in keys]

@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.data import chemical_symbols
 from torch import Tensor, nn
@@ -29,17 +30,14 @@ from dosmatgen_ase.crystals.checks import formula_of
 from dosmatgen_ase.crystals.reduction import niggli_operation
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files.tensors import fill, load_tensors, save_tensors, without_values
-from dosmatgen_ase.forward.features import NUM_FEATURES, check_cell, site_features, tight_binding_graph
+from dosmatgen_ase.forward.features import NUM_FEATURES, Features, check_cell, site_features, tight_binding_graph
 from dosmatgen_ase.forward.tight_binding.graph import CrystalGraph
-from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig
+from dosmatgen_ase.forward.tight_binding.model import TightBinding, TightBindingConfig, linear
 from dosmatgen_ase.forward.tight_binding.predict import predict_crystals
 from dosmatgen_ase.forward.tight_binding.spectrum import MIN_GAP
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
-from dosmatgen_ase.parsing import is_real, site_numbers
+from dosmatgen_ase.parsing import is_real, site_numbers, whole_number
 from dosmatgen_ase.threads import cpu_threads, once
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 DEFAULT_PREDICTOR = Path(__file__).parents[1] / "weights" / "predictor.safetensors"
 METHODS = ("all", "tight-binding", "features")
@@ -72,10 +70,8 @@ class PredictorConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        for name, highest in (("hidden", 8192), ("depth", 32), ("members", 64), ("correctors", 64)):
-            value, lowest = getattr(self, name), int(name not in ("members", "correctors"))
-            if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-                raise ValueError(f"{name}={value!r} must be a whole number from {lowest} to {highest}")
+        for name, lowest, highest in (("hidden", 1, 8192), ("depth", 1, 32), ("members", 0, 64), ("correctors", 0, 64)):
+            whole_number(getattr(self, name), name, lowest, highest)
         if self.correctors and not self.members:
             raise ValueError(f"correctors={self.correctors} need members, with which they share inputs")
 
@@ -117,12 +113,14 @@ class _Opinions:
 
     Attributes
     ----------
+    numbers : (n,), of the atoms
     bound, networks : by each tight-binding model and by each network
     corrected : mean of the correctors, if there are any
     gaps : by each tight-binding model, eV
     reason : why the last kind of model that refused did so
     """
 
+    numbers: np.ndarray
     bound: list[np.ndarray] = field(default_factory=list)
     networks: list[np.ndarray] = field(default_factory=list)
     corrected: np.ndarray | None = None
@@ -135,14 +133,11 @@ class _Opinions:
         Correctors count half, tight binding and the mean network a quarter each: on `val` the three kinds err
         differently, and a corrector starts from one of the others.
         """
-        if not self.bound or not self.networks:
-            voices = self.bound or self.networks
-            weights = np.full(len(voices), 1 / max(1, len(voices)))
-        elif self.corrected is None:
-            voices = [*self.bound, np.mean(self.networks, 0)]
-            weights = np.full(len(voices), 1 / len(voices))
-        else:
-            voices = [*self.bound, np.mean(self.networks, 0), self.corrected]
+        both = self.bound and self.networks
+        voices = [*self.bound, np.mean(self.networks, 0)] if both else self.bound or self.networks
+        weights = np.full(len(voices), 1 / max(1, len(voices)))
+        if self.corrected is not None:
+            voices.append(self.corrected)
             weights = np.array([*[0.25 / len(self.bound)] * len(self.bound), 0.25, 0.5])
         return np.stack(voices) if voices else np.zeros((0, 0, 0)), weights.astype(np.float32)
 
@@ -153,10 +148,7 @@ def _member(inputs: int, config: PredictorConfig) -> nn.Sequential:
     layers: list[nn.Module] = []
     for size, width in pairwise(widths):
         layers += [nn.Linear(size, width), nn.SiLU(), nn.Dropout(config.dropout)]
-    head = nn.Linear(widths[-1], MODEL_GRID.size)
-    nn.init.normal_(head.weight, std=1e-3)  # start at the element's mean
-    nn.init.zeros_(head.bias)
-    return nn.Sequential(*layers, head)
+    return nn.Sequential(*layers, linear(widths[-1], MODEL_GRID.size, start=1e-3))  # at first the element's mean
 
 
 class DOSPredictor:
@@ -199,10 +191,7 @@ class DOSPredictor:
 
     def calibration(self, method: str = "all") -> dict[str, Any]:
         """Factor on the ensemble's "spread", and slope and offset of the expected "error"; see `SitePrediction`."""
-        plain = {"spread": 1.0, "error": [1.0, 0.0]}  # before it is calibrated
-        found = self.info.get("calibration", plain)
-        if method == "all" or method not in self.methods:
-            return found
+        found = self.info.get("calibration", {"spread": 1.0, "error": [1.0, 0.0]})  # plain before it is calibrated
         return self.info.get("calibrations", {}).get(method, found)
 
     @property
@@ -229,7 +218,7 @@ class DOSPredictor:
         progress: bool = False,
         *,
         method: str = "all",
-        features: Sequence[np.ndarray | str] | None = None,
+        features: Features | None = None,
     ) -> list[SitePrediction]:
         """Predict the site DOS of periodic structures; one that cannot be read comes back all unknown.
 
@@ -247,40 +236,36 @@ class DOSPredictor:
         """
         if method not in self.methods:
             raise ValueError(f"method={method!r}: this predictor has {', '.join(self.methods)}")
-        numbers = [atoms.numbers.astype(np.int64) for atoms in atoms_list]
-        opinions = [_Opinions() for _ in atoms_list]
+        opinions = [_Opinions(atoms.numbers.astype(np.int64)) for atoms in atoms_list]
         if self.tight_binding and method != "features":
             self._by_tight_binding(atoms_list, opinions, progress)
         if self.members and method != "tight-binding":
             if features is None:
                 features = site_features(atoms_list, progress=progress)
-            self._by_networks(features, numbers, opinions)
-        return [self._joined(z, found, method) for z, found in zip(numbers, opinions, strict=True)]
+            self._by_networks(features, opinions)
+        return [self._joined(found, method) for found in opinions]
 
-    def _by_networks(
-        self, features: Sequence[np.ndarray | str], numbers: Sequence[np.ndarray], opinions: Sequence[_Opinions]
-    ) -> None:
+    @torch.no_grad()
+    def _by_networks(self, features: Features, opinions: Sequence[_Opinions]) -> None:
         """Fill in what networks and, where there is a tight-binding DOS, correctors say; or why they do not."""
-        readable = [i for i, feature in enumerate(features) if not isinstance(feature, str)]
         for i, feature in enumerate(features):
             if isinstance(feature, str):
                 opinions[i].reason = feature
+        readable = [i for i, feature in enumerate(features) if not isinstance(feature, str)]
         if not readable:
             return
-        baseline = self.tables["baseline"]
-        with torch.no_grad():
-            kinds = [numbers[i] for i in readable]
-            inputs = network_inputs(baseline, [features[i] for i in readable], kinds)
-            offset = inverse_softplus(baseline[torch.from_numpy(np.concatenate(kinds))])
-            x = self.standardised(inputs)
-            found = torch.stack([softplus(net(x) + offset) for net in self.members])
-            counts = [len(z) for z in kinds]
-            for i, part in zip(readable, found.split(counts, 1), strict=True):
-                opinions[i].networks = list(part.numpy())
-            seen = zip(readable, inputs.split(counts), strict=True)
-            both = [(opinions[i], part) for i, part in seen if opinions[i].bound]
-            if self.correctors and both:
-                self._correct(both)
+        baseline, kinds = self.tables["baseline"], [opinions[i].numbers for i in readable]
+        inputs = network_inputs(baseline, [features[i] for i in readable], kinds)
+        offset = inverse_softplus(baseline[torch.from_numpy(np.concatenate(kinds))])
+        x = self.standardised(inputs)
+        found = torch.stack([softplus(net(x) + offset) for net in self.members])
+        counts, both = [len(z) for z in kinds], []
+        for i, seen, part in zip(readable, inputs.split(counts), found.split(counts, 1), strict=True):
+            opinions[i].networks = list(part.numpy())
+            if opinions[i].bound:
+                both.append((opinions[i], seen))
+        if self.correctors and both:
+            self._correct(both)
 
     def _correct(self, both: Sequence[tuple[_Opinions, Tensor]]) -> None:
         """Fill in what correctors make of the tight-binding DOS of crystals, given with their inputs (n, 536)."""
@@ -309,8 +294,9 @@ class DOSPredictor:
                     opinions[i].bound.append(found.dos.sum(axis=1))
                     opinions[i].gaps.append(found.gap)
 
-    def _joined(self, z: np.ndarray, opinions: _Opinions, method: str) -> SitePrediction:
+    def _joined(self, opinions: _Opinions, method: str) -> SitePrediction:
         """Mean and calibrated spread of the opinions; of one, a part of the DOS itself is its spread."""
+        z = opinions.numbers
         voices, weights = opinions.weighted()
         if not len(voices):
             nothing = np.zeros((len(z), MODEL_GRID.size), dtype=np.float32)
@@ -320,9 +306,8 @@ class DOSPredictor:
         if len(voices) == 1:
             spread = np.maximum(mean, 1e-3)  # never sure, not even of a gap
         known = self.tables["support"].numpy()[z] >= MIN_LABELS
-        alone = "tight-binding" if opinions.bound else "features"
         both = bool(opinions.bound and opinions.networks)
-        by = "tight binding" if opinions.bound else "the networks"
+        alone, by = ("tight-binding", "tight binding") if opinions.bound else ("features", "the networks")
         lacking = f"predicted by {by} alone: {opinions.reason}" if opinions.reason and not both else ""
         calibration = self.calibration(method if both else alone)
         slope, offset = calibration["error"]
@@ -365,11 +350,7 @@ class DOSPredictor:
         tables = {k: v for k, v in tensors.items() if not k.startswith(("members.", "correctors.", "tight_binding."))}
         try:
             config = PredictorConfig(**header["config"])
-            named = {"baseline", "support", *(("input_mean", "input_std") if config.members else ())}
-            named |= {"dos_mean", "dos_std"} if config.correctors else set()
-            if tables.keys() != named:
-                raise ValueError(f"it has the tables {sorted(tables)}")
-            _check_tables(tables, header["info"])
+            _check_tables(tables, config, header)
             tables = {k: table if k == "support" else table.float() for k, table in tables.items()}
             models = [_filled(k, told, tensors) for k, told in enumerate(header.get("tight_binding", []))]
             with without_values():
@@ -382,11 +363,15 @@ class DOSPredictor:
         return predictor
 
 
-def _check_tables(tables: Mapping[str, Tensor], info: Any) -> None:
-    """Raise ``ValueError`` unless the tables have their shapes, and the calibrations are numbers."""
-    inputs, grid = NUM_FEATURES + MODEL_GRID.size, (MAX_ATOMIC_NUMBER + 1, MODEL_GRID.size)
-    shapes = {"baseline": grid, "support": grid, "input_mean": (inputs,), "input_std": (inputs,)}
-    shapes |= {"dos_mean": grid[1:], "dos_std": grid[1:]}
+def _check_tables(tables: Mapping[str, Tensor], config: PredictorConfig, header: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless the tables are there and have their shapes, and the calibrations are numbers."""
+    inputs, grid = (NUM_FEATURES + MODEL_GRID.size,), (MAX_ATOMIC_NUMBER + 1, MODEL_GRID.size)
+    shapes: dict[str, tuple[int, ...]] = {"baseline": grid, "support": grid}
+    shapes |= {"input_mean": inputs, "input_std": inputs} if config.members else {}
+    shapes |= {"dos_mean": grid[1:], "dos_std": grid[1:]} if config.correctors else {}
+    if tables.keys() != shapes.keys():
+        raise ValueError(f"it has the tables {sorted(tables)}")
+    info = header["info"]
     if wrong := [name for name, table in tables.items() if tuple(table.shape) != shapes[name]]:
         raise ValueError(f"the table {wrong[0]} has the shape {tuple(tables[wrong[0]].shape)}")
     if not all(table.is_floating_point() for name, table in tables.items() if name != "support"):
@@ -479,8 +464,6 @@ def predict_dos(
         If a crystal lacks a site wanted, if CHGNet cannot read it, or if no site wanted is known. In a sequence the
         last two cost no other crystal: all its sites are None, and a warning names it and the reason.
     """
-    from ase import Atoms
-
     single = isinstance(atoms, Atoms)
     structures: list[Atoms] = [atoms] if single else list(atoms)
     for item in structures:
@@ -502,11 +485,10 @@ def predict_dos(
             lacking.append(f"{name}: {prediction.lacking}")
     if unknown and single:
         raise ValueError(f"no DOS for {unknown[0]}")
-    if unknown:
-        warnings.warn(f"no DOS for {len(unknown)} of {len(found)} structures: {_first(unknown)}", stacklevel=2)
-    if lacking:
-        told = f"a less certain DOS for {len(lacking)} of {len(found)} structures: {_first(lacking)}"
-        warnings.warn(told, stacklevel=2)
+    for what, lines in (("no DOS", unknown), ("a less certain DOS", lacking)):
+        if lines:
+            told = "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
+            warnings.warn(f"{what} for {len(lines)} of {len(found)} structures: {told}", stacklevel=2)
     return found[0] if single else found
 
 
@@ -514,10 +496,6 @@ def too_few_labels(numbers: Iterable[int]) -> str:
     """Say why the DOS of sites of these elements, all unknown, is no prediction."""
     held = {chemical_symbols[z] for z in numbers if 0 <= z < len(chemical_symbols)}
     return f"fewer than {MIN_LABELS} labelled structures hold {', '.join(sorted(held))}"
-
-
-def _first(lines: Sequence[str]) -> str:
-    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 
 def _wanted_sites(sites: Sequence[int] | None, atoms: Atoms) -> list[int]:

@@ -19,7 +19,7 @@ from tqdm import trange
 from dosmatgen_ase.data import ORIGINS, SiteDOSLabels, formula_fold, load_shell_dos, load_site_dos
 from dosmatgen_ase.dos import MODEL_GRID, normalised_l1_arrays
 from dosmatgen_ase.files import exclusive, output_folder
-from dosmatgen_ase.forward.features import site_features
+from dosmatgen_ase.forward.features import Features, site_features
 from dosmatgen_ase.forward.predictor import (
     DOSPredictor,
     PredictorConfig,
@@ -66,9 +66,8 @@ def element_tables(labels: SiteDOSLabels, rows: np.ndarray) -> tuple[Tensor, Ten
     """
     labels = labels.select(rows)
     owner, site = np.nonzero(labels.atomic_numbers)
-    key, inverse = np.unique(
-        np.stack([owner, labels.atomic_numbers[owner, site]]), axis=1, return_inverse=True
-    )  # (structure, element) pairs
+    pairs = np.stack([owner, labels.atomic_numbers[owner, site]])  # of structure and element
+    key, inverse = np.unique(pairs, axis=1, return_inverse=True)
     count = np.bincount(inverse, minlength=key.shape[1])[:, None]
     mean = np.zeros((key.shape[1], MODEL_GRID.size))
     np.add.at(mean, inverse, labels.values[owner, site])
@@ -85,7 +84,7 @@ def element_tables(labels: SiteDOSLabels, rows: np.ndarray) -> tuple[Tensor, Ten
 
 def train_predictor(
     labels: SiteDOSLabels,
-    features: Sequence[np.ndarray | str],
+    features: Features,
     *,
     fold: int | None = None,
     config: PredictorConfig | None = None,
@@ -107,7 +106,7 @@ def train_predictor(
     features : what `site_features` returned for ``labels.atoms(i)``, in order
     fold : 0 or 1 to train and validate on that half of the formulas only (`data.formula_fold`); all by default
     config : `PredictorConfig()` by default
-    tight_binding : models trained on the same labels (`train_tight_binding`) that join the networks
+    tight_binding : models trained on the same labels (`tight_binding.training.fit`) that join the networks
     unseen : row of a training label -> its tight-binding DOS (n, 151) by models that were not trained on it
         (`unseen_dos`); needed where there are correctors
     seed : of initial weights, dropout and order
@@ -125,7 +124,7 @@ def train_predictor(
     baseline, support = element_tables(labels, train_rows)
     tables = {"baseline": baseline, "support": support}
     info: dict[str, Any] = {"fold": fold, "seed": seed, "train_structures": len(train_rows)}
-    parts = [_training_sites(baseline, labels, features, rows) for rows in (train_rows, val_rows)]
+    parts = [_training_sites(baseline, *_chosen(labels, features, rows)) for rows in (train_rows, val_rows)]
     if config.members:
         tables |= {"input_mean": parts[0].inputs.mean(0), "input_std": parts[0].inputs.std(0) + 1e-3}
         info["descriptor"] = "CHGNet 0.3.0"
@@ -146,15 +145,11 @@ def train_predictor(
             train, val = (part.around(start, predictor) for part, start in zip(parts, dos, strict=True))
             for net in predictor.correctors:
                 _fit(net, train, val, config, progress)
-    predictor.members.eval()
-    predictor.correctors.eval()
-    calibrate(predictor, labels, features, val_rows)
+    calibrate(predictor, *_chosen(labels, features, val_rows))
     return predictor
 
 
-def unseen_dos(
-    labels: SiteDOSLabels, features: Sequence[np.ndarray | str], halves: Sequence[TightBinding]
-) -> dict[int, np.ndarray]:
+def unseen_dos(labels: SiteDOSLabels, features: Features, halves: Sequence[TightBinding]) -> dict[int, np.ndarray]:
     """Tight-binding DOS (n, 151) of every training label by the model of the other half of the formulas, by row.
 
     Parameters
@@ -180,9 +175,7 @@ def _mean_dos(models: Sequence[TightBinding], labels: SiteDOSLabels, rows: np.nd
     return [np.mean(parts, 0) for parts in zip(*by_model, strict=True)]
 
 
-def training_rows(
-    labels: SiteDOSLabels, features: Sequence[np.ndarray | str], fold: int | None
-) -> tuple[np.ndarray, np.ndarray]:
+def training_rows(labels: SiteDOSLabels, features: Features, fold: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of labels to train on and to validate by, all readable, of one half of the formulas or all.
 
     Raises
@@ -190,57 +183,22 @@ def training_rows(
     ValueError
         If either is empty.
     """
-    usable = np.array([not isinstance(f, str) for f in features], dtype=bool)
-    folds = np.array([formula_fold(labels.atoms(i).get_chemical_formula(), 2) for i in range(len(labels))])
-    in_fold = (folds == fold) if fold is not None else usable
-    train, val = (np.flatnonzero(usable & in_fold & (labels.split == split)) for split in ("train", "val"))
+    usable = _readable(features)
+    if fold is not None:
+        formulas = [labels.atoms(i).get_chemical_formula() for i in range(len(labels))]
+        usable &= np.array([formula_fold(formula, 2) == fold for formula in formulas], dtype=bool)
+    train, val = (np.flatnonzero(usable & (labels.split == split)) for split in ("train", "val"))
     if not len(train) or not len(val):
         raise ValueError(f"{len(train)} training and {len(val)} validation labels: both are needed")
     return train, val
 
 
-def train_tight_binding(
-    label_directory: str | Path,
-    labels: SiteDOSLabels,
-    features: Sequence[np.ndarray | str],
-    *,
-    fold: int | None = None,
-    config: TightBindingConfig | None = None,
-    settings: TightBindingTraining | None = None,
-    seed: int = 0,
-    directory: str | Path | None = None,
-    device: str = "cpu",
-    progress: bool = False,
-) -> TightBinding:
-    """Train one tight-binding model on split `train`; `val` is measured for the log, `test` is not looked at.
+def _readable(features: Features) -> np.ndarray:
+    return np.array([not isinstance(one, str) for one in features], dtype=bool)
 
-    Parameters
-    ----------
-    label_directory : shards that `labels` come from, for their s, p and d parts
-    labels : all labels
-    features : what `site_features` returned for ``labels.atoms(i)``; of these the magnetic moments alone are used, to
-        train by, and not needed later
-    fold : as in `train_predictor`
-    config, settings : `TightBindingConfig()` and `TightBindingTraining()` by default
-    seed : of initial weights, dropout, order and k-points
-    directory : keeps the state, so that an interrupted run goes on, and log.jsonl; none by default
-    device : where to train
-    progress : show a progress bar
 
-    Returns
-    -------
-    TightBinding
-        On the CPU.
-    """
-    config, settings = config or TightBindingConfig(), settings or TightBindingTraining()
-    parts = []
-    for rows in training_rows(labels, features, fold):
-        chosen = labels.select(rows)
-        moments = [np.asarray(features[i], dtype=np.float32)[:, -1] for i in rows.tolist()]
-        parts.append(labelled_crystals(chosen, load_shell_dos(label_directory, chosen), moments, config.cutoff))
-    train, val = parts
-    model = new_model(train, config, seed).to(device)
-    return fit(model, train, val, settings, seed=seed, directory=directory, progress=progress).cpu()
+def _chosen(labels: SiteDOSLabels, features: Features, rows: np.ndarray) -> tuple[SiteDOSLabels, Features]:
+    return labels.select(rows), [features[i] for i in rows.tolist()]
 
 
 class _Sites(NamedTuple):
@@ -263,14 +221,11 @@ class _Sites(NamedTuple):
         return (self.weight[rows] * error.sum(1) / scale).sum() / self.weight[rows].sum()
 
 
-def _training_sites(
-    baseline: Tensor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray
-) -> _Sites:
+def _training_sites(baseline: Tensor, labels: SiteDOSLabels, features: Features) -> _Sites:
     """Sites of labels that all have features; their inputs are not standardised yet."""
-    labels, readable = labels.select(rows), [features[i] for i in rows.tolist()]
     owner, site = np.nonzero(labels.atomic_numbers)
     return _Sites(
-        inputs=network_inputs(baseline, readable, [labels.atoms(i).numbers for i in range(len(labels))]),
+        inputs=network_inputs(baseline, features, [labels.atoms(i).numbers for i in range(len(labels))]),
         offset=inverse_softplus(baseline[torch.from_numpy(labels.atomic_numbers[owner, site])]),
         dos=torch.from_numpy(labels.values[owner, site]),
         known=torch.from_numpy(labels.known[owner].astype(np.float32)),
@@ -279,7 +234,7 @@ def _training_sites(
 
 
 def _fit(net: nn.Module, train: _Sites, val: _Sites, config: PredictorConfig, progress: bool) -> None:
-    """Train one member in place and leave it with the averaged weights of its best epoch on `val`."""
+    """Train one member in place and leave it in evaluation mode, with averaged weights of its best epoch on `val`."""
     sites = len(train.weight)
     steps = -(-sites // config.batch_size)
     optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=config.weight_decay)
@@ -305,47 +260,41 @@ def _fit(net: nn.Module, train: _Sites, val: _Sites, config: PredictorConfig, pr
             error = val.loss(average.module, everything).item()
         if error < best:
             best, best_state = error, copy.deepcopy(average.module.state_dict())
-    net.load_state_dict(best_state)
-
-
-class _Compared(NamedTuple):
-    """Prediction, DOS and known bins of all sites of some labels, structure after structure; each predicted gap."""
-
-    found: SitePrediction
-    dos: np.ndarray
-    known: np.ndarray
-    gaps: np.ndarray
+    net.eval().load_state_dict(best_state)
 
 
 def _compared(
-    predictor: DOSPredictor,
-    labels: SiteDOSLabels,
-    features: Sequence[np.ndarray | str],
-    rows: np.ndarray,
-    method: str = "all",
-) -> _Compared:
-    atoms, known_features = [labels.atoms(i) for i in rows], [features[i] for i in rows]
-    found = predictor.predict_arrays(atoms, features=known_features, method=method)
-    labels = labels.select(rows)
+    predictor: DOSPredictor, labels: SiteDOSLabels, features: Features, method: str
+) -> tuple[SitePrediction, np.ndarray, np.ndarray, np.ndarray]:
+    """Prediction, DOS and known bins of all sites of labels, structure after structure; the gap of each structure."""
+    found = predictor.predict_arrays([labels.atoms(i) for i in range(len(labels))], features=features, method=method)
     owner, site = np.nonzero(labels.atomic_numbers)
     mean, spread, bins, error = (np.concatenate(part) for part in list(zip(*found, strict=True))[:4])
-    joined = SitePrediction(mean, spread, bins, error)
     gaps = np.array([one.gap for one in found])
-    return _Compared(joined, labels.values[owner, site].astype(np.float64), labels.known[owner], gaps)
+    joined = SitePrediction(mean, spread, bins, error)
+    return joined, labels.values[owner, site].astype(np.float64), labels.known[owner], gaps
 
 
-def calibrate(
-    predictor: DOSPredictor, labels: SiteDOSLabels, features: Sequence[np.ndarray | str], rows: np.ndarray
-) -> None:
-    """Fit what `DOSPredictor.calibration` tells to the validation labels `rows`, for each method; and the gap."""
-    for name in ("calibration", "calibrations", "gap"):
-        predictor.info.pop(name, None)
-    compared = {method: _compared(predictor, labels, features, rows, method) for method in predictor.methods}
-    fitted = {method: _calibration(predictor, found, method) for method, found in compared.items()}
+def calibrate(predictor: DOSPredictor, labels: SiteDOSLabels, features: Features) -> None:
+    """Fit what `DOSPredictor.calibration` tells to the labels of the validation, for each method; and the gap."""
+    fitted: dict[str, dict[str, Any]] = {}
+    line = None
+    for method in predictor.methods:
+        raw, target, known, gaps = _compared(predictor, labels, features, method)
+        factor = np.quantile((np.abs(raw.mean - target) / np.maximum(raw.spread, 1e-3))[known], COVERAGE)
+        error = normalised_l1_arrays(raw.mean.astype(float), target, known)
+        fair = np.isfinite(error) & (error < 3)  # the ratio of a nearly empty site must not rule a straight line
+        doubt = relative_spread(raw.mean, raw.spread, known)[fair]
+        networks = predictor.members and method != "tight-binding"
+        alone = not networks and len(predictor.tight_binding) == 1  # no spread: the mean error stands for every site
+        slope = [0.0, error[fair].mean()] if alone else np.polyfit(doubt, error[fair], 1)
+        fitted[method] = {"spread": float(factor), "error": [float(value) for value in slope]}
+        if method == "all":
+            line = gap_line(gaps, labels.band_gap)
     predictor.info["calibration"] = fitted.pop("all")
     if predictor.members and predictor.tight_binding:
         predictor.info["calibrations"] = fitted
-    if (line := gap_line(compared["all"].gaps, labels.band_gap[rows])) is not None:
+    if line is not None:
         predictor.info["gap"] = line
 
 
@@ -371,24 +320,8 @@ def gap_line(predicted: np.ndarray, computed: np.ndarray) -> list[float] | None:
     return [float(value) for value in fit.x[:2]]
 
 
-def _calibration(predictor: DOSPredictor, compared: _Compared, method: str) -> dict[str, Any]:
-    raw, target, known, _ = compared
-    factor = np.quantile((np.abs(raw.mean - target) / np.maximum(raw.spread, 1e-3))[known], COVERAGE)
-    error = normalised_l1_arrays(raw.mean.astype(float), target, known)
-    fair = np.isfinite(error) & (error < 3)  # the ratio of a nearly empty site must not rule a straight line
-    doubt = relative_spread(raw.mean, raw.spread, known)[fair]
-    networks = predictor.members and method != "tight-binding"
-    alone = not networks and len(predictor.tight_binding) == 1  # no spread: the mean error stands for every site
-    line = [0.0, error[fair].mean()] if alone else np.polyfit(doubt, error[fair], 1)
-    return {"spread": float(factor), "error": [float(value) for value in line]}
-
-
 def evaluate(
-    predictor: DOSPredictor,
-    labels: SiteDOSLabels,
-    features: Sequence[np.ndarray | str],
-    split: str,
-    method: str = "all",
+    predictor: DOSPredictor, labels: SiteDOSLabels, features: Features, split: str, method: str = "all"
 ) -> dict[str, Any]:
     """Measure a predictor on the labels of one split.
 
@@ -404,11 +337,12 @@ def evaluate(
     """
     from scipy.stats import spearmanr
 
-    rows = [i for i in np.flatnonzero(labels.split == split).tolist() if not isinstance(features[i], str)]
-    if not rows:
+    rows = np.flatnonzero(_readable(features) & (labels.split == split))
+    if not len(rows):
         raise ValueError(f"there are no labels of the split {split!r} to measure on: add some")
-    found, target, known, _ = _compared(predictor, labels, features, np.array(rows), method)
-    numbers = np.concatenate([labels.atoms(i).numbers for i in rows])
+    labels, features = _chosen(labels, features, rows)
+    found, target, known, _ = _compared(predictor, labels, features, method)
+    numbers = labels.atomic_numbers[labels.atomic_numbers > 0]
     figures: dict[str, Any] = {"structures": len(rows), "sites": len(target)}
     errors: dict[str, np.ndarray] = {}
     for prefix, values in (("", found.mean.astype(float)), ("element_", predictor.baseline[numbers].astype(float))):
@@ -465,46 +399,34 @@ def train_predictors(
         for path in [*paths.values(), *([] if runs is None else [runs])]:
             output_folder(Path(path).parent)
             alone.enter_context(exclusive(Path(path)))
-        return _train_predictors(label_directory, paths, settings, runs, device, seed, progress)
+        labels = load_site_dos(label_directory, origins=ORIGINS)
+        features = site_features([labels.atoms(i) for i in range(len(labels))], progress=progress)
 
+        @cache
+        def bound(name: str, k: int) -> TightBinding:
+            """Tight-binding model number k of a role; those of the halves serve the predictor's correctors, too."""
+            number = seed + list(ROLES).index(name) + len(ROLES) * k
+            config, parts = TightBindingConfig(), []
+            for rows in training_rows(labels, features, ROLES[name].fold):
+                chosen, seen = _chosen(labels, features, rows)
+                moments = [np.asarray(one, dtype=np.float32)[:, -1] for one in seen]  # needed in training alone
+                parts.append(labelled_crystals(chosen, load_shell_dos(label_directory, chosen), moments, config.cutoff))
+            train, val = parts
+            model = new_model(train, config, number).to(device)
+            folder = Path(runs) / f"{name}_{k}" if runs is not None else None
+            how = settings or TightBindingTraining()
+            return fit(model, train, val, how, seed=number, directory=folder, progress=progress).cpu()
 
-def _train_predictors(
-    label_directory: str | Path,
-    paths: Mapping[str, str | Path],
-    settings: TightBindingTraining | None,
-    runs: str | Path | None,
-    device: str,
-    seed: int,
-    progress: bool,
-) -> dict[str, dict[str, dict[str, Any]]]:
-    labels = load_site_dos(label_directory, origins=ORIGINS)
-    features = site_features([labels.atoms(i) for i in range(len(labels))], progress=progress)
-
-    @cache
-    def bound(name: str, k: int) -> TightBinding:
-        """Tight-binding model number k of a role; those of the halves serve the predictor's correctors, too."""
-        return train_tight_binding(
-            label_directory,
-            labels,
-            features,
-            fold=ROLES[name].fold,
-            settings=settings,
-            seed=seed + list(ROLES).index(name) + len(ROLES) * k,
-            directory=Path(runs) / f"{name}_{k}" if runs is not None else None,
-            device=device,
-            progress=progress,
-        )
-
-    figures = {}
-    for number, (name, role) in enumerate(ROLES.items()):
-        if name not in paths:
-            continue
-        models = [bound(name, k) for k in range(role.tight_binding)]
-        chosen: dict[str, Any] = {"fold": role.fold, "config": role.config, "seed": seed + number}
-        if role.config.correctors:
-            chosen["unseen"] = unseen_dos(labels, features, [bound(half, 0) for half in ("ranker", "judge")])
-        predictor = train_predictor(labels, features, **chosen, tight_binding=models, progress=progress)
-        predictor.save(paths[name])
-        splits = [split for split in ("val", "test") if (labels.split == split).any()]
-        figures[name] = {split: evaluate(predictor, labels, features, split) for split in splits}
-    return figures
+        figures = {}
+        for number, (name, role) in enumerate(ROLES.items()):
+            if name not in paths:
+                continue
+            models = [bound(name, k) for k in range(role.tight_binding)]
+            chosen: dict[str, Any] = {"fold": role.fold, "config": role.config, "seed": seed + number}
+            if role.config.correctors:
+                chosen["unseen"] = unseen_dos(labels, features, [bound(half, 0) for half in ("ranker", "judge")])
+            predictor = train_predictor(labels, features, **chosen, tight_binding=models, progress=progress)
+            predictor.save(paths[name])
+            splits = [split for split in ("val", "test") if (labels.split == split).any()]
+            figures[name] = {split: evaluate(predictor, labels, features, split) for split in splits}
+        return figures

@@ -20,7 +20,7 @@ from dosmatgen_ase.limits import MAX_ATOMS
 
 
 def pseudo_labels(
-    structures: Structures, predictor: DOSPredictor, cache: str | Path | None = None, progress: bool = False
+    structures: Structures, predictor: DOSPredictor, cache: str | Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict the site DOS of structures that have no label.
 
@@ -29,7 +29,6 @@ def pseudo_labels(
     structures : n structures
     predictor : the ranking predictor, so that the judge stays independent of what the generator learns
     cache : folder that keeps the CHGNet features, so that an interrupted run resumes; none by default
-    progress : show a progress bar
 
     Returns
     -------
@@ -40,10 +39,10 @@ def pseudo_labels(
     crystals = [structures.atoms(i) for i in range(len(structures))]
     features = None
     if cache is not None and predictor.members:
-        features = cached_site_features(structures, cache, progress=progress)
+        features = cached_site_features(structures, cache)
     values = np.zeros((len(structures), MAX_ATOMS, MODEL_GRID.size), dtype=np.float16)
     known = np.zeros(values.shape, dtype=bool)
-    for i, prediction in enumerate(predictor.predict_arrays(crystals, progress, features=features)):
+    for i, prediction in enumerate(predictor.predict_arrays(crystals, features=features)):
         n = len(prediction.mean)
         known[i, :n] = prediction.known
         values[i, :n] = np.where(prediction.known, prediction.mean, 0.0)
@@ -51,17 +50,13 @@ def pseudo_labels(
 
 
 def write_pseudo_labels(
-    path: str | Path,
-    structures: Structures,
-    predictor: DOSPredictor,
-    cache: str | Path | None = None,
-    progress: bool = False,
+    path: str | Path, structures: Structures, predictor: DOSPredictor, cache: str | Path | None = None
 ) -> None:
     """Write `pseudo_labels` as an npz (material_id, values, known) that `data.load_pseudo_labels` reads, atomically.
 
     It tells of what structures they are (structure), and by what predictor.
     """
-    values, known = pseudo_labels(structures, predictor, cache, progress)
+    values, known = pseudo_labels(structures, predictor, cache)
     origin = {"structure": structures.fingerprints(), "predictor": np.array(predictor_digest(predictor))}
     write_npz(Path(path), material_id=structures.material_id, values=values, known=known, **origin)
 

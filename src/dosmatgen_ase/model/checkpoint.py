@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,8 @@ def filled_model(config: DenoiserConfig, lattice: LatticeProcess, tensors: Mappi
 
 def save_model(path: str | Path, model: ConditionalDenoiser, metadata: Mapping[str, Any]) -> None:
     """Save a generator's weights, in the model's precision, with all that is needed to rebuild it."""
-    lattice = model.denoiser.lattice
-    described = {
-        "kind": "generator",
-        "config": model.denoiser.config.to_dict(),
-        "lattice": {"mean": lattice.mean, "std": lattice.std},
-    }
-    save_tensors(path, model.state_dict(), {**described, **metadata})
+    config, lattice = model.denoiser.config.to_dict(), asdict(model.denoiser.lattice)
+    save_tensors(path, model.state_dict(), {"kind": "generator", "config": config, "lattice": lattice, **metadata})
 
 
 def load_model(path: str | Path) -> tuple[ConditionalDenoiser, dict[str, Any]]:

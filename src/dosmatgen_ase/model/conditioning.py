@@ -93,15 +93,16 @@ class ConditionalDenoiser(nn.Module):
         self.denoiser = denoiser
         self.encoder = DOSEncoder(denoiser.config.num_bins, denoiser.config.width)
 
-    def embed(self, condition: DOSCondition | None, num_atoms: Tensor, size: int) -> Tensor:
+    def embed(self, condition: DOSCondition | None, state: NoisyCrystals) -> Tensor:
         """Embedding of a condition, shape (B, N, width): the same at every noise level."""
         if condition is None:
-            condition = DOSCondition.none(len(num_atoms), size, self.denoiser.config.num_bins, num_atoms.device)
-        return self.encoder(condition, num_atoms)
+            batch, size = state.species.shape
+            condition = DOSCondition.none(batch, size, self.denoiser.config.num_bins, state.species.device)
+        return self.encoder(condition, state.num_atoms)
 
     def forward(self, state: NoisyCrystals, condition: DOSCondition | None) -> Prediction:
         """Run the network once."""
-        return self.denoiser(state, self.embed(condition, *_shape(state)))
+        return self.denoiser(state, self.embed(condition, state))
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class Guidance:
 
         def embedding(state: NoisyCrystals, conditional: bool) -> Tensor:
             if conditional not in embedded:
-                embedded[conditional] = model.embed(condition if conditional else None, *_shape(state))
+                embedded[conditional] = model.embed(condition if conditional else None, state)
             return embedded[conditional]
 
         def denoise(state: NoisyCrystals, t: float) -> tuple[Prediction, int]:
@@ -231,7 +232,3 @@ class Guidance:
             return Prediction(**mixed), 2
 
         return denoise
-
-
-def _shape(state: NoisyCrystals) -> tuple[Tensor, int]:
-    return state.num_atoms, state.species.shape[1]

@@ -136,9 +136,9 @@ def pair_features(cell: Tensor, frac_coords: Tensor, mask: Tensor, num_radial: i
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with SiLU between them."""
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(pairwise(widths)):
-        layers += [nn.Linear(a, b)] + ([nn.SiLU()] if i < len(widths) - 2 else [])
-    return nn.Sequential(*layers)
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def level_features(t: Tensor, num: int = 16) -> Tensor:

@@ -7,6 +7,8 @@ and Ba, 5d of Tl; their electrons are counted. Light and p-block elements have n
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 
 NUM_ELEMENTS = 95  # rows of tables by atomic number, 0 unused
@@ -15,6 +17,7 @@ SHELL_OF_ORBITAL = (0, 1, 1, 1, 2, 2, 2, 2, 2)  # l
 MAGNETIC = frozenset(range(23, 29))  # V to Ni: crystals with one of these get two spin channels
 SEMICORE_P = {19: -12.5, 37: -11.0, 55: -8.0, 56: -11.0}  # start level, eV from the zero of the labels
 TL = 81
+NOBLE = (0, 2, 10, 18, 36, 54, 86, 118)  # gases: each ends a row of the periodic table
 
 # s-p splitting of the free atoms, eV, a little smaller than Hartree-Fock's, as semilocal DFT has it.
 SPLITTING = {
@@ -33,24 +36,14 @@ D_RADIUS = np.array([_D_RADII.get(z, 0.9) for z in range(NUM_ELEMENTS)], dtype=n
 
 def group(z: int) -> int:
     """Return the group of the periodic table, 1 to 18; f elements count as group 3."""
-    if z <= 2:
-        return 1 if z == 1 else 18
-    for start, end in ((3, 10), (11, 18)):
-        if z <= end:
-            return z - start + 1 if z < start + 2 else z - start + 11
-    for start, end in ((19, 36), (37, 54)):
-        if z <= end:
-            return z - start + 1
-    if z >= 87:
-        return min(z - 86, 3)
-    return z - 54 if z <= 57 else 3 if z <= 71 else z - 68
+    row = bisect_left(NOBLE, z)
+    from_left, from_right = z - NOBLE[row - 1], 18 - (NOBLE[row] - z)
+    return from_left if from_left <= 2 and z != 2 else max(3, from_right)
 
 
 def shells(z: int) -> tuple[bool, bool, bool]:
     """Tell which of s, p and d the element has."""
-    if z <= 2:
-        return True, False, False
-    return True, True, z >= 19 and (group(z) <= 12 or z == TL)
+    return z > 0, z > 2, z == TL or (z >= 19 and group(z) <= 12)
 
 
 def valence_electrons(z: int) -> int:
@@ -85,7 +78,5 @@ def start_levels(centres: np.ndarray) -> np.ndarray:
     return levels
 
 
-ORBITALS = np.array(
-    [[z > 0 and shells(z)[shell] for shell in SHELL_OF_ORBITAL] for z in range(NUM_ELEMENTS)], dtype=bool
-)  # (95, 9)
+ORBITALS = np.array([[shells(z)[shell] for shell in SHELL_OF_ORBITAL] for z in range(NUM_ELEMENTS)])  # (95, 9)
 ELECTRONS = np.array([valence_electrons(z) if z else 0 for z in range(NUM_ELEMENTS)], dtype=np.float32)

@@ -7,17 +7,15 @@ be tensors that require a gradient: bonds are linear in them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
+from ase import Atoms
 from torch import Tensor
 
 from dosmatgen_ase.forward.tight_binding.basis import ELECTRONS, MAGNETIC, NUM_ORBITALS, ORBITALS
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 MIN_DISTANCE = 0.1  # Angstrom; closer atoms share a place
 TOO_CLOSE = f"two atoms are closer than {MIN_DISTANCE:g} A: move them apart"
@@ -92,15 +90,11 @@ def crystal_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
     vectors, image = np.unique(everything, axis=0, return_inverse=True)
     image = image.ravel()
     order = np.argsort(np.arange(len(vectors)) != image[0], kind="stable")  # the home cell first
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    vectors, image = vectors[order], rank[image[1:]]
-    place, exists, size = _places(numbers)
+    vectors, image = vectors[order], np.argsort(order)[image[1:]]
+    size, exists = num_orbitals(atoms), ORBITALS[numbers]  # (n, 9)
+    place = np.cumsum(exists.ravel()).reshape(exists.shape) - 1  # of each orbital in the Hamiltonian
     both = exists[first][:, :, None] & exists[second][:, None]
-    source = np.flatnonzero(both)
-    row = np.broadcast_to(place[first][:, :, None], both.shape).ravel()[source]
-    column = np.broadcast_to(place[second][:, None], both.shape).ravel()[source]
-    cells = np.repeat(image, both.shape[1] * both.shape[2])[source]
+    target = (image[:, None, None] * size + place[first][:, :, None]) * size + place[second][:, None]
     return CrystalGraph(
         numbers=torch.from_numpy(numbers),
         first=torch.from_numpy(first.astype(np.int64)),
@@ -109,8 +103,8 @@ def crystal_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
         image=torch.from_numpy(image.astype(np.int64)),
         vectors=torch.from_numpy(vectors.astype(np.float32)),
         reciprocal=np.linalg.norm(np.linalg.inv(atoms.cell.array).T, axis=1),
-        source=torch.from_numpy(source.astype(np.int32)),
-        target=torch.from_numpy(((cells * size + row) * size + column).astype(np.int32)),
+        source=torch.from_numpy(np.flatnonzero(both).astype(np.int32)),
+        target=torch.from_numpy(target[both].astype(np.int32)),
         size=size,
     )
 
@@ -118,13 +112,6 @@ def crystal_graph(atoms: Atoms, cutoff: float) -> CrystalGraph:
 def num_orbitals(atoms: Atoms) -> int:
     """Orbitals of a cell, which is the size of its Hamiltonian."""
     return int(ORBITALS[atoms.numbers].sum())
-
-
-def _places(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Place of each atom's orbitals in the Hamiltonian (n, 9), whether they exist (n, 9), and how many there are."""
-    exists = ORBITALS[numbers]
-    place = np.cumsum(exists.ravel()).reshape(exists.shape) - 1
-    return place, exists, int(exists.sum())
 
 
 @dataclass(frozen=True)
@@ -173,8 +160,7 @@ class GraphBatch:
 
     def to(self, device: torch.device | str) -> Self:
         """Return the batch on a device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 

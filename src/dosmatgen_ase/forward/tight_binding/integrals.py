@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dosmatgen_ase.forward.tight_binding.basis import SHELL_OF_ORBITAL
+
 # The integrals, in this order: l of the first atom, l of the second, sigma (0), pi (1) or delta (2).
 INTEGRALS = (
     (0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 2, 0), (2, 0, 0), (1, 1, 0), (1, 1, 1), (1, 2, 0), (1, 2, 1), (2, 1, 0),
@@ -25,16 +27,14 @@ DELTA = NUM_INTEGRALS - 1
 COEFFICIENTS = (-1.32, 1.42, -1.42, -3.16, -3.16, 2.22, -0.63, -2.95, 1.36, 2.95, -1.36, -16.2, 8.75, 0.0)
 H2_M = 7.62  # hbar^2 / m, eV Angstrom^2
 
-_L = (0, 1, 1, 1, 2, 2, 2, 2, 2)
-
 
 def _spread(channel: int, first: int) -> Tensor:
     """(14, n * n): puts each integral of a channel on the elements of a block of orbitals from `first` on."""
     table = {(a, b): k for k, (a, b, c) in enumerate(INTEGRALS) if c == channel}
-    size = len(_L) - first
-    matrix = torch.zeros(NUM_INTEGRALS, size, size)
-    for row, a in enumerate(_L[first:]):
-        for column, b in enumerate(_L[first:]):
+    shells = SHELL_OF_ORBITAL[first:]
+    matrix = torch.zeros(NUM_INTEGRALS, len(shells), len(shells))
+    for row, a in enumerate(shells):
+        for column, b in enumerate(shells):
             matrix[table[a, b], row, column] = 1.0
     return matrix.flatten(1)
 
@@ -71,16 +71,11 @@ def directions(unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     image = (unit @ D_TENSORS.to(unit).permute(1, 0, 2).reshape(3, 15)).view(-1, 5, 3)  # each tensor times the axis
     along = (image * unit[:, None]).sum(-1)
     axis = torch.cat([torch.ones_like(unit[:, :1]), unit, math.sqrt(1.5) * along], 1)
-    normal = torch.cat(
-        [
-            torch.eye(3, dtype=unit.dtype, device=unit.device) - unit[:, :, None] * unit[:, None],
-            math.sqrt(2) * (image - along[..., None] * unit[:, None]),
-        ],
-        1,
-    )
+    across = torch.eye(3).to(unit) - unit[:, :, None] * unit[:, None]
+    normal = torch.cat([across, math.sqrt(2) * (image - along[..., None] * unit[:, None])], 1)
     sigma = axis[:, :, None] * axis[:, None]
     pi = (normal[:, :, None] * normal[:, None]).sum(-1)
-    delta = torch.eye(5, dtype=unit.dtype, device=unit.device) - sigma[:, 4:, 4:] - pi[:, 3:, 3:]
+    delta = torch.eye(5).to(unit) - sigma[:, 4:, 4:] - pi[:, 3:, 3:]
     return sigma.flatten(1), pi.flatten(1), delta.flatten(1)
 
 

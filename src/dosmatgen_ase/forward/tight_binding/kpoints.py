@@ -39,10 +39,9 @@ def symmetric_mesh(reciprocal: np.ndarray, number: int) -> tuple[np.ndarray, np.
     number : points of the whole mesh, at most
     """
     mesh = mesh_size(reciprocal, number)
-    whole = np.rint(_grid(mesh) * mesh).astype(int)
-    code = whole @ np.array([mesh[1] * mesh[2], mesh[2], 1])
-    opposite = (-whole % mesh) @ np.array([mesh[1] * mesh[2], mesh[2], 1])
-    first, counts = np.unique(np.minimum(code, opposite), return_counts=True)
+    whole = np.indices(mesh.tolist()).reshape(3, -1).T
+    opposite = np.ravel_multi_index((-whole % mesh).T, mesh)  # the row of each point's inverse
+    first, counts = np.unique(np.minimum(np.arange(len(whole)), opposite), return_counts=True)
     return whole[first] / mesh, counts / len(whole)
 
 
@@ -61,4 +60,4 @@ def offset_mesh(mesh: np.ndarray, which: int = 0) -> np.ndarray:
 
 
 def _grid(mesh: np.ndarray) -> np.ndarray:
-    return np.stack(np.meshgrid(*[np.arange(m) / m for m in mesh], indexing="ij"), -1).reshape(-1, 3)
+    return np.indices(mesh.tolist()).reshape(3, -1).T / mesh

@@ -34,6 +34,7 @@ from dosmatgen_ase.forward.tight_binding.integrals import (
     harrison_scale,
 )
 from dosmatgen_ase.forward.tight_binding.spectrum import EMPTY, Spectrum, broadened, eigh, zero_and_gap
+from dosmatgen_ase.parsing import whole_number
 
 RADIAL = 16  # Gaussians of the distance over the sum of covalent radii
 TAIL = 30.0
@@ -71,9 +72,7 @@ class TightBindingConfig:
 
     def __post_init__(self) -> None:
         for name, highest in (("width", 1024), ("hidden", 2048), ("site_hidden", 2048), ("rounds", 4), ("message", 64)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
-                raise ValueError(f"{name}={value!r} must be a whole number from 1 to {highest}")
+            whole_number(getattr(self, name), name, 1, highest)
         if not 1 <= self.cutoff <= 8:
             raise ValueError(f"cutoff={self.cutoff} A must lie in 1 to 8")
         for name in ("dropout", "site_dropout"):
@@ -101,12 +100,17 @@ class MatrixElements(NamedTuple):
     splitting: Tensor
 
 
+def linear(inputs: int, outputs: int, start: float) -> nn.Linear:
+    """Layer whose weights start at random of this standard deviation around zero, without a bias."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=start)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def _mlp(inputs: int, hidden: int, outputs: int, dropout: float = 0.0, start: float | None = None) -> nn.Sequential:
-    """One hidden layer; the outputs' weights start at random of standard deviation `start`, if given, around zero."""
-    last = nn.Linear(hidden, outputs)
-    if start is not None:
-        nn.init.normal_(last.weight, std=start)
-        nn.init.zeros_(last.bias)
+    """One hidden layer; the outputs' weights start as those of `linear`, if `start` is given."""
+    last = nn.Linear(hidden, outputs) if start is None else linear(hidden, outputs, start)
     return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Dropout(dropout), last)
 
 
@@ -151,9 +155,7 @@ class TightBinding(nn.Module):
         self.exchange = _mlp(wide, 64, 3, start=0.0)
         self.left, self.right = nn.Linear(wide, config.hidden), nn.Linear(wide, config.hidden)
         self.distance = nn.Linear(RADIAL, config.hidden)
-        last = nn.Linear(config.hidden, 2 * NUM_INTEGRALS)  # of hopping, and of the crystal field
-        nn.init.normal_(last.weight, std=0.01)
-        nn.init.zeros_(last.bias)
+        last = linear(config.hidden, 2 * NUM_INTEGRALS, start=0.01)  # of hopping, and of the crystal field
         self.integrals = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden, config.hidden), nn.SiLU(), last)
         nn.init.normal_(self.element.weight, std=0.3)
         nn.init.normal_(told.weight, std=0.5)
@@ -229,16 +231,10 @@ class TightBinding(nn.Module):
         return Spectrum(levels, weights, kweights, *found, spread), elements.moment
 
     def forward(
-        self,
-        batch: GraphBatch,
-        kpoints: Tensor,
-        energies: Tensor,
-        sigma: float,
-        kweights: Tensor | None = None,
-        steps: Tensor | None = None,
+        self, batch: GraphBatch, kpoints: Tensor, energies: Tensor, sigma: float, kweights: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """DOS (b, sites, 3, energies) of s, p and d of every site, states/eV, and moments (n,); see `spectrum`."""
-        spectrum, moment = self.spectrum(batch, kpoints, kweights, steps)
+        spectrum, moment = self.spectrum(batch, kpoints, kweights)
         dos = broadened(spectrum, energies, sigma)
         return dos.view(len(batch), batch.sites, 3, -1), moment
 

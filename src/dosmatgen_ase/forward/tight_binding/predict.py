@@ -69,17 +69,11 @@ def predict_crystals(
     return [found[i] for i in range(len(graphs))]
 
 
-class _Batch(NamedTuple):
-    """Rows of crystals of like size, all or none magnetic; points (b, k, 3), weights (b, k), steps of meshes (b, 3)."""
+def _batches(graphs: Sequence[CrystalGraph], which: int) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Share crystals out in batches of like size, all or none magnetic, with their points of the Brillouin zone.
 
-    rows: list[int]
-    points: Tensor
-    weights: Tensor
-    steps: Tensor
-
-
-def _batches(graphs: Sequence[CrystalGraph], which: int) -> Iterator[_Batch]:
-    """Share crystals out in batches, with their points of the Brillouin zone."""
+    Yields the rows of b crystals; the points (b, k, 3), their weights (b, k), and the steps of the meshes (b, 3).
+    """
     sizes = [mesh_size(g.reciprocal, mesh_points(len(g.numbers))) for g in graphs]
     meshes = [offset_mesh(size, which) for size in sizes]
     order = sorted(range(len(graphs)), key=lambda i: (graphs[i].magnetic, len(meshes[i]).bit_length(), graphs[i].size))
@@ -97,5 +91,5 @@ def _batches(graphs: Sequence[CrystalGraph], which: int) -> Iterator[_Batch]:
         for b, i in enumerate(rows):  # what is added repeats a point and has no weight
             count = len(meshes[i])
             points[b], points[b, :count], weights[b, :count] = meshes[i][0], meshes[i], 1 / count
-        numbers = (points, weights, np.stack([1 / sizes[i] for i in rows]))
-        yield _Batch(rows, *(torch.from_numpy(part).float() for part in numbers))
+        steps = torch.from_numpy(np.stack([1 / sizes[i] for i in rows]))
+        yield rows, torch.from_numpy(points).float(), torch.from_numpy(weights).float(), steps.float()

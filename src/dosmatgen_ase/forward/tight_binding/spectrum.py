@@ -105,9 +105,9 @@ def zero_and_gap(
         bands = every.transpose(1, 2).reshape(crystals, -1, channels * size).sort(-1).values
         filled = (electrons * channels / 2).round().long()
         whole = (electrons * channels / 2 - filled).abs() < 1e-3
-        before = (filled - 1).clamp(0, channels * size - 1)[:, None, None].expand(-1, bands.shape[1], 1)
-        after = filled.clamp(0, channels * size - 1)[:, None, None].expand(-1, bands.shape[1], 1)
-        below, above = bands.gather(2, before)[..., 0], bands.gather(2, after)[..., 0]
+        rows, last = torch.arange(crystals, device=levels.device), channels * size - 1
+        below = bands[rows, :, (filled - 1).clamp(0, last)]
+        above = bands[rows, :, filled.clamp(0, last)]
         above = torch.where((filled >= channels * size)[:, None], torch.full_like(above, EMPTY), above)
         top, bottom = below.amax(1), above.amin(1)
         gap = torch.where(whole & (bottom - top > MIN_GAP), bottom - top, torch.zeros_like(top))

@@ -110,44 +110,6 @@ def new_model(crystals: Sequence[LabelledCrystal], config: TightBindingConfig, s
         return TightBinding(config, torch.from_numpy(levels))
 
 
-def loss_of(
-    model: TightBinding,
-    members: Sequence[LabelledCrystal],
-    points: Tensor,
-    settings: TightBindingTraining,
-    moved: float,
-) -> Tensor:
-    """Mean over sites of the softened normalised L1, its parts by shell and what must move; of moments and of gaps.
-
-    The distance that states must move (the integral of the difference of cumulated DOS, in eV times states) still pulls
-    a level that overlaps with none of its target, where the L1 says nothing.
-    """
-    device = model.start.device
-    batch = collate([m.graph for m in members]).to(device)
-    energies = torch.tensor(MODEL_GRID.energies, dtype=torch.float32, device=device)
-    spectrum, moment = model.spectrum(batch, points.to(device))
-    found = broadened(spectrum, energies, MODEL_SIGMA).view(len(members), batch.sites, 3, -1)
-    shells = torch.cat([m.shells for m in members]).to(device)
-    dos = torch.cat([m.dos for m in members]).to(device)
-    known = torch.stack([m.known for m in members]).to(device)[batch.owner]
-    found = found[batch.owner, batch.site]
-    scale = (dos * known).sum(-1) + 1
-    difference = (found.sum(1) - dos) * known
-    step = float(MODEL_GRID.energies[1] - MODEL_GRID.energies[0])
-    error = difference.abs().sum(-1)
-    error = error + settings.orbital * ((found - shells).abs() * known[:, None]).sum((-1, -2))
-    error = error + moved * step * (difference.cumsum(-1).abs() * known).sum(-1)
-    loss = (error / scale).mean()
-    if batch.magnetic:
-        carriers = model.magnetic[batch.numbers]
-        wanted = torch.cat([m.moment for m in members]).to(device)
-        loss = loss + settings.moment * (moment - wanted).abs()[carriers].mean()
-    gap = loss.new_tensor([m.gap for m in members])
-    opening = torch.where(spectrum.opening.isnan(), gap, spectrum.opening)  # an odd number of electrons teaches nothing
-    wrong = torch.where(gap > 0, (opening - gap).abs(), opening.clamp(min=0))
-    return loss + settings.gap * wrong.mean()
-
-
 def batches(
     crystals: Sequence[LabelledCrystal], elements: int, rng: np.random.Generator
 ) -> list[list[LabelledCrystal]]:
@@ -166,7 +128,7 @@ def batches(
                     and c.graph.size <= 1.3 * part[0].graph.size + 2
                     for k, c in enumerate(part[1:MAX_BATCH], start=1)
                 ]
-                many = 1 + (fits.index(False) if False in fits else len(fits))
+                many = 1 + sum(fits)  # the smallest, for they are sorted
                 found.append(part[:many])
                 part = part[many:]
     return [found[i] for i in rng.permutation(len(found))]
@@ -211,7 +173,7 @@ def fit(
     """
     if not train or not val:
         raise ValueError(f"{len(train)} training and {len(val)} validation crystals: both are needed")
-    run = _Run(model, train, val, settings, seed, Path(directory) if directory is not None else None)
+    run = _Run(model, settings, seed, Path(directory) if directory is not None else None, labels_digest([*train, *val]))
     run.resume()
     with tqdm(total=1000, initial=round(1000 * run.done), disable=not progress, desc="tight binding") as bar:
         bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -251,24 +213,23 @@ def mean_error(model: TightBinding, crystals: Sequence[LabelledCrystal], points:
     return float(torch.cat(errors).mean())
 
 
+@dataclass
 class _Run:
     """What changes while a model is trained."""
 
-    def __init__(
-        self,
-        model: TightBinding,
-        train: Sequence[LabelledCrystal],
-        val: Sequence[LabelledCrystal],
-        settings: TightBindingTraining,
-        seed: int,
-        directory: Path | None,
-    ) -> None:
-        self.model, self.settings, self.seed, self.directory = model, settings, seed, directory
-        rate, decay = settings.learning_rate, settings.weight_decay
-        self.optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
-        self.done, self.epochs, self.steps = 0.0, 0, 0
-        self.described = {"config": asdict(model.config), "training": asdict(settings), "seed": seed}
-        self.labels = labels_digest([*train, *val])
+    model: TightBinding
+    settings: TightBindingTraining
+    seed: int
+    directory: Path | None
+    labels: str
+    done: float = 0.0
+    epochs: int = 0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        rate, decay = self.settings.learning_rate, self.settings.weight_decay
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), rate, weight_decay=decay)
+        self.described = {"config": asdict(self.model.config), "training": asdict(self.settings), "seed": self.seed}
 
     def epoch(self, train: Sequence[LabelledCrystal], bar: tqdm) -> None:
         """Walk through the crystals once, or until the time is over; what is drawn depends on seed and epoch only."""
@@ -299,12 +260,43 @@ class _Run:
         most = self.settings.points if done > 0.6 else max(1, self.settings.points // 2)
         first, last = self.settings.moved
         points = random_points(members, most, rng)
-        loss = loss_of(self.model, members, points, self.settings, last + (first - last) * (1 - done))
+        loss = self.loss(members, points, last + (first - last) * (1 - done))
         self.optimizer.zero_grad()
         loss.backward()
         if torch.isfinite(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)):
             self.optimizer.step()
         self.steps += 1
+
+    def loss(self, members: Sequence[LabelledCrystal], points: Tensor, moved: float) -> Tensor:
+        """Mean over sites of the softened normalised L1, its parts by shell and what must move; of moments and of gaps.
+
+        The distance that states must move (the integral of the difference of cumulated DOS, in eV times states) still
+        pulls a level that overlaps with none of its target, where the L1 says nothing.
+        """
+        device = self.model.start.device
+        batch = collate([m.graph for m in members]).to(device)
+        energies = torch.tensor(MODEL_GRID.energies, dtype=torch.float32, device=device)
+        spectrum, moment = self.model.spectrum(batch, points.to(device))
+        found = broadened(spectrum, energies, MODEL_SIGMA).view(len(batch), batch.sites, 3, -1)[batch.owner, batch.site]
+        shells = torch.cat([m.shells for m in members]).to(device)
+        dos = torch.cat([m.dos for m in members]).to(device)
+        known = torch.stack([m.known for m in members]).to(device)[batch.owner]
+        scale = (dos * known).sum(-1) + 1
+        difference = (found.sum(1) - dos) * known
+        step = float(MODEL_GRID.energies[1] - MODEL_GRID.energies[0])
+        error = difference.abs().sum(-1)
+        error = error + self.settings.orbital * ((found - shells).abs() * known[:, None]).sum((-1, -2))
+        error = error + moved * step * (difference.cumsum(-1).abs() * known).sum(-1)
+        loss = (error / scale).mean()
+        if batch.magnetic:
+            carriers = self.model.magnetic[batch.numbers]
+            wanted = torch.cat([m.moment for m in members]).to(device)
+            loss = loss + self.settings.moment * (moment - wanted).abs()[carriers].mean()
+        gap = loss.new_tensor([m.gap for m in members])
+        # An odd number of electrons teaches nothing.
+        opening = torch.where(spectrum.opening.isnan(), gap, spectrum.opening)
+        wrong = torch.where(gap > 0, (opening - gap).abs(), opening.clamp(min=0))
+        return loss + self.settings.gap * wrong.mean()
 
     def save(self, error: float) -> None:
         """Write the state, then a line of the log."""
