@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def pairs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script, with an energy that is least at 1.07 times the touching distance, and for rocksalt; nothing is known."""
+    """The script, with an energy that is least at 1.07 times the touching distance; nothing is known."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import draw_pairs
 
