@@ -29,7 +29,7 @@ from dosmatgen_ase.parsing import (
     split_targets,
     whole_number,
 )
-from dosmatgen_ase.retrieval.index import BLOCK, GROUP, DOSIndex, default_index
+from dosmatgen_ase.retrieval.index import BLOCK, GROUP, DOSIndex, default_index, of_formula
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -160,15 +160,13 @@ def _filtered(
     kept = np.ones(len(index), dtype=bool)
     allowed, forbidden = element_list(elements, "elements"), element_list(exclude_elements, "exclude_elements")
     if allowed is not None:
-        others = np.ones(index.counts.shape[1], dtype=bool)
-        others[[atomic_numbers[symbol] for symbol in allowed]] = False
-        kept &= ~index.counts[:, others].any(axis=1)
+        kept &= ~np.delete(index.counts, [atomic_numbers[symbol] for symbol in allowed], axis=1).any(axis=1)
     if forbidden:
         kept &= ~index.counts[:, [atomic_numbers[symbol] for symbol in forbidden]].any(axis=1)
     if (formula := formula_counts(composition)) is not None:
         wanted = np.zeros(index.counts.shape[1], dtype=np.int64)
         wanted[[atomic_numbers[symbol] for symbol in formula]] = list(formula.values())
-        kept &= (index.counts * wanted.sum() == wanted * index.num_atoms[:, None]).all(axis=1)
+        kept &= of_formula(index, wanted)
     if num_atoms is not None:
         kept &= np.isin(index.num_atoms, _sizes(num_atoms))
     if max_above_hull is not None:
@@ -214,8 +212,8 @@ def _nearest_sites(index: DOSIndex, targets: Sequence[TargetDOS], kept: Mask, n:
         return []
     different = list(dict.fromkeys(targets))  # one curve for targets that are equal
     which = np.array([different.index(target) for target in targets])
-    curves = [_Curve.of(index, target, kept) for target in different]
-    bound = _on_best_site(index, np.stack([curve.bound for curve in curves]), which)
+    bounds, curves = zip(*(_bounded(index, target, kept) for target in different), strict=True)
+    bound = _on_best_site(index, np.stack(bounds), which)
     order = np.flatnonzero(np.isfinite(bound) & kept)
     order = order[np.argsort(bound[order], kind="stable")]
     heap: list[tuple[float, int, _Hit]] = []  # of the best so far, the worst first
@@ -225,7 +223,7 @@ def _nearest_sites(index: DOSIndex, targets: Sequence[TargetDOS], kept: Mask, n:
             break
         rows = np.concatenate([np.arange(*index.row_start[i : i + 2]) for i in np.sort(some).tolist()])
         distance = np.full((len(curves), len(index.values)), np.inf, dtype=np.float32)
-        distance[:, rows] = [curve.distances(rows) for curve in curves]
+        distance[:, rows] = [distances(rows) for distances in curves]
         closer = _on_best_site(index, distance, which)
         for i in some[np.argsort(closer[some], kind="stable")].tolist():
             if not np.isfinite(closer[i]) or (len(heap) == n and closer[i] >= -heap[0][0]):
@@ -251,32 +249,25 @@ def _assigned(index: DOSIndex, crystal: int, cells: int, distance: np.ndarray) -
     return _Hit(mean, crystal, tuple((chosen % index.num_atoms[crystal]).tolist()), cells)
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """A target against the rows of an index: a lower bound of every distance, and the distances of some rows.
+def _bounded(index: DOSIndex, target: TargetDOS, kept: Mask) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """A target against the rows of the crystals kept: a lower bound (r,) of every distance, and what gives distances.
 
+    The bound is infinite where a row cannot be compared. Distances (k,) are of rows (k,), rising.
     ``sum |v - g*|`` over the bins of a group is at least ``|sum v - sum g*|``, which takes a quarter of the work.
     """
-
-    bound: np.ndarray  # (r,) float32, infinite where it cannot be compared
-    distances: Callable[[np.ndarray], np.ndarray]  # from rows (k,), rising, to distances (k,)
-
-    @classmethod
-    def of(cls, index: DOSIndex, target: TargetDOS, kept: Mask) -> _Curve:
-        """Compare with the rows of the crystals kept."""
-        rows = np.flatnonzero(np.repeat(kept, np.diff(index.row_start)))
-        bound = np.full(len(index.values), np.inf, dtype=np.float32)
-        fine = _Metric.of(target, index.masks)
-        if target.sigma == MODEL_SIGMA:
-            bound[rows] = _Metric.of(target, index.masks, GROUP).distances(index.grouped, rows, index.row_mask[rows])
-            _require_comparable(bound[rows], target)
-            return cls(bound, lambda some: fine.distances(index.values, some, index.row_mask[some]))
-        for part in np.split(rows, range(BLOCK, len(rows), BLOCK)):  # rows must be broadened first, all of them
-            values, known = _broadened(index.values[part], index.masks[index.row_mask[part]], target)
-            whole = np.arange(len(part))
-            bound[part] = _Metric.of(target, known).distances(values, whole, whole)
+    rows = np.flatnonzero(np.repeat(kept, np.diff(index.row_start)))
+    bound = np.full(len(index.values), np.inf, dtype=np.float32)
+    if target.sigma == MODEL_SIGMA:
+        fine = _Metric(target, index.masks)
+        bound[rows] = _Metric(target, index.masks, GROUP).distances(index.grouped, rows, index.row_mask[rows])
         _require_comparable(bound[rows], target)
-        return cls(bound, lambda some: bound[some])
+        return bound, lambda some: fine.distances(index.values, some, index.row_mask[some])
+    for part in np.split(rows, range(BLOCK, len(rows), BLOCK)):  # rows must be broadened first, all of them
+        values, known = _broadened(index.values[part], index.masks[index.row_mask[part]], target)
+        whole = np.arange(len(part))
+        bound[part] = _Metric(target, known).distances(values, whole, whole)
+    _require_comparable(bound[rows], target)
+    return bound, lambda some: bound[some]
 
 
 def _nearest_totals(index: DOSIndex, target: TargetDOS, kept: Mask, n: int) -> list[_Hit]:
@@ -291,7 +282,7 @@ def _nearest_totals(index: DOSIndex, target: TargetDOS, kept: Mask, n: int) -> l
     most = np.maximum(1, MAX_CELLS // index.num_atoms[rows])
     cells = np.clip(np.rint(ratio), 1, most).astype(np.int64)
     whole = np.arange(len(rows))
-    found = _Metric.of(target, known).distances(values * cells[:, None].astype(np.float32), whole, whole)
+    found = _Metric(target, known).distances(values * cells[:, None].astype(np.float32), whole, whole)
     _require_comparable(found, target)
     order = np.argsort(found, kind="stable")[:n]
     order = order[np.isfinite(found[order])]
@@ -305,7 +296,6 @@ def _broadened(values: np.ndarray, known: Mask, target: TargetDOS) -> tuple[np.n
     return wider.astype(np.float32), inside
 
 
-@dataclass(frozen=True)
 class _Metric:
     """The normalised L1 of rows to a target on the same grid, or its lower bound from sums over groups of bins.
 
@@ -313,13 +303,7 @@ class _Metric:
     of them is subtracted, which is cheaper than a mask for every row.
     """
 
-    wanted: np.ndarray  # (b,) float32, the target's known bins or groups
-    span: Any  # their columns
-    absent: np.ndarray  # (m,) states x bin that a row of each mask does not know
-    scale: np.ndarray  # (m,) what the sum is divided by; infinite distance where 0
-
-    @classmethod
-    def of(cls, target: TargetDOS, masks: Mask, group: int = 1) -> _Metric:
+    def __init__(self, target: TargetDOS, masks: Mask, group: int = 1) -> None:
         """Prepare for rows of these masks (m, 151); with `group` > 1 for sums over so many bins."""
         values = target.values.astype(np.float32)
         inside = (masks & target.known).astype(np.float32)
@@ -331,12 +315,12 @@ class _Metric:
         bins = np.repeat(full, group)[: len(values)]
         columns = np.flatnonzero(full)
         together = len(columns) > 0 and columns[-1] - columns[0] + 1 == len(columns)
-        return cls(
-            wanted=np.add.reduceat(values, starts)[full],
-            span=slice(columns[0], columns[-1] + 1) if together else columns,
-            absent=(~masks[:, bins]).astype(np.float32) @ values[bins],
-            scale=np.where(usable, scale, 0),
-        )
+        # The target's known bins or groups (b,), and their columns.
+        self.wanted = np.add.reduceat(values, starts)[full]
+        self.span: Any = slice(columns[0], columns[-1] + 1) if together else columns
+        # Of each mask (m,): states x bin that a row does not know; and what the sum is divided by, 0 if not comparable.
+        self.absent = (~masks[:, bins]).astype(np.float32) @ values[bins]
+        self.scale = np.where(usable, scale, 0)
 
     def distances(self, values: np.ndarray, rows: np.ndarray, pattern: np.ndarray) -> np.ndarray:
         """Distances (k,) of rows (k,), rising, of values (r, 151 or groups); `pattern` (k,) is the mask of each."""
