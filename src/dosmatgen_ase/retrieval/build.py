@@ -7,9 +7,10 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from ase import Atoms
 from tqdm import tqdm
 
 from dosmatgen_ase import __version__
@@ -21,9 +22,6 @@ from dosmatgen_ase.files import exclusive, output_folder, read_npz, write_npz
 from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor, _looks_gapped
 from dosmatgen_ase.parsing import is_real, is_whole
 from dosmatgen_ase.retrieval.index import DOSIndex
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 PIECE = 256  # crystals of a piece: what an interruption costs at most
 FACTS = ("band_gap", "energy_above_hull")  # in ``info`` of a crystal, eV and eV/atom

@@ -12,13 +12,14 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from ase import Atoms
 from ase.data import atomic_numbers
 from scipy.optimize import linear_sum_assignment
 
-from dosmatgen_ase.dos import MIN_SHARED, MODEL_GRID, MODEL_SIGMA, TargetDOS, on_common_zero, resample
+from dosmatgen_ase.dos import MIN_SHARED, MODEL_GRID, MODEL_SIGMA, Mask, TargetDOS, on_common_zero, resample
 from dosmatgen_ase.parsing import (
     DOSInput,
     ElementLike,
@@ -30,11 +31,6 @@ from dosmatgen_ase.parsing import (
     whole_number,
 )
 from dosmatgen_ase.retrieval.index import BLOCK, GROUP, DOSIndex, default_index, of_formula
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-    from dosmatgen_ase.dos import Mask
 
 MAX_CELLS = 20  # atoms in the cells of a small crystal that stand for a larger one of the target
 _IN_CACHE = 512  # rows at a time
@@ -127,21 +123,15 @@ def search(
     if total is None and not by_site:
         raise ValueError("a search needs a target DOS: give a TargetDOS, a list of them or a mapping {site: TargetDOS}")
     n = whole_number(n, "n", 1)
-    by_site, total = on_common_zero(by_site), None if total is None else on_common_zero({0: total})[0]
-    total, *rest = [None if t is None else _on_grid(t) for t in (total, *by_site.values())]
+    given = on_common_zero(by_site if total is None else {0: total}).values()
+    # At the model's broadening, or at its own where that is broader.
+    targets = [target.on_grid(MODEL_GRID, max(MODEL_SIGMA, target.sigma or 0.0)) for target in given]
     index = default_index() if index is None else index
     kept = _filtered(index, elements, exclude_elements, composition, num_atoms, max_above_hull, gap)
     if not kept.any():
         return []
-    if total is not None:
-        return [_described(index, hit, [total]) for hit in _nearest_totals(index, total, kept, n)]
-    targets = [target for target in rest if target is not None]
-    return [_described(index, hit, targets) for hit in _nearest_sites(index, targets, kept, n)]
-
-
-def _on_grid(target: TargetDOS) -> TargetDOS:
-    """The target on the model's grid, at the model's broadening or its own where that is broader."""
-    return target.on_grid(MODEL_GRID, max(MODEL_SIGMA, target.sigma or 0.0))
+    hits = _nearest_sites(index, targets, kept, n) if total is None else _nearest_totals(index, targets[0], kept, n)
+    return [_described(index, hit, targets) for hit in hits]
 
 
 # -- which crystals ----------------------------------------------------------------------------------------------------

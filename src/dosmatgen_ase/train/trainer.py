@@ -405,20 +405,18 @@ class Trainer:
                 f"{path} was started with other settings of {changed}: restore them or choose a new folder"
             )
         if header["device"] != self.device.type:
-            raise ValueError(
-                f"{path} was made on {header['device']}, this run is on {self.device.type}, whose random numbers "
-                "differ: resume on the first or choose a new folder"
-            )
+            told = f"{path} was made on {header['device']}, this run is on {self.device.type}"
+            fix = "resume on the first or choose a new folder"
+            raise ValueError(f"{told}, whose random numbers differ: {fix}")
         if header["data"] != self.data.digest:
             told = "the data differ from those that the run began with: it goes on with the present data"
             warnings.warn(f"{path}: {told}", stacklevel=2)
         try:
             self._take_over(tensors, header)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ValueError(
-                f"the header of {path} does not describe its own tensors ({told}): choose a new folder"
-            ) from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            told = f"the header of {path} does not describe its own tensors ({reason}): choose a new folder"
+            raise ValueError(told) from error
 
     def _take_over(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         self.model.denoiser.lattice = LatticeProcess(*(tuple(header["lattice"][k]) for k in ("mean", "std")))
@@ -501,21 +499,13 @@ def train(
     """
     output_folder(Path(out))
     with exclusive(Path(out) / "state.safetensors"), cpu_threads(config.threads):
-        return _train(config, dataset, Path(out), init, device, metadata, progress)
+        return _finished(Trainer(config, dataset, device), Path(out), init, dict(metadata or {}), progress)
 
 
-def _train(
-    config: TrainingConfig,
-    dataset: CrystalDataset,
-    out: Path,
-    init: str | Path | None,
-    device: str,
-    metadata: dict[str, Any] | None,
-    progress: bool,
-) -> Path:
-    trainer = Trainer(config, dataset, device)
+def _finished(trainer: Trainer, out: Path, init: str | Path | None, metadata: dict[str, Any], progress: bool) -> Path:
+    """Weights of the run, after what it lacks; as :func:`train`."""
+    config = trainer.config
     state, weights = out / "state.safetensors", out / "weights.safetensors"
-    metadata = dict(metadata or {})
     if state.exists():
         trainer.restore(state)
         if trainer.step > config.steps:
