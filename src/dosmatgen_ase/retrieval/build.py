@@ -157,10 +157,9 @@ def _labelled(labels: SiteDOSLabels | None) -> dict[str, _Label]:
     """Labels by the name of their crystal."""
     if labels is None:
         return {}
-    rows = zip(labels.num_atoms.tolist(), labels.values, labels.known, labels.band_gap.tolist(), strict=True)
     return {
-        name: _Label(labels.atoms(i), values[:n], known, gap)
-        for i, (name, (n, values, known, gap)) in enumerate(zip(labels.material_id.tolist(), rows, strict=True))
+        name: _Label(labels.atoms(i), labels.values[i, :n], labels.known[i], float(labels.band_gap[i]))
+        for i, (name, n) in enumerate(zip(labels.material_id.tolist(), labels.num_atoms.tolist(), strict=True))
     }
 
 

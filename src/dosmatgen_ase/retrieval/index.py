@@ -174,9 +174,9 @@ class DOSIndex:
     @cached_property
     def counts(self) -> np.ndarray:
         """Atoms of each atomic number in each crystal, shape (n, 119), uint16."""
-        counts = np.zeros((len(self), 119), dtype=np.uint16)  # no cell has more than MAX_GIVEN_ATOMS
-        np.add.at(counts, (np.repeat(np.arange(len(self)), self.num_atoms), self.atomic_numbers), 1)
-        return counts
+        place = np.repeat(np.arange(len(self)) * 119, self.num_atoms) + self.atomic_numbers
+        counts = np.bincount(place, minlength=len(self) * 119).reshape(-1, 119)
+        return counts.astype(np.uint16)  # no cell has more than MAX_GIVEN_ATOMS
 
     @cached_property
     def computed(self) -> np.ndarray:
@@ -259,14 +259,13 @@ def of_formula(index: DOSIndex, counts: np.ndarray) -> np.ndarray:
 def _arrays(data: dict[str, np.ndarray]) -> dict[str, Any]:
     """Fields of a `DOSIndex` from the arrays of its file."""
     site_start, row_start = (np.concatenate([[0], np.cumsum(data[name], dtype=np.int64)]) for name in ("sites", "rows"))
-    owner = np.repeat(np.arange(len(data["sites"])), data["sites"])
     kept = {field.name: data[field.name] for field in fields(DOSIndex) if field.name in data}
     return kept | {
         "info": json.loads(str(data["info"])),
         "energy_above_hull": data["energy_above_hull"].astype(np.float32),
         "site_start": site_start,
         "row_start": row_start,
-        "site_row": row_start[owner] + data["row_of_crystal"],
+        "site_row": np.repeat(row_start[:-1], data["sites"]) + data["row_of_crystal"],
         "values": _decode(_undo_differences(data["code_low"], data["code_high"]), data["scale"]),
         "error": data["error"].astype(np.float32),
         "masks": np.unpackbits(data["masks"], axis=1, count=MODEL_GRID.size).astype(bool),
