@@ -8,11 +8,10 @@ site, spare most crystals the work.
 
 from __future__ import annotations
 
-import heapq
 import math
+from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
@@ -38,9 +37,8 @@ _CHUNK = 128  # crystals between two looks at the bound
 _FORBIDDEN = 1e9  # cost of a site that cannot be compared; a sum that holds one is no assignment
 
 
-@dataclass(frozen=True)
-class _Hit:
-    """A crystal and what it has for the targets."""
+class _Hit(NamedTuple):
+    """A crystal and what it has for the targets; of two, the lesser is the nearer one, else that which comes first."""
 
     distance: float
     crystal: int
@@ -206,21 +204,22 @@ def _nearest_sites(index: DOSIndex, targets: Sequence[TargetDOS], kept: Mask, n:
     bound = _on_best_site(index, np.stack(bounds), which)
     order = np.flatnonzero(np.isfinite(bound) & kept)
     order = order[np.argsort(bound[order], kind="stable")]
-    heap: list[tuple[float, int, _Hit]] = []  # of the best so far, the worst first
+    best: list[_Hit] = []  # so far
     for start in range(0, len(order), _CHUNK):
         some = order[start : start + _CHUNK]
-        if len(heap) == n and bound[some[0]] >= -heap[0][0]:
+        if len(best) == n and bound[some[0]] >= best[-1].distance:
             break
         rows = np.concatenate([np.arange(*index.row_start[i : i + 2]) for i in np.sort(some).tolist()])
         distance = np.full((len(curves), len(index.values)), np.inf, dtype=np.float32)
         distance[:, rows] = [distances(rows) for distances in curves]
         closer = _on_best_site(index, distance, which)
         for i in some[np.argsort(closer[some], kind="stable")].tolist():
-            if not np.isfinite(closer[i]) or (len(heap) == n and closer[i] >= -heap[0][0]):
+            if not np.isfinite(closer[i]) or (len(best) == n and closer[i] >= best[-1].distance):
                 break
             if (hit := _assigned(index, i, int(cells[i]), distance[which])) is not None:
-                (heapq.heappush if len(heap) < n else heapq.heappushpop)(heap, (-hit.distance, -i, hit))
-    return [hit for *_, hit in sorted(heap, reverse=True)]
+                insort(best, hit)
+                del best[n:]
+    return best
 
 
 def _on_best_site(index: DOSIndex, distance: np.ndarray, which: np.ndarray) -> np.ndarray:

@@ -426,9 +426,8 @@ class Trainer:
             if name != "generator":
                 group, rest = name.split(".", 1)
                 groups[group][rest] = tensor
-        shapes = {k: (v.shape, v.dtype) for k, v in self.ema.items()}
         for name in ("model", "ema"):
-            if {k: (v.shape, v.dtype) for k, v in groups[name].items()} != shapes:
+            if _form(groups[name]) != _form(self.ema):
                 raise ValueError(f"{name} has tensors of other names, shapes or types than the network")
         place = [header[k] for k in ("step", "epoch", "position")]
         if not all(is_whole(k) and k >= 0 for k in place):
@@ -442,18 +441,22 @@ class Trainer:
         parameters = dict(enumerate(self.model.parameters()))
         for number, held in state.items():
             like = {"step": torch.zeros(()), "exp_avg": parameters[number], "exp_avg_sq": parameters[number]}
-            if {k: (v.shape, v.dtype) for k, v in held.items()} != {k: (v.shape, v.dtype) for k, v in like.items()}:
+            if _form(held) != _form(like):
                 raise ValueError(f"the optimizer's state {number} does not fit the network")
         if state and state.keys() != parameters.keys():
             raise ValueError("the optimizer's state does not fit the network")
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.generator.set_state(tensors["generator"])
-        self.step, self.epoch, self.position = header["step"], header["epoch"], header["position"]
+        self.step, self.epoch, self.position = place
 
     def export(self, path: Path, metadata: dict[str, Any]) -> None:
         """Write the EMA weights as a generator."""
         model = filled_model(self.config.network, self.model.denoiser.lattice, self.ema)
         save_model(path, model, {"training": {"steps": self.step, "config": asdict(self.config)}, **metadata})
+
+
+def _form(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def train(
