@@ -340,12 +340,9 @@ def _described(index: DOSIndex, hit: _Hit, targets: Sequence[TargetDOS]) -> Atom
     """The crystal with ``info["search"]``."""
     i = hit.crystal
     atoms = index.atoms(i)
-    start = index.site_start[i]
-    parts = [[site] for site in hit.sites] or [list(range(len(atoms)))]  # a total rests on all sites
-    errors = [
-        _expected_error(index, i, target, index.site_row[[start + site for site in part]])
-        for target, part in zip(targets, parts, strict=True)
-    ]
+    rows = index.site_row[slice(*index.site_start[i : i + 2])]
+    parts = [rows[[site]] for site in hit.sites] or [rows]  # a total rests on all sites
+    errors = [_expected_error(index, i, target, part) for target, part in zip(targets, parts, strict=True)]
     error = float(np.mean(errors))
     facts = {"band_gap": float(index.band_gap[i]), "energy_above_hull": float(index.energy_above_hull[i])}
     atoms.info["search"] = {

@@ -172,7 +172,7 @@ class DenseData:
         self.probability = draw_probability(dataset, config)
         digest = hashlib.sha256()
         for array in (s.cell, s.frac_coords, s.atomic_numbers, dataset.dos, dataset.known, dataset.dos_index):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(array.tobytes())
         self.digest = digest.hexdigest()[:16]
 
     def batch(self, rows: np.ndarray) -> tuple[CrystalBatch, DOSCondition]:
