@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ase import Atoms
 from ase.data import chemical_symbols
 from jobflow import Flow, Job, Maker, OnMissing, Response, job
 from pymatgen.core import Structure
@@ -36,9 +37,6 @@ from dosmatgen_ase.flows.schemas import LARGE, CandidateDoc, DOSDoc, InverseDesi
 from dosmatgen_ase.flows.search import SearchMaker, with_known
 from dosmatgen_ase.limits import MAX_ATOMIC_NUMBER
 from dosmatgen_ase.parsing import DOSInput, formula_counts, site_elements, site_numbers
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 
 @dataclass
@@ -97,8 +95,11 @@ class InverseDesignMaker(Maker):
         if not targets_by_site(dos, sites):
             raise ValueError("inverse design needs a target DOS: give one, or use GenerateMaker alone")
         start, kept = None if template is None else to_atoms(template), self.generate_maker.settings
-        if kept.fixed_cell or kept.fixed_sites or (start is not None and start.constraints):
-            _warn_of_what_moves(self.relax_maker)
+        holds = kept.fixed_cell or kept.fixed_sites or (start is not None and start.constraints)
+        if holds and not isinstance(self.relax_maker, RelaxMaker | None):  # another package's may have its own options
+            told = "is not told which cell and sites the generation holds: hold them by its own options"
+            name = type(self.relax_maker).__name__
+            warnings.warn(f"relax_maker {name} {told}, or take RelaxMaker", stacklevel=2)
         generator = self.generate_maker
         if isinstance(self.dos_maker, DOSMaker | PredictDOSMaker):
             generator = _without_unlabelled(generator, start)
@@ -122,13 +123,6 @@ def _without_unlabelled(maker: GenerateMaker, template: Atoms | None) -> Generat
     unlabelled = set(chemical_symbols[1 : MAX_ATOMIC_NUMBER + 1]) - labelled_elements() - named
     excluded = sorted({*(settings.exclude_elements or ()), *unlabelled}, key=chemical_symbols.index)
     return replace(maker, settings=settings.replace(exclude_elements=excluded))
-
-
-def _warn_of_what_moves(maker: Maker | None) -> None:
-    """Warn that a Maker of another package is not told what a generation holds; it may have options of its own."""
-    if maker is not None and not isinstance(maker, RelaxMaker):
-        told = "is not told which cell and sites the generation holds: hold them by its own options, or take RelaxMaker"
-        warnings.warn(f"relax_maker {type(maker).__name__} {told}", stacklevel=3)
 
 
 @job  # without a schema: what is stored for this job is a reference to the output of the ranking

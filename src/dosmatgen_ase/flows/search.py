@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ase import Atoms
 from jobflow import Maker, job
 
 from dosmatgen_ase.crystals.convert import to_structure
 from dosmatgen_ase.flows.jobs import targets_by_site, whole_keys
 from dosmatgen_ase.flows.schemas import LARGE, GenerationDoc
 from dosmatgen_ase.parsing import DOSInput
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 
 @dataclass

@@ -6,11 +6,11 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from ase import Atoms
 from tqdm import tqdm
 
 from dosmatgen_ase import __version__
@@ -22,9 +22,6 @@ from dosmatgen_ase.files import exclusive, output_folder, read_npz, write_npz
 from dosmatgen_ase.forward.predictor import DEFAULT_PREDICTOR, DOSPredictor, _looks_gapped
 from dosmatgen_ase.parsing import is_real, is_whole
 from dosmatgen_ase.retrieval.index import DOSIndex
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 PIECE = 256  # crystals of a piece: what an interruption costs at most
 FACTS = ("band_gap", "energy_above_hull")  # in ``info`` of a crystal, eV and eV/atom
@@ -86,37 +83,33 @@ def build_index(
     BlockingIOError
         If another run goes on with the same `parts`.
     """
-    everything = [_checked(atoms) for atoms in crystals]
-    label_of = {} if labels is None else {str(name): i for i, name in enumerate(labels.material_id.tolist())}
+    everything, labelled = [_checked(atoms) for atoms in crystals], _labelled(labels)
+    for atoms in everything:
+        if (label := labelled.get(atoms.info["material_id"])) is not None:
+            _check_same(atoms, label.atoms)
     listed = {atoms.info["material_id"] for atoms in everything}
-    if labels is not None:
-        for atoms in everything:
-            if (row := label_of.get(atoms.info["material_id"])) is not None:
-                _check_same(atoms, labels.atoms(row))
-        everything += [labels.atoms(i) for name, i in label_of.items() if name not in listed]
+    everything += [label.atoms for name, label in labelled.items() if name not in listed]
     names = [atoms.info["material_id"] for atoms in everything]
     if not names:
         raise ValueError("there is no crystal to index: give at least one")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"two crystals are named {twice}: rename one of them")
-    makers = _Rows()
     if parts is not None:
         output_folder(Path(parts))
     with contextlib.nullcontext() if parts is None else exclusive(Path(parts)):
         predictions = _predict(everything, Path(predictor), parts, progress)
-    for atoms, prediction in zip(everything, predictions, strict=True):
-        row = label_of.get(atoms.info["material_id"])
-        makers.add(atoms, prediction, None if row is None or labels is None else _label(labels, row))
+    given = zip(everything, predictions, names, strict=True)
+    found = [_rows(atoms, prediction, labelled.get(name)) for atoms, prediction, name in given]
     info = {
         "version": __version__,
         "predictor_sha256": _sha256(Path(predictor)),
         "band_gap": "computed where the DOS is, else as given with the crystals, eV",
         "energy_above_hull": "as given with the crystals, eV/atom",
-        "without_prediction": makers.failed,
+        "without_prediction": {name: p.reason for name, p in zip(names, predictions, strict=True) if p.reason},
         **({} if source is None else {"source": dict(source)}),
     }
-    return makers.index(info)
+    return _joined(found, info)
 
 
 def _checked(atoms: Atoms) -> Atoms:
@@ -151,18 +144,23 @@ def _check_same(atoms: Atoms, labelled: Atoms) -> None:
         raise ValueError(f"label and structure of {atoms.info['material_id']} {told}")
 
 
-@dataclass(frozen=True)
-class _Label:
-    """Computed DOS of one crystal: values (n, 151), known (151,), gap in eV."""
+class _Label(NamedTuple):
+    """Computed DOS of one crystal."""
 
-    values: np.ndarray
-    known: np.ndarray
-    band_gap: float
+    atoms: Atoms
+    values: np.ndarray  # (n, 151)
+    known: np.ndarray  # (151,)
+    band_gap: float  # eV
 
 
-def _label(labels: SiteDOSLabels, row: int) -> _Label:
-    n = int(labels.num_atoms[row])
-    return _Label(labels.values[row, :n], labels.known[row], float(labels.band_gap[row]))
+def _labelled(labels: SiteDOSLabels | None) -> dict[str, _Label]:
+    """Labels by the name of their crystal."""
+    if labels is None:
+        return {}
+    return {
+        name: _Label(labels.atoms(i), labels.values[i, :n], labels.known[i], float(labels.band_gap[i]))
+        for i, (name, n) in enumerate(zip(labels.material_id.tolist(), labels.num_atoms.tolist(), strict=True))
+    }
 
 
 # -- predictions -------------------------------------------------------------------------------------------------------
@@ -250,68 +248,64 @@ def _sha256(path: Path) -> str:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-class _Rows:
-    """Collects crystals and gives each different site of them a row."""
+class _Rows(NamedTuple):
+    """A crystal of n sites, of which k have a DOS of their own."""
 
-    def __init__(self) -> None:
-        self.crystals: list[Atoms] = []
-        self.facts: list[tuple[float, float, bool]] = []  # band gap, energy above the hull, gapped
-        self.site_rows: list[np.ndarray] = []  # of each crystal, from 0
-        self.values: list[np.ndarray] = []
-        self.errors: list[np.ndarray] = []
-        self.row_masks: list[int] = []
-        self.computed_masks: list[int] = []
-        self.patterns: dict[bytes, int] = {}
-        self.failed: dict[str, str] = {}
+    atoms: Atoms
+    band_gap: float
+    gapped: bool
+    place: np.ndarray  # (n,) of each site among the k
+    values: np.ndarray  # (k, 151)
+    error: np.ndarray  # (k,)
+    known: np.ndarray  # (k, 151)
+    computed: np.ndarray  # (151,)
 
-    def add(self, atoms: Atoms, prediction: _Predicted, label: _Label | None) -> None:
-        """Take one crystal in."""
-        name = atoms.info["material_id"]
-        if prediction.reason:
-            self.failed[name] = prediction.reason
-        mean, known = prediction.mean.astype(np.float32), prediction.known
-        values = np.where(known, mean, np.float32(0))
+
+def _rows(atoms: Atoms, prediction: _Predicted, label: _Label | None) -> _Rows:
+    """The computed DOS of a crystal, and the predicted one in the bins that were not computed."""
+    mean, known = prediction.mean.astype(np.float32), prediction.known
+    values = np.where(known, mean, np.float32(0))
+    if label is None:
         told = known.any(axis=1)
-        gap, gapped = float(atoms.info.get("band_gap", np.nan)), bool(told.any() and _looks_gapped(mean[told]))
+        gap, gapped = atoms.info["band_gap"], bool(told.any() and _looks_gapped(mean[told]))
         computed = np.zeros(MODEL_GRID.size, dtype=bool)
-        if label is not None:
-            computed, gap, gapped = label.known, label.band_gap, label.band_gap > 0
-            values, known = np.where(computed, label.values, values), known | computed
-        first, row = _different(atoms.numbers, values, known)
-        self.crystals.append(atoms)
-        self.facts.append((gap, float(atoms.info.get("energy_above_hull", np.nan)), gapped))
-        self.site_rows.append(row)
-        self.values.append(values[first])
-        self.errors.append(prediction.error[first])
-        self.row_masks += [self._pattern(mask) for mask in known[first]]
-        self.computed_masks.append(self._pattern(computed))
+    else:
+        computed, gap, gapped = label.known, label.band_gap, label.band_gap > 0
+        values, known = np.where(computed, label.values, values), known | computed
+    first, place = _different(atoms.numbers, values, known)
+    return _Rows(atoms, gap, gapped, place, values[first], prediction.error[first], known[first], computed)
 
-    def _pattern(self, mask: np.ndarray) -> int:
-        return self.patterns.setdefault(np.packbits(mask).tobytes(), len(self.patterns))
 
-    def index(self, info: dict[str, Any]) -> DOSIndex:
-        """The finished index."""
-        packed = np.array([np.frombuffer(pattern, dtype=np.uint8) for pattern in self.patterns])
-        row_start = np.cumsum([0, *map(len, self.values)], dtype=np.int64)
-        gap, hull, gapped = (np.array(column) for column in zip(*self.facts, strict=True))
-        return DOSIndex(
-            material_id=np.array([atoms.info["material_id"] for atoms in self.crystals]),
-            cell=np.array([atoms.cell.array for atoms in self.crystals], dtype=np.float32),
-            band_gap=gap.astype(np.float32),
-            energy_above_hull=hull.astype(np.float32),
-            gapped=gapped.astype(bool),
-            site_start=np.cumsum([0, *map(len, self.crystals)], dtype=np.int64),
-            frac_coords=np.concatenate([a.get_scaled_positions() for a in self.crystals]).astype(np.float32),
-            atomic_numbers=np.concatenate([atoms.numbers for atoms in self.crystals]).astype(np.uint8),
-            site_row=np.concatenate([r + start for r, start in zip(self.site_rows, row_start, strict=False)]),
-            row_start=row_start,
-            values=np.concatenate(self.values).astype(np.float32),
-            error=np.concatenate(self.errors).astype(np.float32),
-            masks=np.unpackbits(packed, axis=1, count=MODEL_GRID.size).astype(bool),
-            row_mask=np.array(self.row_masks, dtype=np.int64),
-            computed_mask=np.array(self.computed_masks, dtype=np.int64),
-            info=info,
-        )
+def _joined(found: Sequence[_Rows], info: dict[str, Any]) -> DOSIndex:
+    """The index of the crystals."""
+    patterns: dict[bytes, int] = {}
+
+    def pattern(mask: np.ndarray) -> int:
+        return patterns.setdefault(np.packbits(mask).tobytes(), len(patterns))
+
+    masks = [([pattern(known) for known in rows.known], pattern(rows.computed)) for rows in found]
+    packed = np.array([np.frombuffer(mask, dtype=np.uint8) for mask in patterns])
+    crystals = [rows.atoms for rows in found]
+    hull = [atoms.info.get("energy_above_hull", np.nan) for atoms in crystals]
+    row_start = np.cumsum([0, *(len(rows.values) for rows in found)], dtype=np.int64)
+    return DOSIndex(
+        material_id=np.array([atoms.info["material_id"] for atoms in crystals]),
+        cell=np.array([atoms.cell.array for atoms in crystals], dtype=np.float32),
+        band_gap=np.array([rows.band_gap for rows in found], dtype=np.float32),
+        energy_above_hull=np.array(hull, dtype=np.float32),
+        gapped=np.array([rows.gapped for rows in found]),
+        site_start=np.cumsum([0, *map(len, crystals)], dtype=np.int64),
+        frac_coords=np.concatenate([atoms.get_scaled_positions() for atoms in crystals]).astype(np.float32),
+        atomic_numbers=np.concatenate([atoms.numbers for atoms in crystals]).astype(np.uint8),
+        site_row=np.concatenate([rows.place + start for rows, start in zip(found, row_start, strict=False)]),
+        row_start=row_start,
+        values=np.concatenate([rows.values for rows in found]).astype(np.float32),
+        error=np.concatenate([rows.error for rows in found]).astype(np.float32),
+        masks=np.unpackbits(packed, axis=1, count=MODEL_GRID.size).astype(bool),
+        row_mask=np.concatenate([of_rows for of_rows, _ in masks]),
+        computed_mask=np.array([of_crystal for _, of_crystal in masks]),
+        info=info,
+    )
 
 
 def _different(numbers: np.ndarray, values: np.ndarray, known: np.ndarray) -> tuple[list[int], np.ndarray]:

@@ -17,19 +17,20 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from dosmatgen_ase.crystals.screening import KnownCrystals, reduced_formula
+from dosmatgen_ase.crystals.screening import KnownCrystals
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files import DAMAGE, read_npz, write_npz
 from dosmatgen_ase.threads import once
 
 DEFAULT_INDEX = Path(__file__).parents[1] / "references" / "dos_index.npz"
 FORMAT_VERSION = 1
-_KINDS = {  # kinds of number and axes of the arrays of a file
-    **dict.fromkeys(("format", "info"), ("U", 0)),
-    **dict.fromkeys(("sites", "rows", "row_of_crystal", "row_mask", "computed_mask", "atomic_numbers"), ("u", 1)),
-    **dict.fromkeys(("band_gap", "energy_above_hull", "scale", "error"), ("f", 1)),
-    **dict.fromkeys(("code_low", "code_high", "masks"), ("u", 2)),
-    "material_id": ("U", 1), "cell": ("f", 3), "gapped": ("b", 1), "frac_coords": ("f", 2),
+_FORM: dict[str, tuple[Any, int]] = {  # arrays of a file, in its order: type and number of axes
+    "format": (str, 0), "info": (str, 0), "material_id": (str, 1), "cell": (np.float32, 3), "band_gap": (np.float32, 1),
+    "energy_above_hull": (np.float32, 1),  # a bound of it holds to the last digit
+    "gapped": (bool, 1), "sites": (np.uint16, 1), "frac_coords": (np.float32, 2), "atomic_numbers": (np.uint8, 1),
+    "row_of_crystal": (np.uint16, 1), "rows": (np.uint16, 1), "code_low": (np.uint8, 2), "code_high": (np.uint8, 2),
+    "scale": (np.float32, 1), "error": (np.float16, 1), "masks": (np.uint8, 2), "row_mask": (np.uint16, 1),
+    "computed_mask": (np.uint16, 1),
 }  # fmt: skip
 LEVELS = 600  # steps between zero and the maximum of a row, in the square root
 BLOCK = 4096  # crystals or rows at a time: bounds memory
@@ -100,28 +101,18 @@ class DOSIndex:
         """Write a compressed npz, atomically; `load` reads it."""
         code, scale = _encode(self.values)
         low, high = _differences(code)
-        write_npz(
-            Path(path),
-            format=np.array(json.dumps({"format": "dosmatgen_ase.DOSIndex", "version": FORMAT_VERSION})),
-            info=np.array(json.dumps(self.info)),
-            material_id=self.material_id,
-            cell=self.cell.astype(np.float32),
-            band_gap=self.band_gap.astype(np.float32),
-            energy_above_hull=self.energy_above_hull.astype(np.float32),  # a bound of it holds to the last digit
-            gapped=self.gapped,
-            sites=np.diff(self.site_start).astype(np.uint16),
-            frac_coords=self.frac_coords.astype(np.float32),
-            atomic_numbers=self.atomic_numbers.astype(np.uint8),
-            row_of_crystal=(self.site_row - np.repeat(self.row_start[:-1], np.diff(self.site_start))).astype(np.uint16),
-            rows=np.diff(self.row_start).astype(np.uint16),
-            code_low=low,
-            code_high=high,
-            scale=scale.astype(np.float32),
-            error=self.error.astype(np.float16),
-            masks=np.packbits(self.masks, axis=1),
-            row_mask=self.row_mask.astype(np.uint16),
-            computed_mask=self.computed_mask.astype(np.uint16),
-        )
+        given = vars(self) | {
+            "format": json.dumps({"format": "dosmatgen_ase.DOSIndex", "version": FORMAT_VERSION}),
+            "info": json.dumps(self.info),
+            "sites": self.num_atoms,
+            "row_of_crystal": self.site_row - np.repeat(self.row_start[:-1], self.num_atoms),
+            "rows": np.diff(self.row_start),
+            "code_low": low,
+            "code_high": high,
+            "scale": scale,
+            "masks": np.packbits(self.masks, axis=1),
+        }
+        write_npz(Path(path), **{name: np.asarray(given[name], dtype) for name, (dtype, _) in _FORM.items()})
 
     @classmethod
     def load(cls, path: str | Path = DEFAULT_INDEX) -> Self:
@@ -138,7 +129,7 @@ class DOSIndex:
         if not path.is_file():
             raise FileNotFoundError(f"no index at {path}: build one with dosmatgen index STRUCTURES -o {path}")
         try:
-            data = read_npz(path, _KINDS)
+            data = read_npz(path, {name: (np.dtype(dtype).kind, axes) for name, (dtype, axes) in _FORM.items()})
             head = json.loads(str(data["format"]))
             if head["version"] > FORMAT_VERSION:
                 raise ValueError(f"it has version {head['version']}, this package reads {FORMAT_VERSION}: upgrade it")
@@ -183,9 +174,9 @@ class DOSIndex:
     @cached_property
     def counts(self) -> np.ndarray:
         """Atoms of each atomic number in each crystal, shape (n, 119), uint16."""
-        counts = np.zeros((len(self), 119), dtype=np.uint16)  # no cell has more than MAX_GIVEN_ATOMS
-        np.add.at(counts, (np.repeat(np.arange(len(self)), self.num_atoms), self.atomic_numbers), 1)
-        return counts
+        place = np.repeat(np.arange(len(self)) * 119, self.num_atoms) + self.atomic_numbers
+        counts = np.bincount(place, minlength=len(self) * 119).reshape(-1, 119)
+        return counts.astype(np.uint16)  # no cell has more than MAX_GIVEN_ATOMS
 
     @cached_property
     def computed(self) -> np.ndarray:
@@ -247,28 +238,8 @@ class DOSIndex:
 
     def find(self, atoms: Atoms) -> str | None:
         """``material_id`` of the first crystal that is the same by `screening.KnownCrystals`, None if there is none."""
-        formula = reduced_formula(atoms)
-        rows = self._of_formula.get(formula, [])
-        if formula not in self._known:  # pymatgen reads those of the formulas asked for only
-            self._known[formula] = KnownCrystals(map(self.atoms, rows))
-        return self._known[formula].find(atoms)
-
-    @cached_property
-    def _of_formula(self) -> dict[tuple[tuple[int, int], ...], list[int]]:
-        unit = np.gcd.reduce(self.counts.astype(np.int64), axis=1, keepdims=True)
-        row, number = np.nonzero(self.counts)
-        share = (self.counts[row, number] // unit[row, 0]).tolist()
-        formulas: list[list[tuple[int, int]]] = [[] for _ in range(len(self))]
-        for i, z, count in zip(row.tolist(), number.tolist(), share, strict=True):
-            formulas[i].append((z, count))
-        found: dict[tuple[tuple[int, int], ...], list[int]] = {}
-        for i, formula in enumerate(formulas):
-            found.setdefault(tuple(formula), []).append(i)
-        return found
-
-    @cached_property
-    def _known(self) -> dict[tuple[tuple[int, int], ...], KnownCrystals]:
-        return {}
+        counts = np.bincount(atoms.numbers, minlength=self.counts.shape[1])[: self.counts.shape[1]]
+        return KnownCrystals(map(self.atoms, np.flatnonzero(of_formula(self, counts)).tolist())).find(atoms)
 
 
 @once
@@ -277,20 +248,24 @@ def default_index() -> DOSIndex:
     return DOSIndex.load()
 
 
+def of_formula(index: DOSIndex, counts: np.ndarray) -> np.ndarray:
+    """Whether the reduced formula of a crystal is that of `counts`, atoms of each atomic number; shape (n,)."""
+    return (index.counts * counts.sum() == counts * index.num_atoms[:, None]).all(axis=1)
+
+
 # -- the form of the file ----------------------------------------------------------------------------------------------
 
 
 def _arrays(data: dict[str, np.ndarray]) -> dict[str, Any]:
     """Fields of a `DOSIndex` from the arrays of its file."""
     site_start, row_start = (np.concatenate([[0], np.cumsum(data[name], dtype=np.int64)]) for name in ("sites", "rows"))
-    owner = np.repeat(np.arange(len(data["sites"])), data["sites"])
     kept = {field.name: data[field.name] for field in fields(DOSIndex) if field.name in data}
     return kept | {
         "info": json.loads(str(data["info"])),
         "energy_above_hull": data["energy_above_hull"].astype(np.float32),
         "site_start": site_start,
         "row_start": row_start,
-        "site_row": row_start[owner] + data["row_of_crystal"],
+        "site_row": np.repeat(row_start[:-1], data["sites"]) + data["row_of_crystal"],
         "values": _decode(_undo_differences(data["code_low"], data["code_high"]), data["scale"]),
         "error": data["error"].astype(np.float32),
         "masks": np.unpackbits(data["masks"], axis=1, count=MODEL_GRID.size).astype(bool),

@@ -8,9 +8,10 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,12 +115,14 @@ def read_optimade(
     base = _base_url(url)
     server = _Server(base, filter, timeout, retries)
     pages = _Pages(None if parts is None else Path(parts), json.dumps([base, filter]))
-    if pages.wanted(limit):
+    if not pages.told or (pages.next is not None and len(pages) < limit):
         with tqdm(total=limit, initial=len(pages), disable=not progress, unit="structure", desc=base) as bar:
             server.read(pages, limit, bar)
     if not len(pages):
         raise ValueError(f"{base} holds no structure that fits {filter!r}: ask for less")
-    crystals, skipped = _crystals(pages.entries(limit))
+    found = {name: _crystal(name, entry) for name, entry in pages.entries(limit).items()}
+    crystals = [atoms for atoms in found.values() if not isinstance(atoms, str)]
+    skipped = {name: reason for name, reason in found.items() if isinstance(reason, str)}
     provider = pages.provider
     source = {
         "url": base,
@@ -183,10 +186,6 @@ class _Pages:
         """Address of the page after the last."""
         return self.told[-1]["next"] if self.told else None
 
-    def wanted(self, limit: int) -> bool:
-        """Whether more must be read."""
-        return not self.told or (self.next is not None and len(self) < limit)
-
     def add(self, page: dict[str, Any]) -> None:
         """Keep one more."""
         if self.path is not None:
@@ -195,15 +194,13 @@ class _Pages:
             write_atomic(path, json.dumps(page).encode())
         self.told.append(page)
 
-    def entries(self, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Name and entry of the first structures, each once."""
+    def entries(self, limit: int) -> dict[str, dict[str, Any]]:
+        """The first structures by name, each once."""
         prefix = self.provider.get("prefix")
-        seen: set[str] = set()
+        found: dict[str, dict[str, Any]] = {}
         for entry in [entry for page in self.told for entry in page["entries"]][:limit]:
-            name = f"{prefix}:{entry.get('id')}" if prefix else str(entry.get("id"))
-            if name not in seen:
-                seen.add(name)
-                yield name, entry
+            found.setdefault(f"{prefix}:{entry.get('id')}" if prefix else str(entry.get("id")), entry)
+        return found
 
 
 def _are_entries(value: Any) -> bool:
@@ -239,15 +236,8 @@ class _Server:
                     self.mount(scheme, HTTPAdapter(max_retries=again))
 
         self.base, self.filter = base, filter
-        self._client = lambda most, callbacks: OptimadeClient(
-            base_urls=base,
-            max_results_per_provider=most,
-            http_timeout=timeout,
-            use_async=False,
-            silent=True,
-            http_client=Patient,
-            callbacks=callbacks,
-        )
+        settings = {"http_timeout": timeout, "use_async": False, "silent": True, "http_client": Patient}
+        self._client = partial(OptimadeClient, base_urls=base, **settings)
 
     def read(self, pages: _Pages, limit: int, bar: Any) -> None:
         """Read the pages that are missing."""
@@ -262,7 +252,7 @@ class _Server:
             bar.total = min(limit, told["data_returned"] or limit)
             bar.update(len(entries))
 
-        client = self._client(limit - len(pages), [keep])
+        client = self._client(max_results_per_provider=limit - len(pages), callbacks=[keep])
         with contextlib.redirect_stderr(io.StringIO()):  # the client prints the errors that it returns
             found = client.get_one(
                 "structures", self.filter, self.base, response_fields=list(_FIELDS), override_url=pages.next
@@ -275,7 +265,7 @@ class _Server:
     def licence(self) -> str | None:
         """Licence of the structures, if the database tells it."""
         with contextlib.redirect_stderr(io.StringIO()):
-            found = self._client(1, None).get_one("info", "", self.base, paginate=False)
+            found = self._client(max_results_per_provider=1).get_one("info", "", self.base, paginate=False)
         result = next(iter(found.values()))
         told = result.data.get("attributes", {}) if isinstance(result.data, dict) else {}
         return ", ".join(told.get("available_licenses") or []) or _link(told.get("license"))
@@ -284,20 +274,7 @@ class _Server:
 # -- crystals ----------------------------------------------------------------------------------------------------------
 
 
-def _crystals(entries: Iterator[tuple[str, dict[str, Any]]]) -> tuple[list[Atoms], dict[str, str]]:
-    """The crystals among the structures, and why the others are none."""
-    crystals, skipped = [], {}
-    for name, entry in entries:
-        found = _crystal(entry)
-        if isinstance(found, str):
-            skipped[name] = found
-        else:
-            found.info = {"material_id": name}
-            crystals.append(found)
-    return crystals, skipped
-
-
-def _crystal(entry: Mapping[str, Any]) -> Atoms | str:
+def _crystal(name: str, entry: Mapping[str, Any]) -> Atoms | str:
     """The crystal, or why the structure is none."""
     from optimade.adapters import Structure
     from optimade.adapters.exceptions import ConversionError
@@ -316,4 +293,6 @@ def _crystal(entry: Mapping[str, Any]) -> Atoms | str:
             atoms = right_handed(Structure(dict(entry)).convert("ase"))
     except (ConversionError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         return f"not readable: {' '.join(str(error).split())[:100]}"
-    return screen_given(atoms).reason or atoms
+    reason = screen_given(atoms).reason
+    atoms.info = {"material_id": name}
+    return reason or atoms

@@ -8,17 +8,17 @@ site, spare most crystals the work.
 
 from __future__ import annotations
 
-import heapq
 import math
+from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from ase import Atoms
 from ase.data import atomic_numbers
 from scipy.optimize import linear_sum_assignment
 
-from dosmatgen_ase.dos import MIN_SHARED, MODEL_GRID, MODEL_SIGMA, TargetDOS, on_common_zero, resample
+from dosmatgen_ase.dos import MIN_SHARED, MODEL_GRID, MODEL_SIGMA, Mask, TargetDOS, on_common_zero, resample
 from dosmatgen_ase.parsing import (
     DOSInput,
     ElementLike,
@@ -29,12 +29,7 @@ from dosmatgen_ase.parsing import (
     split_targets,
     whole_number,
 )
-from dosmatgen_ase.retrieval.index import BLOCK, GROUP, DOSIndex, default_index
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-    from dosmatgen_ase.dos import Mask
+from dosmatgen_ase.retrieval.index import BLOCK, GROUP, DOSIndex, default_index, of_formula
 
 MAX_CELLS = 20  # atoms in the cells of a small crystal that stand for a larger one of the target
 _IN_CACHE = 512  # rows at a time
@@ -42,9 +37,8 @@ _CHUNK = 128  # crystals between two looks at the bound
 _FORBIDDEN = 1e9  # cost of a site that cannot be compared; a sum that holds one is no assignment
 
 
-@dataclass(frozen=True)
-class _Hit:
-    """A crystal and what it has for the targets."""
+class _Hit(NamedTuple):
+    """A crystal and what it has for the targets; of two, the lesser is the nearer one, else that which comes first."""
 
     distance: float
     crystal: int
@@ -127,21 +121,15 @@ def search(
     if total is None and not by_site:
         raise ValueError("a search needs a target DOS: give a TargetDOS, a list of them or a mapping {site: TargetDOS}")
     n = whole_number(n, "n", 1)
-    by_site, total = on_common_zero(by_site), None if total is None else on_common_zero({0: total})[0]
-    total, *rest = [None if t is None else _on_grid(t) for t in (total, *by_site.values())]
+    given = on_common_zero(by_site if total is None else {0: total}).values()
+    # At the model's broadening, or at its own where that is broader.
+    targets = [target.on_grid(MODEL_GRID, max(MODEL_SIGMA, target.sigma or 0.0)) for target in given]
     index = default_index() if index is None else index
     kept = _filtered(index, elements, exclude_elements, composition, num_atoms, max_above_hull, gap)
     if not kept.any():
         return []
-    if total is not None:
-        return [_described(index, hit, [total]) for hit in _nearest_totals(index, total, kept, n)]
-    targets = [target for target in rest if target is not None]
-    return [_described(index, hit, targets) for hit in _nearest_sites(index, targets, kept, n)]
-
-
-def _on_grid(target: TargetDOS) -> TargetDOS:
-    """The target on the model's grid, at the model's broadening or its own where that is broader."""
-    return target.on_grid(MODEL_GRID, max(MODEL_SIGMA, target.sigma or 0.0))
+    hits = _nearest_sites(index, targets, kept, n) if total is None else _nearest_totals(index, targets[0], kept, n)
+    return [_described(index, hit, targets) for hit in hits]
 
 
 # -- which crystals ----------------------------------------------------------------------------------------------------
@@ -160,15 +148,13 @@ def _filtered(
     kept = np.ones(len(index), dtype=bool)
     allowed, forbidden = element_list(elements, "elements"), element_list(exclude_elements, "exclude_elements")
     if allowed is not None:
-        others = np.ones(index.counts.shape[1], dtype=bool)
-        others[[atomic_numbers[symbol] for symbol in allowed]] = False
-        kept &= ~index.counts[:, others].any(axis=1)
+        kept &= ~np.delete(index.counts, [atomic_numbers[symbol] for symbol in allowed], axis=1).any(axis=1)
     if forbidden:
         kept &= ~index.counts[:, [atomic_numbers[symbol] for symbol in forbidden]].any(axis=1)
     if (formula := formula_counts(composition)) is not None:
         wanted = np.zeros(index.counts.shape[1], dtype=np.int64)
         wanted[[atomic_numbers[symbol] for symbol in formula]] = list(formula.values())
-        kept &= (index.counts * wanted.sum() == wanted * index.num_atoms[:, None]).all(axis=1)
+        kept &= of_formula(index, wanted)
     if num_atoms is not None:
         kept &= np.isin(index.num_atoms, _sizes(num_atoms))
     if max_above_hull is not None:
@@ -214,25 +200,26 @@ def _nearest_sites(index: DOSIndex, targets: Sequence[TargetDOS], kept: Mask, n:
         return []
     different = list(dict.fromkeys(targets))  # one curve for targets that are equal
     which = np.array([different.index(target) for target in targets])
-    curves = [_Curve.of(index, target, kept) for target in different]
-    bound = _on_best_site(index, np.stack([curve.bound for curve in curves]), which)
+    bounds, curves = zip(*(_bounded(index, target, kept) for target in different), strict=True)
+    bound = _on_best_site(index, np.stack(bounds), which)
     order = np.flatnonzero(np.isfinite(bound) & kept)
     order = order[np.argsort(bound[order], kind="stable")]
-    heap: list[tuple[float, int, _Hit]] = []  # of the best so far, the worst first
+    best: list[_Hit] = []  # so far
     for start in range(0, len(order), _CHUNK):
         some = order[start : start + _CHUNK]
-        if len(heap) == n and bound[some[0]] >= -heap[0][0]:
+        if len(best) == n and bound[some[0]] >= best[-1].distance:
             break
         rows = np.concatenate([np.arange(*index.row_start[i : i + 2]) for i in np.sort(some).tolist()])
         distance = np.full((len(curves), len(index.values)), np.inf, dtype=np.float32)
-        distance[:, rows] = [curve.distances(rows) for curve in curves]
+        distance[:, rows] = [distances(rows) for distances in curves]
         closer = _on_best_site(index, distance, which)
         for i in some[np.argsort(closer[some], kind="stable")].tolist():
-            if not np.isfinite(closer[i]) or (len(heap) == n and closer[i] >= -heap[0][0]):
+            if not np.isfinite(closer[i]) or (len(best) == n and closer[i] >= best[-1].distance):
                 break
             if (hit := _assigned(index, i, int(cells[i]), distance[which])) is not None:
-                (heapq.heappush if len(heap) < n else heapq.heappushpop)(heap, (-hit.distance, -i, hit))
-    return [hit for *_, hit in sorted(heap, reverse=True)]
+                insort(best, hit)
+                del best[n:]
+    return best
 
 
 def _on_best_site(index: DOSIndex, distance: np.ndarray, which: np.ndarray) -> np.ndarray:
@@ -251,32 +238,25 @@ def _assigned(index: DOSIndex, crystal: int, cells: int, distance: np.ndarray) -
     return _Hit(mean, crystal, tuple((chosen % index.num_atoms[crystal]).tolist()), cells)
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """A target against the rows of an index: a lower bound of every distance, and the distances of some rows.
+def _bounded(index: DOSIndex, target: TargetDOS, kept: Mask) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """A target against the rows of the crystals kept: a lower bound (r,) of every distance, and what gives distances.
 
+    The bound is infinite where a row cannot be compared. Distances (k,) are of rows (k,), rising.
     ``sum |v - g*|`` over the bins of a group is at least ``|sum v - sum g*|``, which takes a quarter of the work.
     """
-
-    bound: np.ndarray  # (r,) float32, infinite where it cannot be compared
-    distances: Callable[[np.ndarray], np.ndarray]  # from rows (k,), rising, to distances (k,)
-
-    @classmethod
-    def of(cls, index: DOSIndex, target: TargetDOS, kept: Mask) -> _Curve:
-        """Compare with the rows of the crystals kept."""
-        rows = np.flatnonzero(np.repeat(kept, np.diff(index.row_start)))
-        bound = np.full(len(index.values), np.inf, dtype=np.float32)
-        fine = _Metric.of(target, index.masks)
-        if target.sigma == MODEL_SIGMA:
-            bound[rows] = _Metric.of(target, index.masks, GROUP).distances(index.grouped, rows, index.row_mask[rows])
-            _require_comparable(bound[rows], target)
-            return cls(bound, lambda some: fine.distances(index.values, some, index.row_mask[some]))
-        for part in np.split(rows, range(BLOCK, len(rows), BLOCK)):  # rows must be broadened first, all of them
-            values, known = _broadened(index.values[part], index.masks[index.row_mask[part]], target)
-            whole = np.arange(len(part))
-            bound[part] = _Metric.of(target, known).distances(values, whole, whole)
+    rows = np.flatnonzero(np.repeat(kept, np.diff(index.row_start)))
+    bound = np.full(len(index.values), np.inf, dtype=np.float32)
+    if target.sigma == MODEL_SIGMA:
+        fine = _Metric(target, index.masks)
+        bound[rows] = _Metric(target, index.masks, GROUP).distances(index.grouped, rows, index.row_mask[rows])
         _require_comparable(bound[rows], target)
-        return cls(bound, lambda some: bound[some])
+        return bound, lambda some: fine.distances(index.values, some, index.row_mask[some])
+    for part in np.split(rows, range(BLOCK, len(rows), BLOCK)):  # rows must be broadened first, all of them
+        values, known = _broadened(index.values[part], index.masks[index.row_mask[part]], target)
+        whole = np.arange(len(part))
+        bound[part] = _Metric(target, known).distances(values, whole, whole)
+    _require_comparable(bound[rows], target)
+    return bound, lambda some: bound[some]
 
 
 def _nearest_totals(index: DOSIndex, target: TargetDOS, kept: Mask, n: int) -> list[_Hit]:
@@ -291,7 +271,7 @@ def _nearest_totals(index: DOSIndex, target: TargetDOS, kept: Mask, n: int) -> l
     most = np.maximum(1, MAX_CELLS // index.num_atoms[rows])
     cells = np.clip(np.rint(ratio), 1, most).astype(np.int64)
     whole = np.arange(len(rows))
-    found = _Metric.of(target, known).distances(values * cells[:, None].astype(np.float32), whole, whole)
+    found = _Metric(target, known).distances(values * cells[:, None].astype(np.float32), whole, whole)
     _require_comparable(found, target)
     order = np.argsort(found, kind="stable")[:n]
     order = order[np.isfinite(found[order])]
@@ -305,7 +285,6 @@ def _broadened(values: np.ndarray, known: Mask, target: TargetDOS) -> tuple[np.n
     return wider.astype(np.float32), inside
 
 
-@dataclass(frozen=True)
 class _Metric:
     """The normalised L1 of rows to a target on the same grid, or its lower bound from sums over groups of bins.
 
@@ -313,13 +292,7 @@ class _Metric:
     of them is subtracted, which is cheaper than a mask for every row.
     """
 
-    wanted: np.ndarray  # (b,) float32, the target's known bins or groups
-    span: Any  # their columns
-    absent: np.ndarray  # (m,) states x bin that a row of each mask does not know
-    scale: np.ndarray  # (m,) what the sum is divided by; infinite distance where 0
-
-    @classmethod
-    def of(cls, target: TargetDOS, masks: Mask, group: int = 1) -> _Metric:
+    def __init__(self, target: TargetDOS, masks: Mask, group: int = 1) -> None:
         """Prepare for rows of these masks (m, 151); with `group` > 1 for sums over so many bins."""
         values = target.values.astype(np.float32)
         inside = (masks & target.known).astype(np.float32)
@@ -331,12 +304,12 @@ class _Metric:
         bins = np.repeat(full, group)[: len(values)]
         columns = np.flatnonzero(full)
         together = len(columns) > 0 and columns[-1] - columns[0] + 1 == len(columns)
-        return cls(
-            wanted=np.add.reduceat(values, starts)[full],
-            span=slice(columns[0], columns[-1] + 1) if together else columns,
-            absent=(~masks[:, bins]).astype(np.float32) @ values[bins],
-            scale=np.where(usable, scale, 0),
-        )
+        # The target's known bins or groups (b,), and their columns.
+        self.wanted = np.add.reduceat(values, starts)[full]
+        self.span: Any = slice(columns[0], columns[-1] + 1) if together else columns
+        # Of each mask (m,): states x bin that a row does not know; and what the sum is divided by, 0 if not comparable.
+        self.absent = (~masks[:, bins]).astype(np.float32) @ values[bins]
+        self.scale = np.where(usable, scale, 0)
 
     def distances(self, values: np.ndarray, rows: np.ndarray, pattern: np.ndarray) -> np.ndarray:
         """Distances (k,) of rows (k,), rising, of values (r, 151 or groups); `pattern` (k,) is the mask of each."""
@@ -367,12 +340,9 @@ def _described(index: DOSIndex, hit: _Hit, targets: Sequence[TargetDOS]) -> Atom
     """The crystal with ``info["search"]``."""
     i = hit.crystal
     atoms = index.atoms(i)
-    start = index.site_start[i]
-    parts = [[site] for site in hit.sites] or [list(range(len(atoms)))]  # a total rests on all sites
-    errors = [
-        _expected_error(index, i, target, index.site_row[[start + site for site in part]])
-        for target, part in zip(targets, parts, strict=True)
-    ]
+    rows = index.site_row[slice(*index.site_start[i : i + 2])]
+    parts = [rows[[site]] for site in hit.sites] or [rows]  # a total rests on all sites
+    errors = [_expected_error(index, i, target, part) for target, part in zip(targets, parts, strict=True)]
     error = float(np.mean(errors))
     facts = {"band_gap": float(index.band_gap[i]), "energy_above_hull": float(index.energy_above_hull[i])}
     atoms.info["search"] = {

@@ -172,7 +172,7 @@ class DenseData:
         self.probability = draw_probability(dataset, config)
         digest = hashlib.sha256()
         for array in (s.cell, s.frac_coords, s.atomic_numbers, dataset.dos, dataset.known, dataset.dos_index):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(array.tobytes())
         self.digest = digest.hexdigest()[:16]
 
     def batch(self, rows: np.ndarray) -> tuple[CrystalBatch, DOSCondition]:
@@ -405,20 +405,18 @@ class Trainer:
                 f"{path} was started with other settings of {changed}: restore them or choose a new folder"
             )
         if header["device"] != self.device.type:
-            raise ValueError(
-                f"{path} was made on {header['device']}, this run is on {self.device.type}, whose random numbers "
-                "differ: resume on the first or choose a new folder"
-            )
+            told = f"{path} was made on {header['device']}, this run is on {self.device.type}"
+            fix = "resume on the first or choose a new folder"
+            raise ValueError(f"{told}, whose random numbers differ: {fix}")
         if header["data"] != self.data.digest:
             told = "the data differ from those that the run began with: it goes on with the present data"
             warnings.warn(f"{path}: {told}", stacklevel=2)
         try:
             self._take_over(tensors, header)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ValueError(
-                f"the header of {path} does not describe its own tensors ({told}): choose a new folder"
-            ) from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            told = f"the header of {path} does not describe its own tensors ({reason}): choose a new folder"
+            raise ValueError(told) from error
 
     def _take_over(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         self.model.denoiser.lattice = LatticeProcess(*(tuple(header["lattice"][k]) for k in ("mean", "std")))
@@ -428,9 +426,8 @@ class Trainer:
             if name != "generator":
                 group, rest = name.split(".", 1)
                 groups[group][rest] = tensor
-        shapes = {k: (v.shape, v.dtype) for k, v in self.ema.items()}
         for name in ("model", "ema"):
-            if {k: (v.shape, v.dtype) for k, v in groups[name].items()} != shapes:
+            if _form(groups[name]) != _form(self.ema):
                 raise ValueError(f"{name} has tensors of other names, shapes or types than the network")
         place = [header[k] for k in ("step", "epoch", "position")]
         if not all(is_whole(k) and k >= 0 for k in place):
@@ -444,18 +441,22 @@ class Trainer:
         parameters = dict(enumerate(self.model.parameters()))
         for number, held in state.items():
             like = {"step": torch.zeros(()), "exp_avg": parameters[number], "exp_avg_sq": parameters[number]}
-            if {k: (v.shape, v.dtype) for k, v in held.items()} != {k: (v.shape, v.dtype) for k, v in like.items()}:
+            if _form(held) != _form(like):
                 raise ValueError(f"the optimizer's state {number} does not fit the network")
         if state and state.keys() != parameters.keys():
             raise ValueError("the optimizer's state does not fit the network")
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.generator.set_state(tensors["generator"])
-        self.step, self.epoch, self.position = header["step"], header["epoch"], header["position"]
+        self.step, self.epoch, self.position = place
 
     def export(self, path: Path, metadata: dict[str, Any]) -> None:
         """Write the EMA weights as a generator."""
         model = filled_model(self.config.network, self.model.denoiser.lattice, self.ema)
         save_model(path, model, {"training": {"steps": self.step, "config": asdict(self.config)}, **metadata})
+
+
+def _form(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def train(
@@ -501,21 +502,13 @@ def train(
     """
     output_folder(Path(out))
     with exclusive(Path(out) / "state.safetensors"), cpu_threads(config.threads):
-        return _train(config, dataset, Path(out), init, device, metadata, progress)
+        return _finished(Trainer(config, dataset, device), Path(out), init, dict(metadata or {}), progress)
 
 
-def _train(
-    config: TrainingConfig,
-    dataset: CrystalDataset,
-    out: Path,
-    init: str | Path | None,
-    device: str,
-    metadata: dict[str, Any] | None,
-    progress: bool,
-) -> Path:
-    trainer = Trainer(config, dataset, device)
+def _finished(trainer: Trainer, out: Path, init: str | Path | None, metadata: dict[str, Any], progress: bool) -> Path:
+    """Weights of the run, after what it lacks; as :func:`train`."""
+    config = trainer.config
     state, weights = out / "state.safetensors", out / "weights.safetensors"
-    metadata = dict(metadata or {})
     if state.exists():
         trainer.restore(state)
         if trainer.step > config.steps:
