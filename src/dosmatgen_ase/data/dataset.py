@@ -334,66 +334,50 @@ def load_site_dos(
         if not shards:
             raise ValueError(f"no label shard in {directory} is of recipe {recipe}")
     last = {name: (k, i) for k, data in enumerate(shards) for i, name in enumerate(data["material_id"].tolist())}
-    rows: list[tuple[Any, ...]] = []
+    found = []
     for k, data in enumerate(shards):
         wanted = np.isin(data["origin"], list(origins))
-        rows += _label_rows(
-            data, [i for i, n in enumerate(data["material_id"].tolist()) if last[n] == (k, i) and wanted[i]]
-        )
-    if not rows:
+        chosen = [i for i, n in enumerate(data["material_id"].tolist()) if last[n] == (k, i) and wanted[i]]
+        if chosen:
+            found.append(_labels_of(data, chosen))
+    if not found:
         raise ValueError(f"the label shards in {directory} hold no label: pass data/site_dos of a repository clone")
-    ids, splits, cells, fracs, numbers, all_values, all_known, gaps, recipes, origin, parent = zip(*rows, strict=True)
-    counts = np.array([len(z) for z in numbers])
-    padded_frac = _pad(np.concatenate(fracs).astype(np.float64), counts, np.float64)
-    cell, frac_coords = right_handed(np.stack(cells).astype(np.float64), padded_frac)
-    return SiteDOSLabels(
-        material_id=np.array(ids),
-        split=np.array(splits),
-        num_atoms=counts,
-        cell=cell,
-        frac_coords=frac_coords,
-        atomic_numbers=_pad(np.concatenate(numbers), counts, np.int64),
-        values=_pad(np.concatenate(all_values), counts, np.float32),
-        known=np.stack(all_known),
-        band_gap=np.array(gaps, dtype=np.float64),
-        recipe=np.array(recipes, dtype=np.int64),
-        origin=np.array(origin),
-        parent=np.array(parent),
-    )
+    together = {f.name: np.concatenate([getattr(part, f.name) for part in found]) for f in fields(SiteDOSLabels)}
+    texts = {name: np.array(column.tolist()) for name, column in together.items() if column.dtype.kind == "U"}
+    return SiteDOSLabels(**{**together, **texts})  # texts no wider than they need be
 
 
-def _label_rows(data: dict[str, np.ndarray], chosen: Sequence[int]) -> list[tuple[Any, ...]]:
-    """What `SiteDOSLabels` holds of some labels of a shard, without padding."""
-    if not chosen:
-        return []
+def _labels_of(data: dict[str, np.ndarray], chosen: Sequence[int]) -> SiteDOSLabels:
+    """Some labels of a shard."""
     energies = data["energies"].astype(np.float64)
-    parts = [slice(*data["atom_offset"][i : i + 2]) for i in chosen]
+    sites = [slice(*data["atom_offset"][i : i + 2]) for i in chosen]
     scaled, known = [], []
-    for i, sites in zip(chosen, parts, strict=True):
-        raw = data["site_dos"][sites].sum(axis=1, dtype=np.int64) * SHARD_UNIT
+    for i, part in zip(chosen, sites, strict=True):
+        raw = data["site_dos"][part].sum(axis=1, dtype=np.int64) * SHARD_UNIT
         total = data["total_dos"][i] * SHARD_UNIT
         dos, covered = scale_sites_to_total(raw, total, energies=energies, e_max=float(data["e_max"][i]))
         covered |= (energies <= data["e_max"][i]) & (total < ROUNDING_FLOOR)
         scaled.append(dos)
         known.append(np.broadcast_to(covered, dos.shape))
     values, known_values = resample(energies, np.concatenate(scaled), np.concatenate(known), LABEL_SIGMA)
-    starts = np.cumsum([0, *map(len, scaled)])
-    return [
-        (
-            data["material_id"][i],
-            data["split"][i],
-            data["cell"][i].reshape(3, 3),
-            data["frac_coords"][sites],
-            data["atomic_numbers"][sites],
-            values[start:end],
-            known_values[start],  # the same for all sites
-            data["band_gap"][i],
-            data["recipe"],
-            data["origin"][i],
-            data["parent"][i],
-        )
-        for i, sites, start, end in zip(chosen, parts, starts, starts[1:], strict=False)
-    ]
+    counts = np.array([len(dos) for dos in scaled])
+
+    def padded(name: str, dtype: type) -> np.ndarray:
+        return _pad(np.concatenate([data[name][part] for part in sites]), counts, dtype)
+
+    cells = data["cell"][chosen].reshape(-1, 3, 3).astype(np.float64)
+    cell, frac_coords = right_handed(cells, padded("frac_coords", np.float64))
+    return SiteDOSLabels(
+        **{name: data[name][chosen] for name in ("material_id", "split", "origin", "parent")},
+        num_atoms=counts,
+        cell=cell,
+        frac_coords=frac_coords,
+        atomic_numbers=padded("atomic_numbers", np.int64),
+        values=_pad(values, counts, np.float32),
+        known=known_values[np.cumsum(counts) - counts],  # the same for all sites of a crystal
+        band_gap=data["band_gap"][chosen].astype(np.float64),
+        recipe=np.full(len(chosen), data["recipe"], dtype=np.int64),
+    )
 
 
 def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndarray]:
