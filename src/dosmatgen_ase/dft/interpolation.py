@@ -226,8 +226,8 @@ def interpolated(
     top = energies.max() + _ABOVE
     hamiltonian = (nearest * (energies - top)[:, None]) @ _adjoint(nearest)
     overlap = nearest @ _adjoint(atomic)  # of the basis with the atomic orbitals
-    origins, vectors, shares = _nearest_pairs(atoms, mesh)
     unfolded = _unfolded(atoms, mesh, basis, [hamiltonian, overlap])
+    origins, vectors, shares = _nearest_pairs(atoms, mesh)
     in_orbitals, of_atomic = (_series(mesh, basis, field, origins, shares) for field in unfolded)
     levels, probabilities = [], []
     for part in np.array_split(points, max(1, math.ceil(len(points) * len(basis) ** 2 / _CHUNK))):
