@@ -118,22 +118,21 @@ def read_crystals(path: str | Path, split: str | None = None, facts: Mapping[str
     needed = ["material_id", "cell", "atomic_numbers", "frac_coords"]
     table = _read_table(path, needed, split, list(facts.values()))
     columns = {name: table[column].to_pylist() for name, column in facts.items() if column in table.column_names}
-    try:
-        return _crystals(table, needed, columns)
-    except DAMAGE as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"{path} is not laid out as data/structures.parquet, or damaged ({told})") from None
-
-
-def _crystals(table: Any, needed: Sequence[str], columns: Mapping[str, list[Any]]) -> list[Atoms]:
-    """Crystals of the rows of a table, which may be damaged."""
     crystals = []
-    for i, (name, flat, numbers, coords) in enumerate(zip(*(table[c].to_pylist() for c in needed), strict=True)):
-        cell, frac = right_handed(np.reshape(flat, (1, 3, 3)), np.reshape(coords, (1, -1, 3)))
-        told = {key: values[i] for key, values in columns.items() if values[i] is not None}
-        info = {"material_id": str(name), **told}
-        crystals.append(Atoms(numbers=numbers, scaled_positions=frac[0], cell=cell[0], pbc=True, info=info))
+    try:
+        for i, (name, flat, numbers, coords) in enumerate(zip(*(table[c].to_pylist() for c in needed), strict=True)):
+            cell, frac = right_handed(np.reshape(flat, (1, 3, 3)), np.reshape(coords, (1, -1, 3)))
+            told = {key: values[i] for key, values in columns.items() if values[i] is not None}
+            info = {"material_id": str(name), **told}
+            crystals.append(Atoms(numbers=numbers, scaled_positions=frac[0], cell=cell[0], pbc=True, info=info))
+    except DAMAGE as error:
+        raise _not_laid_out(path, error) from None
     return crystals
+
+
+def _not_laid_out(path: str | Path, error: Exception) -> ValueError:
+    told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return ValueError(f"{path} is not laid out as data/structures.parquet, or damaged ({told})")
 
 
 _FREE_VALUES, _MAX_VALUES = 5_000_000, 10  # of a table; below the first, the second (per byte of the file) is not asked
@@ -225,13 +224,11 @@ def load_structures(path: str | Path, split: str | None = None, max_atoms: int =
 
     try:
         table = table.filter(pc.less_equal(table["num_atoms"], max_atoms))
-        found = _structures(table.combine_chunks()) if table.num_rows else None
+        if table.num_rows:
+            return _structures(table.combine_chunks())
     except (*DAMAGE, pa.ArrowException) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"{path} is not laid out as data/structures.parquet, or damaged ({told})") from None
-    if found is None:
-        raise ValueError(f"{path} holds no structure with split={split!r} and max_atoms={max_atoms}")
-    return found
+        raise _not_laid_out(path, error) from None
+    raise ValueError(f"{path} holds no structure with split={split!r} and max_atoms={max_atoms}")
 
 
 def _structures(table: Any) -> Structures:
@@ -245,8 +242,8 @@ def _structures(table: Any) -> Structures:
 
     counts = table["num_atoms"].to_numpy().astype(np.int64)
     numbers, cells, coords = flat("atomic_numbers"), flat("cell"), flat("frac_coords")
-    sizes = {"atomic_numbers": (numbers, counts.sum()), "cell": (cells, 9 * len(counts))}
-    for name, (values, size) in (sizes | {"frac_coords": (coords, 3 * counts.sum())}).items():
+    sizes = {"atomic_numbers": counts.sum(), "cell": 9 * len(counts), "frac_coords": 3 * counts.sum()}
+    for (name, size), values in zip(sizes.items(), (numbers, cells, coords), strict=True):
         if values.size != size or not np.isfinite(values).all():
             raise ValueError(f"{name} has {values.size} numbers for {size} places, or some are not finite")
     if counts.min() < 1 or not ((numbers >= 1) & (numbers <= MAX_ATOMIC_NUMBER)).all():
@@ -416,8 +413,7 @@ def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndar
             i = wanted[names[k]]
             scale = labels.values[i, : len(part), None] / np.maximum(part.sum(axis=1, keepdims=True), SHARD_UNIT)
             found[names[k]] = (part * np.minimum(scale, 3.0)).astype(np.float32)  # what hardly projects is not blown up
-    missing = [name for name in wanted if name not in found]
-    if missing:
+    if missing := [name for name in wanted if name not in found]:
         raise ValueError(f"{directory} lacks {len(missing)} of the labels, the first is {missing[0]}")
     return [found[name] for name in labels.material_id.tolist()]
 
@@ -496,27 +492,24 @@ class CrystalDataset:
         """
         row_of = {material_id: i for i, material_id in enumerate(structures.material_id.tolist())}
         real = [(row_of[m], j) for j, m in enumerate(labels.material_id.tolist()) if m in row_of]
-        taken = {i for i, _ in real}
-        guess: list[tuple[int, int]] = []
-        if pseudo_labels is not None:
-            pairs = ((row_of.get(m, -1), j) for j, m in enumerate(pseudo_labels["material_id"].tolist()))
-            guess = [(i, j) for i, j in pairs if i >= 0 and i not in taken]
         _check_same(structures, labels, real)
-        rows = np.array([j for _, j in real], dtype=np.int64)
-        site = labels.atomic_numbers[rows] > 0
-        dos = [labels.values[rows].astype(np.float16)]
-        known = [labels.known[rows][:, None, :] & site[:, :, None]]
+        taken = {i for i, _ in real}
+        names = [] if pseudo_labels is None else pseudo_labels["material_id"].tolist()
+        guess = [(row_of[m], j) for j, m in enumerate(names) if m in row_of and row_of[m] not in taken]
+        owners, rows = np.array(real + guess, dtype=np.int64).reshape(-1, 2).T
+        computed, guessed = np.split(rows, [len(real)])
+        site = labels.atomic_numbers[computed] > 0
+        dos = [labels.values[computed].astype(np.float16)]
+        known = [labels.known[computed][:, None, :] & site[:, :, None]]
         if pseudo_labels is not None:
-            rows = np.array([j for _, j in guess], dtype=np.int64)
             if "structure" in pseudo_labels:  # older files do not tell
-                guessed = structures.select(np.array([i for i, _ in guess], dtype=np.int64))
-                if (other := guessed.fingerprints() != pseudo_labels["structure"][rows]).any():
-                    name = guessed.material_id[other.argmax()]
+                given = structures.select(owners[len(real) :])
+                if (other := given.fingerprints() != pseudo_labels["structure"][guessed]).any():
+                    name = given.material_id[other.argmax()]
                     raise ValueError(f"the predicted DOS of {name} is of another structure: predict it again")
-            dos.append(pseudo_labels["values"][rows].astype(np.float16))
-            known.append(pseudo_labels["known"][rows])
+            dos.append(pseudo_labels["values"][guessed].astype(np.float16))
+            known.append(pseudo_labels["known"][guessed])
         dos_index = np.full(len(structures), -1, dtype=np.int64)
-        owners = np.array([i for i, _ in real + guess], dtype=np.int64)
         dos_index[owners] = np.arange(len(owners))
         return cls(
             structures=structures,
@@ -563,11 +556,10 @@ def size_bucket_batches(num_atoms: np.ndarray, max_pairs: int, generator: np.ran
     order = generator.permutation(len(num_atoms))
     order = order[np.argsort(-np.asarray(num_atoms)[order], kind="stable")]  # the first of a batch sets its padding
     batches = []
-    start = 0
-    while start < len(order):
-        size = max(1, int(max_pairs // int(num_atoms[order[start]]) ** 2))
-        batches.append(order[start : start + size])
-        start += size
+    while order.size:
+        size = max(1, int(max_pairs // int(num_atoms[order[0]]) ** 2))
+        batches.append(order[:size])
+        order = order[size:]
     for b in generator.permutation(len(batches)):
         yield batches[b]
 

@@ -121,7 +121,7 @@ class _Run:
         spin = any(symbol in MAGNETIC for symbol in self.pseudos)
 
         scf_mesh = mesh_size(atoms, self.settings.scf_kpoint_density)
-        self._write_pw(atoms, spin, "scf", tuple(int(n) for n in scf_mesh))
+        self._write_pw(atoms, spin, "scf", tuple(scf_mesh.tolist()))
         scf = self.programs.run("pw.x", self.folder, "scf")
         if "convergence has been achieved" not in scf:
             raise ElectronicStructureError("the SCF calculation did not converge", self.folder / "scf.out")

@@ -7,7 +7,7 @@ import itertools
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,10 +128,5 @@ def in_order(
     rest = [name for name in names if name not in ahead]
     new = [name for name in rest if name not in recipes]
     old = sorted((name for name in rest if name in recipes), key=lambda name: bisect_left(_CLASSES, recipes[name]))
-    return [*first, *_in_turn(new, old)]
-
-
-def _in_turn(new: Sequence[str], old: Sequence[str]) -> Iterator[str]:
-    """Two new ones for each old one, as long as there are both."""
-    for i in range(max(-(-len(new) // _NEW_FOR_OLD), len(old))):
-        yield from itertools.chain(new[_NEW_FOR_OLD * i : _NEW_FOR_OLD * (i + 1)], old[i : i + 1])
+    turns = itertools.zip_longest(*(new[k::_NEW_FOR_OLD] for k in range(_NEW_FOR_OLD)), old)
+    return [*first, *(name for turn in turns for name in turn if name is not None)]
