@@ -153,10 +153,9 @@ def _read_table(path: Path, needed: Sequence[str], split: str | None, more: Sequ
     columns = [*needed, *(["split"] if split is not None and "split" not in needed else [])]
     try:
         told = pq.read_metadata(path)
-        columns_told = (
-            told.row_group(i).column(j) for i in range(told.num_row_groups) for j in range(told.num_columns)
-        )
-        count, size = sum(column.num_values for column in columns_told), path.stat().st_size
+        groups = map(told.row_group, range(told.num_row_groups))
+        count = sum(group.column(j).num_values for group in groups for j in range(told.num_columns))
+        size = path.stat().st_size
         if count > max(_FREE_VALUES, _MAX_VALUES * size):
             raise ValueError(f"{path} holds {count} values in {size} bytes, which no table of structures does")
         there = pq.read_schema(path).names

@@ -130,7 +130,7 @@ def _compute_or_read(
     }  # fmt: skip
     file, folder = out / f"{name}.json", out / name
     with exclusive(file):
-        if (found := _found(file, folder, record)) is not None:
+        if (found := _earlier(file, folder, record)) is not None:
             return found
         if folder.exists() and not is_calculation(folder):
             raise ValueError(f"{folder} is there and holds something else: choose another folder for the results")
@@ -153,7 +153,7 @@ def _compute_or_read(
         return result
 
 
-def _found(
+def _earlier(
     file: Path, folder: Path, record: Mapping[str, Any]
 ) -> ElectronicStructure | ElectronicStructureError | None:
     """What an earlier run found for this structure and these settings; None if nothing."""

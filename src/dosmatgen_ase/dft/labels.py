@@ -131,7 +131,8 @@ def label(
     if settings is not None and settings.sigma != LABEL_SIGMA:
         raise ValueError(f"sigma={settings.sigma}: labels are broadened by {LABEL_SIGMA} eV, so leave it out")
     parents = parents or {}
-    _check_parents(structures, origin, parents)
+    names = structures.material_id.tolist() if isinstance(structures, Structures) else list(structures)
+    _check_parents(names, origin, parents)
     settings = settings or EspressoSettings(time_limit=600.0, nice=19)
     folder, work = Path(shards), Path(shards) / "unpacked" if unpacked is None else Path(unpacked)
     output_folder(work)
@@ -271,16 +272,15 @@ def _skipped(candidates: Mapping[str, Candidate], settings: EspressoSettings) ->
     no_label |= {s: f"{s} is {UNLABELLED[z]}" for s in elements if (z := atomic_numbers[s]) in UNLABELLED}
     skipped = {}
     for name, candidate in candidates.items():
+        atoms = candidate.atoms
         if name in faults:
             skipped[name] = f"it {faults[name]}"
-            continue
-        reasons = [no_label[symbol] for symbol in sorted(set(candidate.atoms.symbols)) if symbol in no_label]
-        if len(candidate.atoms) > MAX_ATOMS:
-            reasons.append(f"more than {MAX_ATOMS} atoms")
-        if candidate.atoms.get_volume() > MAX_LABELLED_VOLUME_PER_ATOM * len(candidate.atoms):
-            reasons.append(f"more than {MAX_LABELLED_VOLUME_PER_ATOM:g} A^3 per atom")
-        if reasons:
-            skipped[name] = reasons[0]
+        elif barred := sorted(set(atoms.symbols) & no_label.keys()):
+            skipped[name] = no_label[barred[0]]
+        elif len(atoms) > MAX_ATOMS:
+            skipped[name] = f"more than {MAX_ATOMS} atoms"
+        elif atoms.get_volume() > MAX_LABELLED_VOLUME_PER_ATOM * len(atoms):
+            skipped[name] = f"more than {MAX_LABELLED_VOLUME_PER_ATOM:g} A^3 per atom"
     return skipped
 
 
@@ -411,11 +411,10 @@ class _Unpacked:
         return left
 
 
-def _check_parents(structures: Structures | Mapping[str, Atoms], origin: str, parents: Mapping[str, str]) -> None:
+def _check_parents(names: Collection[str], origin: str, parents: Mapping[str, str]) -> None:
     """Raise ValueError if the origin is none, or parents do not go with it."""
     if origin not in ORIGINS:
         raise ValueError(f"origin={origin!r} must be {', '.join(map(repr, ORIGINS))}")
-    names = structures.material_id.tolist() if isinstance(structures, Structures) else structures
     if origin == "perturbed" and (alone := [name for name in names if name not in parents]):
         raise ValueError(f"{len(alone)} perturbed copies have no parent, such as {alone[0]}: name theirs in parents")
     if origin == "given" and parents:

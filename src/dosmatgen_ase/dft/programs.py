@@ -47,8 +47,7 @@ class Programs:
         FileNotFoundError
             If a program or the launcher is not there.
         """
-        launcher = shlex.split(settings.launcher)
-        for name in (*launcher[:1], *_BANNERS):
+        for name in (*shlex.split(settings.launcher)[:1], *_BANNERS):
             if shutil.which(name) is None:
                 told = "apt-get install quantum-espresso, or load its module"
                 raise FileNotFoundError(f"{name} is not on the PATH: {told}")
