@@ -170,7 +170,7 @@ def test_the_input_holds_the_structure_and_spin_follows_the_elements(tmp_path: P
     folder = pseudo_folder(tmp_path / "upf", "Ni.upf", "Si.upf")
     settings = EspressoSettings()
     pseudos = {symbol: folder / f"{symbol}.upf" for symbol in ("Ni", "Si")}
-    run = _Run(tmp_path, Programs({}, settings, Event()), settings, pseudos)
+    run = _Run(tmp_path, Programs(settings, Event()), settings, pseudos)
     atoms = Atoms("NiSi", scaled_positions=[[0, 0, 0], [0.1, 0.5, 0.5]], cell=3 * np.eye(3), pbc=True)
     atoms.set_constraint(FixAtoms([0]))
     run._write_pw(atoms, True, "scf", (2, 3, 4))

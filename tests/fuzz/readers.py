@@ -245,12 +245,11 @@ def arrays() -> Files:
     for name in found:
         (work / f"{name}.json").touch()
     candidates = {name: labels.Candidate(name, a, "train", 1) for name, a in zip(found, crystals(), strict=True)}
-    told = {
-        "recipe": np.int16(labels.RECIPE),
-        "origin": np.full(len(found), "given"),
-        "parent": np.full(len(found), ""),
-    }
-    shard = labels._pack(folder, work, candidates, found, {}, told)
+    next_shard = labels._NextShard(folder, work, candidates, labels.RECIPE, "given", {}, {}, found)
+    next_shard.pack()
+    (shard,) = next_shard.written
+    with np.load(shard) as arrays:
+        write_npz(shard, **arrays, origin=np.full(len(candidates), "given"), parent=np.full(len(candidates), ""))
     return {
         **{name: (folder / name).read_bytes() for name in ("hull.npz", "index.npz", "piece.npz", "pseudo.npz")},
         "shard.npz": shard.read_bytes(),

@@ -104,15 +104,14 @@ class MeshBands:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able dict; `from_dict` is its inverse."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+        return {field.name: np.asarray(getattr(self, field.name)).tolist() for field in fields(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MeshBands:
         """Inverse of `to_dict`."""
         told: dict[str, Any] = {field.name: data[field.name] for field in fields(cls)}
-        told |= {name: np.array(told[name], dtype=int) for name in ("mesh", "points", "counts")}
-        return cls(**{**told, "energies": np.array(told["energies"], dtype=float)})
+        kinds = {"energies": float, "mesh": int, "points": int, "counts": int}
+        return cls(**told | {name: np.array(told[name], dtype=kind) for name, kind in kinds.items()})
 
 
 def pack_bands(bands: Sequence[MeshBands | None]) -> dict[str, np.ndarray]:

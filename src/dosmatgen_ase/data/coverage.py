@@ -78,7 +78,6 @@ class Coverage:
         groups = structures.spacegroup[np.isin(structures.material_id, labels.material_id)]
         systems = np.searchsorted(list(CRYSTAL_SYSTEMS.values()), groups, side="right") - 1
         classes = np.searchsorted(list(GAP_CLASSES.values()), labels.band_gap)
-        at = {e: int(np.argmin(np.abs(MODEL_GRID.energies - e))) for e in range(-1, 6)}
         return cls(
             splits=splits,
             recipes=Counter(sorted(labels.recipe.tolist())),
@@ -90,7 +89,7 @@ class Coverage:
             crystal_systems={name: int((systems == i).sum()) for i, name in enumerate(CRYSTAL_SYSTEMS)},
             num_spacegroups=len(set(groups.tolist())),
             gaps={name: int((classes == i).sum()) for i, name in enumerate(GAP_CLASSES)},
-            known={e: float(labels.known[:, i].mean()) for e, i in at.items()},
+            known={e: float(labels.known[:, np.abs(MODEL_GRID.energies - e).argmin()].mean()) for e in range(-1, 6)},
         )
 
     @property

@@ -118,22 +118,21 @@ def read_crystals(path: str | Path, split: str | None = None, facts: Mapping[str
     needed = ["material_id", "cell", "atomic_numbers", "frac_coords"]
     table = _read_table(path, needed, split, list(facts.values()))
     columns = {name: table[column].to_pylist() for name, column in facts.items() if column in table.column_names}
-    try:
-        return _crystals(table, needed, columns)
-    except DAMAGE as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"{path} is not laid out as data/structures.parquet, or damaged ({told})") from None
-
-
-def _crystals(table: Any, needed: Sequence[str], columns: Mapping[str, list[Any]]) -> list[Atoms]:
-    """Crystals of the rows of a table, which may be damaged."""
     crystals = []
-    for i, (name, flat, numbers, coords) in enumerate(zip(*(table[c].to_pylist() for c in needed), strict=True)):
-        cell, frac = right_handed(np.reshape(flat, (1, 3, 3)), np.reshape(coords, (1, -1, 3)))
-        told = {key: values[i] for key, values in columns.items() if values[i] is not None}
-        info = {"material_id": str(name), **told}
-        crystals.append(Atoms(numbers=numbers, scaled_positions=frac[0], cell=cell[0], pbc=True, info=info))
+    try:
+        for i, (name, flat, numbers, coords) in enumerate(zip(*(table[c].to_pylist() for c in needed), strict=True)):
+            cell, frac = right_handed(np.reshape(flat, (1, 3, 3)), np.reshape(coords, (1, -1, 3)))
+            told = {key: values[i] for key, values in columns.items() if values[i] is not None}
+            info = {"material_id": str(name), **told}
+            crystals.append(Atoms(numbers=numbers, scaled_positions=frac[0], cell=cell[0], pbc=True, info=info))
+    except DAMAGE as error:
+        raise _not_laid_out(path, error) from None
     return crystals
+
+
+def _not_laid_out(path: str | Path, error: Exception) -> ValueError:
+    told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return ValueError(f"{path} is not laid out as data/structures.parquet, or damaged ({told})")
 
 
 _FREE_VALUES, _MAX_VALUES = 5_000_000, 10  # of a table; below the first, the second (per byte of the file) is not asked
@@ -154,10 +153,9 @@ def _read_table(path: Path, needed: Sequence[str], split: str | None, more: Sequ
     columns = [*needed, *(["split"] if split is not None and "split" not in needed else [])]
     try:
         told = pq.read_metadata(path)
-        columns_told = (
-            told.row_group(i).column(j) for i in range(told.num_row_groups) for j in range(told.num_columns)
-        )
-        count, size = sum(column.num_values for column in columns_told), path.stat().st_size
+        groups = map(told.row_group, range(told.num_row_groups))
+        count = sum(group.column(j).num_values for group in groups for j in range(told.num_columns))
+        size = path.stat().st_size
         if count > max(_FREE_VALUES, _MAX_VALUES * size):
             raise ValueError(f"{path} holds {count} values in {size} bytes, which no table of structures does")
         there = pq.read_schema(path).names
@@ -225,13 +223,11 @@ def load_structures(path: str | Path, split: str | None = None, max_atoms: int =
 
     try:
         table = table.filter(pc.less_equal(table["num_atoms"], max_atoms))
-        found = _structures(table.combine_chunks()) if table.num_rows else None
+        if table.num_rows:
+            return _structures(table.combine_chunks())
     except (*DAMAGE, pa.ArrowException) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"{path} is not laid out as data/structures.parquet, or damaged ({told})") from None
-    if found is None:
-        raise ValueError(f"{path} holds no structure with split={split!r} and max_atoms={max_atoms}")
-    return found
+        raise _not_laid_out(path, error) from None
+    raise ValueError(f"{path} holds no structure with split={split!r} and max_atoms={max_atoms}")
 
 
 def _structures(table: Any) -> Structures:
@@ -245,8 +241,8 @@ def _structures(table: Any) -> Structures:
 
     counts = table["num_atoms"].to_numpy().astype(np.int64)
     numbers, cells, coords = flat("atomic_numbers"), flat("cell"), flat("frac_coords")
-    sizes = {"atomic_numbers": (numbers, counts.sum()), "cell": (cells, 9 * len(counts))}
-    for name, (values, size) in (sizes | {"frac_coords": (coords, 3 * counts.sum())}).items():
+    sizes = {"atomic_numbers": counts.sum(), "cell": 9 * len(counts), "frac_coords": 3 * counts.sum()}
+    for (name, size), values in zip(sizes.items(), (numbers, cells, coords), strict=True):
         if values.size != size or not np.isfinite(values).all():
             raise ValueError(f"{name} has {values.size} numbers for {size} places, or some are not finite")
     if counts.min() < 1 or not ((numbers >= 1) & (numbers <= MAX_ATOMIC_NUMBER)).all():
@@ -334,66 +330,50 @@ def load_site_dos(
         if not shards:
             raise ValueError(f"no label shard in {directory} is of recipe {recipe}")
     last = {name: (k, i) for k, data in enumerate(shards) for i, name in enumerate(data["material_id"].tolist())}
-    rows: list[tuple[Any, ...]] = []
+    found = []
     for k, data in enumerate(shards):
         wanted = np.isin(data["origin"], list(origins))
-        rows += _label_rows(
-            data, [i for i, n in enumerate(data["material_id"].tolist()) if last[n] == (k, i) and wanted[i]]
-        )
-    if not rows:
+        chosen = [i for i, n in enumerate(data["material_id"].tolist()) if last[n] == (k, i) and wanted[i]]
+        if chosen:
+            found.append(_labels_of(data, chosen))
+    if not found:
         raise ValueError(f"the label shards in {directory} hold no label: pass data/site_dos of a repository clone")
-    ids, splits, cells, fracs, numbers, all_values, all_known, gaps, recipes, origin, parent = zip(*rows, strict=True)
-    counts = np.array([len(z) for z in numbers])
-    padded_frac = _pad(np.concatenate(fracs).astype(np.float64), counts, np.float64)
-    cell, frac_coords = right_handed(np.stack(cells).astype(np.float64), padded_frac)
-    return SiteDOSLabels(
-        material_id=np.array(ids),
-        split=np.array(splits),
-        num_atoms=counts,
-        cell=cell,
-        frac_coords=frac_coords,
-        atomic_numbers=_pad(np.concatenate(numbers), counts, np.int64),
-        values=_pad(np.concatenate(all_values), counts, np.float32),
-        known=np.stack(all_known),
-        band_gap=np.array(gaps, dtype=np.float64),
-        recipe=np.array(recipes, dtype=np.int64),
-        origin=np.array(origin),
-        parent=np.array(parent),
-    )
+    together = {f.name: np.concatenate([getattr(part, f.name) for part in found]) for f in fields(SiteDOSLabels)}
+    texts = {name: np.array(column.tolist()) for name, column in together.items() if column.dtype.kind == "U"}
+    return SiteDOSLabels(**{**together, **texts})  # texts no wider than they need be
 
 
-def _label_rows(data: dict[str, np.ndarray], chosen: Sequence[int]) -> list[tuple[Any, ...]]:
-    """What `SiteDOSLabels` holds of some labels of a shard, without padding."""
-    if not chosen:
-        return []
+def _labels_of(data: dict[str, np.ndarray], chosen: Sequence[int]) -> SiteDOSLabels:
+    """Some labels of a shard."""
     energies = data["energies"].astype(np.float64)
-    parts = [slice(*data["atom_offset"][i : i + 2]) for i in chosen]
+    sites = [slice(*data["atom_offset"][i : i + 2]) for i in chosen]
     scaled, known = [], []
-    for i, sites in zip(chosen, parts, strict=True):
-        raw = data["site_dos"][sites].sum(axis=1, dtype=np.int64) * SHARD_UNIT
+    for i, part in zip(chosen, sites, strict=True):
+        raw = data["site_dos"][part].sum(axis=1, dtype=np.int64) * SHARD_UNIT
         total = data["total_dos"][i] * SHARD_UNIT
         dos, covered = scale_sites_to_total(raw, total, energies=energies, e_max=float(data["e_max"][i]))
         covered |= (energies <= data["e_max"][i]) & (total < ROUNDING_FLOOR)
         scaled.append(dos)
         known.append(np.broadcast_to(covered, dos.shape))
     values, known_values = resample(energies, np.concatenate(scaled), np.concatenate(known), LABEL_SIGMA)
-    starts = np.cumsum([0, *map(len, scaled)])
-    return [
-        (
-            data["material_id"][i],
-            data["split"][i],
-            data["cell"][i].reshape(3, 3),
-            data["frac_coords"][sites],
-            data["atomic_numbers"][sites],
-            values[start:end],
-            known_values[start],  # the same for all sites
-            data["band_gap"][i],
-            data["recipe"],
-            data["origin"][i],
-            data["parent"][i],
-        )
-        for i, sites, start, end in zip(chosen, parts, starts, starts[1:], strict=False)
-    ]
+    counts = np.array([len(dos) for dos in scaled])
+
+    def padded(name: str, dtype: type) -> np.ndarray:
+        return _pad(np.concatenate([data[name][part] for part in sites]), counts, dtype)
+
+    cells = data["cell"][chosen].reshape(-1, 3, 3).astype(np.float64)
+    cell, frac_coords = right_handed(cells, padded("frac_coords", np.float64))
+    return SiteDOSLabels(
+        **{name: data[name][chosen] for name in ("material_id", "split", "origin", "parent")},
+        num_atoms=counts,
+        cell=cell,
+        frac_coords=frac_coords,
+        atomic_numbers=padded("atomic_numbers", np.int64),
+        values=_pad(values, counts, np.float32),
+        known=known_values[np.cumsum(counts) - counts],  # the same for all sites of a crystal
+        band_gap=data["band_gap"][chosen].astype(np.float64),
+        recipe=np.full(len(chosen), data["recipe"], dtype=np.int64),
+    )
 
 
 def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndarray]:
@@ -432,8 +412,7 @@ def load_shell_dos(directory: str | Path, labels: SiteDOSLabels) -> list[np.ndar
             i = wanted[names[k]]
             scale = labels.values[i, : len(part), None] / np.maximum(part.sum(axis=1, keepdims=True), SHARD_UNIT)
             found[names[k]] = (part * np.minimum(scale, 3.0)).astype(np.float32)  # what hardly projects is not blown up
-    missing = [name for name in wanted if name not in found]
-    if missing:
+    if missing := [name for name in wanted if name not in found]:
         raise ValueError(f"{directory} lacks {len(missing)} of the labels, the first is {missing[0]}")
     return [found[name] for name in labels.material_id.tolist()]
 
@@ -512,27 +491,24 @@ class CrystalDataset:
         """
         row_of = {material_id: i for i, material_id in enumerate(structures.material_id.tolist())}
         real = [(row_of[m], j) for j, m in enumerate(labels.material_id.tolist()) if m in row_of]
-        taken = {i for i, _ in real}
-        guess: list[tuple[int, int]] = []
-        if pseudo_labels is not None:
-            pairs = ((row_of.get(m, -1), j) for j, m in enumerate(pseudo_labels["material_id"].tolist()))
-            guess = [(i, j) for i, j in pairs if i >= 0 and i not in taken]
         _check_same(structures, labels, real)
-        rows = np.array([j for _, j in real], dtype=np.int64)
-        site = labels.atomic_numbers[rows] > 0
-        dos = [labels.values[rows].astype(np.float16)]
-        known = [labels.known[rows][:, None, :] & site[:, :, None]]
+        taken = {i for i, _ in real}
+        names = [] if pseudo_labels is None else pseudo_labels["material_id"].tolist()
+        guess = [(row_of[m], j) for j, m in enumerate(names) if m in row_of and row_of[m] not in taken]
+        owners, rows = np.array(real + guess, dtype=np.int64).reshape(-1, 2).T
+        computed, guessed = np.split(rows, [len(real)])
+        site = labels.atomic_numbers[computed] > 0
+        dos = [labels.values[computed].astype(np.float16)]
+        known = [labels.known[computed][:, None, :] & site[:, :, None]]
         if pseudo_labels is not None:
-            rows = np.array([j for _, j in guess], dtype=np.int64)
             if "structure" in pseudo_labels:  # older files do not tell
-                guessed = structures.select(np.array([i for i, _ in guess], dtype=np.int64))
-                if (other := guessed.fingerprints() != pseudo_labels["structure"][rows]).any():
-                    name = guessed.material_id[other.argmax()]
+                given = structures.select(owners[len(real) :])
+                if (other := given.fingerprints() != pseudo_labels["structure"][guessed]).any():
+                    name = given.material_id[other.argmax()]
                     raise ValueError(f"the predicted DOS of {name} is of another structure: predict it again")
-            dos.append(pseudo_labels["values"][rows].astype(np.float16))
-            known.append(pseudo_labels["known"][rows])
+            dos.append(pseudo_labels["values"][guessed].astype(np.float16))
+            known.append(pseudo_labels["known"][guessed])
         dos_index = np.full(len(structures), -1, dtype=np.int64)
-        owners = np.array([i for i, _ in real + guess], dtype=np.int64)
         dos_index[owners] = np.arange(len(owners))
         return cls(
             structures=structures,
@@ -579,11 +555,10 @@ def size_bucket_batches(num_atoms: np.ndarray, max_pairs: int, generator: np.ran
     order = generator.permutation(len(num_atoms))
     order = order[np.argsort(-np.asarray(num_atoms)[order], kind="stable")]  # the first of a batch sets its padding
     batches = []
-    start = 0
-    while start < len(order):
-        size = max(1, int(max_pairs // int(num_atoms[order[start]]) ** 2))
-        batches.append(order[start : start + size])
-        start += size
+    while order.size:
+        size = max(1, int(max_pairs // int(num_atoms[order[0]]) ** 2))
+        batches.append(order[:size])
+        order = order[size:]
     for b in generator.permutation(len(batches)):
         yield batches[b]
 

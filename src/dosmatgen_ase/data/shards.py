@@ -56,10 +56,15 @@ def read_shards(directory: str | Path) -> list[dict[str, np.ndarray]]:
     ValueError
         As `read_shard`.
     """
-    paths = shard_paths(directory)
-    if not paths:
+    return [data for _, data in _in_order(directory)]
+
+
+def _in_order(directory: str | Path) -> list[tuple[Path, dict[str, np.ndarray]]]:
+    """Shards with their files, those of later recipes last."""
+    shards = [(path, read_shard(path)) for path in shard_paths(directory)]
+    if not shards:
         raise FileNotFoundError(f"no label shards (*.npz) in {directory}: pass data/site_dos of a repository clone")
-    return sorted(map(read_shard, paths), key=lambda data: int(data["recipe"]))
+    return sorted(shards, key=lambda shard: int(shard[1]["recipe"]))
 
 
 def shard_paths(directory: str | Path) -> list[Path]:
@@ -94,13 +99,9 @@ def load_bands(directory: str | Path) -> dict[str, MeshBands]:
     >>> bands.energies.shape  # spins, k-points, bands  # doctest: +SKIP
     (1, 76, 5)
     """
-    shards = [(read_shard(path), path) for path in shard_paths(directory)]
-    if not shards:
-        raise FileNotFoundError(f"no label shards (*.npz) in {directory}: pass data/site_dos of a repository clone")
     found: dict[str, MeshBands | None] = {}
-    for data, path in sorted(shards, key=lambda shard: int(shard[0]["recipe"])):
-        names = data["material_id"].tolist()
-        found |= dict(zip(names, _bands(path, data), strict=True))
+    for path, data in _in_order(directory):
+        found |= zip(data["material_id"].tolist(), _bands(path, data), strict=True)
     return {name: bands for name, bands in found.items() if bands is not None}
 
 

@@ -118,63 +118,60 @@ def compute_each(
 def _compute_or_read(
     name: str, atoms: Atoms, out: Path, settings: EspressoSettings, stop: threading.Event
 ) -> ElectronicStructure | ElectronicStructureError:
-    file = out / f"{name}.json"
-    given = json.loads(json.dumps({**asdict(settings), "recipe": RECIPE}))
     try:
         pseudos = pseudopotentials(atoms, settings)
     except ElectronicStructureError as error:
         return error  # not recorded, as a file may be added
-    with exclusive(file):
-        return _alone(name, atoms, out, settings, stop, pseudos, given)
-
-
-def _alone(
-    name: str,
-    atoms: Atoms,
-    out: Path,
-    settings: EspressoSettings,
-    stop: threading.Event,
-    pseudos: Mapping[str, Path],
-    given: dict[str, Any],
-) -> ElectronicStructure | ElectronicStructureError:
-    """Do what `_compute_or_read` does, while no other run works on this structure."""
-    file = out / f"{name}.json"
     crystal = {"numbers": atoms.numbers.tolist(), "cell": atoms.cell.tolist(), "positions": atoms.positions.tolist()}
-    files = fingerprints(pseudos)
-    if (done := read_record(file)) is not None:
-        same = done["structure"] == crystal
-        alike = done.get("pseudopotentials", files) == files  # of an old record they are not known
-        if "failed" in done and same and done["settings"] == given and alike:
-            return ElectronicStructureError(str(done["failed"]))
-        if (result := recorded_result(file)) is not None:
-            same = same and all(done["settings"].get(k) == given[k] for k in (*PHYSICS, "recipe"))
-            used = result.total.provenance.get("pseudopotentials")  # of an old record it is not known
-            if not same or (used is not None and used != files):
-                told = "another structure, other settings or pseudopotentials, or an earlier version's recipe"
-                raise ValueError(f"{file} holds the result of {told}: choose another folder, or remove it")
-            if is_calculation(out / name):  # of a run that was killed right after it wrote the result
-                shutil.rmtree(out / name, ignore_errors=True)
-            return result
+    given = json.loads(json.dumps({**asdict(settings), "recipe": RECIPE}))
     record = {
-        "format": "dosmatgen_ase.compute_many", "structure": crystal, "settings": given, "pseudopotentials": files
+        "format": "dosmatgen_ase.compute_many", "structure": crystal, "settings": given,
+        "pseudopotentials": fingerprints(pseudos),
     }  # fmt: skip
-    if (out / name).exists() and not is_calculation(out / name):
-        raise ValueError(f"{out / name} is there and holds something else: choose another folder for the results")
-    try:
-        result = compute_in(atoms, settings, out.resolve() / name, stop)
-    except InterruptedCalculation as error:
-        return error
-    except ElectronicStructureError as error:
-        return _failed(file, record, error)
-    except MemoryError:
-        return InterruptedCalculation("too little memory", out / name)
-    except (OSError, ProgramNotStarted):  # of this machine, not of the structure
-        raise
-    except Exception as error:  # noqa: BLE001 -- whatever a structure raises is its own failure, and ends no run
-        told = " ".join(str(error).split())[:300]
-        return _failed(file, record, ElectronicStructureError(f"{type(error).__name__}: {told}", out / name))
-    write_atomic(file, json.dumps({**record, "result": result.to_dict()}).encode())
-    shutil.rmtree(out / name, ignore_errors=True)
+    file, folder = out / f"{name}.json", out / name
+    with exclusive(file):
+        if (found := _earlier(file, folder, record)) is not None:
+            return found
+        if folder.exists() and not is_calculation(folder):
+            raise ValueError(f"{folder} is there and holds something else: choose another folder for the results")
+        try:
+            result = compute_in(atoms, settings, folder.resolve(), stop)
+        except InterruptedCalculation as error:
+            return error
+        except MemoryError:
+            return InterruptedCalculation("too little memory", folder)
+        except (OSError, ProgramNotStarted):  # of this machine, not of the structure
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever a structure raises is its own failure, and ends no run
+            if not isinstance(error, ElectronicStructureError):
+                told = " ".join(str(error).split())[:300]
+                error = ElectronicStructureError(f"{type(error).__name__}: {told}", folder)
+            write_atomic(file, json.dumps({**record, "failed": str(error)}).encode())
+            return error
+        write_atomic(file, json.dumps({**record, "result": result.to_dict()}).encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        return result
+
+
+def _earlier(
+    file: Path, folder: Path, record: Mapping[str, Any]
+) -> ElectronicStructure | ElectronicStructureError | None:
+    """What an earlier run found for this structure and these settings; None if nothing."""
+    if (done := read_record(file)) is None:
+        return None
+    given, files = record["settings"], record["pseudopotentials"]
+    same = done["structure"] == record["structure"]
+    alike = done.get("pseudopotentials", files) == files  # of an old record they are not known
+    if "failed" in done and same and done["settings"] == given and alike:
+        return ElectronicStructureError(str(done["failed"]))
+    if (result := recorded_result(file)) is not None:
+        same = same and all(done["settings"].get(k) == given[k] for k in (*PHYSICS, "recipe"))
+        used = result.total.provenance.get("pseudopotentials")  # of an old record it is not known
+        if not same or (used is not None and used != files):
+            told = "another structure, other settings or pseudopotentials, or an earlier version's recipe"
+            raise ValueError(f"{file} holds the result of {told}: choose another folder, or remove it")
+        if is_calculation(folder):  # of a run that was killed right after it wrote the result
+            shutil.rmtree(folder, ignore_errors=True)
     return result
 
 
@@ -184,11 +181,6 @@ _FILES = re.compile(r"(scf|nscf|projwfc)\.(in|out|err)|o|CRASH|x\.\S+|input_tmp\
 def is_calculation(folder: Path) -> bool:
     """Whether everything in a folder has a name that a calculation gives: whoever removes a folder asks here first."""
     return folder.is_dir() and all(_FILES.fullmatch(path.name) for path in folder.iterdir())
-
-
-def _failed(file: Path, record: dict[str, Any], error: ElectronicStructureError) -> ElectronicStructureError:
-    write_atomic(file, json.dumps({**record, "failed": str(error)}).encode())
-    return error
 
 
 def read_record(file: Path) -> dict[str, Any] | None:

@@ -38,6 +38,7 @@ from dosmatgen_ase.dft.result import ElectronicStructure
 from dosmatgen_ase.dft.settings import GRID, MAGNETIC, PHYSICS, RECIPE, EspressoSettings, site_symmetry
 from dosmatgen_ase.threads import one_blas_thread
 
+_SAVE = "o/x.save"  # where the programs keep what they found, by the outdir and prefix of their inputs
 _SAMPLING = 14.0  # points per 1/A of the mesh that bands are interpolated to
 
 
@@ -121,7 +122,7 @@ class _Run:
         spin = any(symbol in MAGNETIC for symbol in self.pseudos)
 
         scf_mesh = mesh_size(atoms, self.settings.scf_kpoint_density)
-        self._write_pw(atoms, spin, "scf", tuple(int(n) for n in scf_mesh))
+        self._write_pw(atoms, spin, "scf", tuple(scf_mesh.tolist()))
         scf = self.programs.run("pw.x", self.folder, "scf")
         if "convergence has been achieved" not in scf:
             raise ElectronicStructureError("the SCF calculation did not converge", self.folder / "scf.out")
@@ -138,7 +139,7 @@ class _Run:
         )
         projwfc = self.programs.run("projwfc.x", self.folder, "projwfc")
 
-        read = read_projections(self._save / "atomic_proj.xml", projwfc, len(atoms))
+        read = read_projections(self.folder / _SAVE / "atomic_proj.xml", projwfc, len(atoms))
         bands = self._interpolated(atoms, mesh, read, num_electrons)
         version = _found(r"Program PWSCF v\.?\s*(\S+)", scf)[0]
         record = {
@@ -155,17 +156,13 @@ class _Run:
             kept_bands(mesh, read.eigenvalues, num_electrons, dos),
         )  # fmt: skip
 
-    @property
-    def _save(self) -> Path:
-        return self.folder / "o" / "x.save"
-
     def _interpolated(self, atoms: Atoms, mesh: IrreducibleMesh, read: Projections, num_electrons: float) -> Bands:
         """Bands of the finished calculation on a mesh dense enough for their DOS."""
         dense = IrreducibleMesh.of(atoms, _SAMPLING)
         levels, projections = [], []
         spins = [""] if len(read.eigenvalues) == 1 else ["up", "dw"]
         for spin, eigenvalues, amplitudes in zip(spins, read.eigenvalues, read.amplitudes, strict=True):
-            files = [self._save / f"wfc{spin}{k + 1}" for k in range(len(mesh.points))]
+            files = [self.folder / _SAVE / f"wfc{spin}{k + 1}" for k in range(len(mesh.points))]
             try:
                 gaussians = np.array([project_on_gaussians(atoms, file) for file in files])
                 energies, probabilities = interpolated(

@@ -23,7 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import spglib
@@ -165,7 +165,10 @@ def _read_waves(stem: Path) -> tuple[Array, Array]:
                 miller = file.read_ints().reshape(-1, 3)
                 waves = np.array([file.read_reals().view(complex) for _ in range(num_bands)])
         else:
-            h5py = _h5py()
+            try:
+                import h5py
+            except ImportError as error:
+                raise ImportError("wavefunctions in HDF5 need h5py: pip install dosmatgen-ase[hdf5]") from error
             with h5py.File(hdf5) as file:
                 k, miller = file.attrs["xk"], file["MillerIndices"][()]
                 reciprocal = np.array([file["MillerIndices"].attrs[f"bg{i}"] for i in (1, 2, 3)])
@@ -173,20 +176,6 @@ def _read_waves(stem: Path) -> tuple[Array, Array]:
     except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"no wavefunctions of Quantum ESPRESSO in {stem}: {error}") from error
     return k @ np.linalg.inv(reciprocal) + miller, waves
-
-
-def _h5py() -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("wavefunctions in HDF5 need h5py: pip install dosmatgen-ase[hdf5]") from error
-    return h5py
-
-
-def _weights(atoms: Atoms) -> Array:
-    """How much each of `gaussian_orbitals` counts."""
-    missing = [atoms.numbers[orbital.site] in _MISSING.get(orbital.l, ()) for orbital in gaussian_orbitals(atoms)]
-    return np.where(missing, _WEIGHT_MISSING, _WEIGHT)
 
 
 # -- interpolation -----------------------------------------------------------------------------------------------------
@@ -225,23 +214,27 @@ def interpolated(
     ValueError
         If the linear algebra does not converge.
     """
-    basis = [*orbitals, *gaussian_orbitals(atoms)]
+    added = gaussian_orbitals(atoms)
+    basis = [*orbitals, *added]
     num_bands = min(eigenvalues.shape[1], len(basis))
     energies, atomic = eigenvalues[:, :num_bands], atomic[:, :, :num_bands]
-    trial = np.concatenate([atomic, _weights(atoms)[:, None] * gaussians[:, :, :num_bands]], axis=1)
+    missing = [atoms.numbers[orbital.site] in _MISSING.get(orbital.l, ()) for orbital in added]
+    weights = np.where(missing, _WEIGHT_MISSING, _WEIGHT)
+    trial = np.concatenate([atomic, weights[:, None] * gaussians[:, :, :num_bands]], axis=1)
     left, _, right = np.linalg.svd(trial, full_matrices=False)
     nearest = left @ right  # (k, basis, bands), orthonormal columns
     top = energies.max() + _ABOVE
     hamiltonian = (nearest * (energies - top)[:, None]) @ _adjoint(nearest)
     overlap = nearest @ _adjoint(atomic)  # of the basis with the atomic orbitals
     unfolded = _unfolded(atoms, mesh, basis, [hamiltonian, overlap])
-    pairs = _nearest_pairs(atoms, mesh)
-    series = [_Series.of(mesh, basis, field, *pairs) for field in unfolded]
+    origins, vectors, shares = _nearest_pairs(atoms, mesh)
+    in_orbitals, of_atomic = (_series(mesh, basis, field, origins, shares) for field in unfolded)
     levels, probabilities = [], []
     for part in np.array_split(points, max(1, math.ceil(len(points) * len(basis) ** 2 / _CHUNK))):
-        values, vectors = np.linalg.eigh(series[0](part))
+        phases = np.exp(2j * np.pi * part @ vectors.T).astype(np.complex64)
+        values, states = np.linalg.eigh(np.tensordot(phases, in_orbitals, 1))
         levels.append(values[:, :num_bands] + top)
-        found = np.abs(_adjoint(series[1](part)) @ vectors[:, :, :num_bands]) ** 2
+        found = np.abs(_adjoint(np.tensordot(phases, of_atomic, 1)) @ states[:, :, :num_bands]) ** 2
         probabilities.append(found / np.maximum(found.sum(1, keepdims=True), 1.0))
     return np.concatenate(levels).astype(float), np.concatenate(probabilities).astype(float)
 
@@ -250,33 +243,16 @@ def _adjoint(matrices: Array) -> Array:
     return matrices.conj().swapaxes(-1, -2)
 
 
-@dataclass(frozen=True, eq=False)
-class _Series:
-    """Matrix elements ``<row, 0| . |column, R>`` of an operator, by lattice vectors.
+def _series(mesh: IrreducibleMesh, basis: Sequence[Orbital], field: Array, origins: np.ndarray, shares: Array) -> Array:
+    """Matrix elements ``<row, 0| . |column, R>`` of an operator (k, rows, columns) on the whole mesh.
 
-    In single precision, which costs half the time and 1e-5 eV.
+    Columns are the first of the basis. In single precision, which costs half the time and 1e-5 eV.
     """
-
-    vectors: np.ndarray  # (R, 3)
-    elements: Array  # (R, rows, columns), complex
-
-    @classmethod
-    def of(
-        cls, mesh: IrreducibleMesh, basis: Sequence[Orbital], field: Array,
-        origins: np.ndarray, vectors: np.ndarray, shares: Array,
-    ) -> _Series:  # fmt: skip
-        """From an operator on the whole mesh, (k, rows, columns); columns are the first of the basis."""
-        num_rows, num_columns = field.shape[1:]
-        sites = np.array([orbital.site for orbital in basis])
-        grid = field.reshape(*mesh.size, num_rows, num_columns)
-        elements = np.fft.fftn(grid, axes=(0, 1, 2), norm="forward").reshape(-1, num_rows, num_columns)
-        pairs = shares.astype(np.float32)[:, sites[:, None], sites[None, :num_columns]]
-        return cls(vectors, elements.astype(np.complex64)[origins] * pairs)
-
-    def __call__(self, points: Array) -> Array:
-        """Return the operator at fractional k-points, (K, rows, columns)."""
-        phases = np.exp(2j * np.pi * points @ self.vectors.T).astype(np.complex64)
-        return (phases @ self.elements.reshape(len(self.vectors), -1)).reshape(-1, *self.elements.shape[1:])
+    sites = np.array([orbital.site for orbital in basis])
+    grid = field.reshape(*mesh.size, *field.shape[1:])
+    elements = np.fft.fftn(grid, axes=(0, 1, 2), norm="forward").reshape(field.shape)
+    pairs = shares.astype(np.float32)[:, sites[:, None], sites[: field.shape[2]]]
+    return np.asarray(elements.astype(np.complex64)[origins] * pairs)
 
 
 def _nearest_pairs(atoms: Atoms, mesh: IrreducibleMesh) -> tuple[np.ndarray, np.ndarray, Array]:

@@ -130,29 +130,29 @@ def label(
         raise ValueError(f"limit={limit} must be at least 1")
     if settings is not None and settings.sigma != LABEL_SIGMA:
         raise ValueError(f"sigma={settings.sigma}: labels are broadened by {LABEL_SIGMA} eV, so leave it out")
-    made = _Origin.of(origin, parents or {}, structures)
+    parents = parents or {}
+    names = structures.material_id.tolist() if isinstance(structures, Structures) else list(structures)
+    _check_parents(names, origin, parents)
     settings = settings or EspressoSettings(time_limit=600.0, nice=19)
     folder, work = Path(shards), Path(shards) / "unpacked" if unpacked is None else Path(unpacked)
     output_folder(work)
     with _alone_in(work):
-        recipe, labelled, candidates = _survey(structures, folder, settings, split, table)
+        labelled, candidates = _survey(structures, folder, settings, split, table)
         done = labelled.done_of(candidates)
         _tidy(work, done)
         remove_parts(folder)
         left = _Unpacked.read(work, candidates)
-        _check_ids(candidates, {**labelled.crystal, **left.crystal}, folder)
-        _check_origin(candidates, labelled.origin, origin, folder)
+        _check_ids(candidates, labelled, left, origin, folder)
 
         done |= left.failed.keys()
         skipped = _skipped(candidates, settings)
-        waiting = {n: c for n, c in candidates.items() if n not in done and n not in skipped}
-        queue = in_order(waiting, order, elements=labelled.elements, recipes=labelled.recipe, known=candidates)
-        queue = [*(n for n in queue if n in left.made), *[n for n in queue if n not in left.made][:limit]]
+        queue = labelled.queue(candidates, {*done, *skipped}, order)
+        queue = [*(n for n in queue if n in left.crystal), *[n for n in queue if n not in left.crystal][:limit]]
         for name in left.outdated.intersection(queue):
             (work / f"{name}.json").unlink()
 
-        shard = _NextShard(folder, work, candidates, recipe, made, left.failed)
-        todo = {name: waiting[name].atoms for name in queue}
+        shard = _NextShard(folder, work, candidates, labelled.wanted, origin, parents, left.failed)
+        todo = {name: candidates[name].atoms for name in queue}
         try:
             with contextlib.closing(compute_each(todo, work, settings, workers=workers, progress=progress)) as results:
                 for name, result in results:
@@ -177,12 +177,10 @@ def unlabelled(
         If the pseudopotentials' folder is not there.
     """
     settings = settings or EspressoSettings()
-    _, labelled, candidates = _survey(structures, Path(shards), settings, None, None)
+    labelled, candidates = _survey(structures, Path(shards), settings, None, None)
     skipped = _skipped(candidates, settings)
-    done = labelled.done_of(candidates)
-    waiting = {n: c for n, c in candidates.items() if n not in done and n not in skipped}
-    names = in_order(waiting, "need", elements=labelled.elements, recipes=labelled.recipe, known=candidates)
-    return {name: waiting[name].atoms for name in names[:limit]}
+    names = labelled.queue(candidates, {*labelled.done_of(candidates), *skipped}, "need")
+    return {name: candidates[name].atoms for name in names[:limit]}
 
 
 def candidates_to_label(structures: Structures | Mapping[str, Atoms], settings: EspressoSettings) -> list[Candidate]:
@@ -201,13 +199,12 @@ def _survey(
     settings: EspressoSettings,
     split: Mapping[str, str] | None,
     table: Structures | None,
-) -> tuple[int, _LabelSet, dict[str, Candidate]]:
-    """The recipe of a run's labels, the labels there are, and what may get one."""
+) -> tuple[_LabelSet, dict[str, Candidate]]:
+    """The labels there are, and what may get one."""
     own = settings.is_default and has_recipe_pseudopotentials(_elements(structures), settings)
-    recipe = RECIPE if own else 0
-    labelled = _LabelSet.read(folder, recipe)
+    labelled = _LabelSet.read(folder, RECIPE if own else 0)
     found = _candidates(structures, split, {**_splits(table), **labelled.split})
-    return recipe, labelled, {candidate.name: candidate for candidate in found}
+    return labelled, {candidate.name: candidate for candidate in found}
 
 
 def _candidates(
@@ -275,16 +272,15 @@ def _skipped(candidates: Mapping[str, Candidate], settings: EspressoSettings) ->
     no_label |= {s: f"{s} is {UNLABELLED[z]}" for s in elements if (z := atomic_numbers[s]) in UNLABELLED}
     skipped = {}
     for name, candidate in candidates.items():
+        atoms = candidate.atoms
         if name in faults:
             skipped[name] = f"it {faults[name]}"
-            continue
-        reasons = [no_label[symbol] for symbol in sorted(set(candidate.atoms.symbols)) if symbol in no_label]
-        if len(candidate.atoms) > MAX_ATOMS:
-            reasons.append(f"more than {MAX_ATOMS} atoms")
-        if candidate.atoms.get_volume() > MAX_LABELLED_VOLUME_PER_ATOM * len(candidate.atoms):
-            reasons.append(f"more than {MAX_LABELLED_VOLUME_PER_ATOM:g} A^3 per atom")
-        if reasons:
-            skipped[name] = reasons[0]
+        elif barred := sorted(set(atoms.symbols) & no_label.keys()):
+            skipped[name] = no_label[barred[0]]
+        elif len(atoms) > MAX_ATOMS:
+            skipped[name] = f"more than {MAX_ATOMS} atoms"
+        elif atoms.get_volume() > MAX_LABELLED_VOLUME_PER_ATOM * len(atoms):
+            skipped[name] = f"more than {MAX_LABELLED_VOLUME_PER_ATOM:g} A^3 per atom"
     return skipped
 
 
@@ -327,10 +323,6 @@ class _Crystal:
         volume = abs(float(np.linalg.det(np.reshape(np.asarray(cell, dtype=float), (3, 3)))))
         return cls(_formula(numbers), len(np.asarray(numbers)), volume)
 
-    @classmethod
-    def of_atoms(cls, atoms: Atoms) -> _Crystal:
-        return cls.of(atoms.numbers, atoms.cell.array)
-
     def is_like(self, other: _Crystal) -> bool:
         same = (self.formula, self.num_atoms) == (other.formula, other.num_atoms)
         return same and abs(self.volume - other.volume) <= 1e-3 * other.volume  # shards hold cells in single precision
@@ -343,60 +335,69 @@ class _Crystal:
 class _LabelSet:
     """What is in the shards of a folder.
 
-    Ids with a label of a recipe (or a later one); crystals that failed by id, "" where an older shard does not tell;
-    number of labels by element, split by formula; crystal, latest recipe and origin by the id of a label.
+    Attributes
+    ----------
+    wanted : recipe of the run's labels; those of an earlier one are computed anew
+    recipe, crystal, origin : latest recipe, crystal and origin by the id of a label
+    failed : crystals that failed by id, "" where an older shard does not tell
+    elements : number of labels by element
+    split : by formula
     """
 
-    done: set[str]
-    failed: dict[str, set[str]]
-    elements: Counter[str]
-    split: dict[str, str]
-    crystal: dict[str, _Crystal]
-    recipe: dict[str, int]
-    origin: dict[str, str]
+    wanted: int
+    recipe: dict[str, int] = field(default_factory=dict)
+    crystal: dict[str, _Crystal] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, set[str]] = field(default_factory=dict)
+    elements: Counter[str] = field(default_factory=Counter)
+    split: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path, recipe: int) -> _LabelSet:
-        known = cls(set(), {}, Counter(), {}, {}, {}, {})
+    def read(cls, folder: Path, wanted: int) -> _LabelSet:
+        known = cls(wanted)
         for path in sorted(folder.glob("*.npz")):
             shard = read_shard(path)
-            made_by = int(shard["recipe"])
-            ids, failed = shard["material_id"].tolist(), shard["failed_id"].tolist()
+            ids = shard["material_id"].tolist()
             sites = np.split(shard["atomic_numbers"], shard["atom_offset"][1:-1])
             for name, split, numbers, cell in zip(ids, shard["split"].tolist(), sites, shard["cell"], strict=True):
                 if name not in known.crystal:
                     known.elements.update(set(Atoms(numbers).symbols))
                     known.crystal[name] = _Crystal.of(numbers, cell)
                     known.split[known.crystal[name].formula] = split
+                known.recipe[name] = max(int(shard["recipe"]), known.recipe.get(name, 0))
             known.origin.update(zip(ids, shard["origin"].tolist(), strict=True))
-            known.recipe.update({name: max(made_by, known.recipe.get(name, 0)) for name in ids})
-            known.done.update(ids if made_by >= recipe else [])
-            for name, crystal in zip(failed, shard["failed_crystal"].tolist(), strict=True):
+            for name, crystal in zip(shard["failed_id"].tolist(), shard["failed_crystal"].tolist(), strict=True):
                 known.failed.setdefault(name, set()).add(crystal)
         return known
 
     def done_of(self, candidates: Mapping[str, Candidate]) -> set[str]:
         """Ids that are not tried again; a failure is that of a crystal, not of its id."""
-        failed = {
-            name
-            for name, crystals in self.failed.items()
-            if name in candidates and crystals & {"", str(_Crystal.of_atoms(candidates[name].atoms))}
-        }
-        return self.done | failed
+        done = {name for name, recipe in self.recipe.items() if recipe >= self.wanted}
+        for name in self.failed.keys() & candidates.keys():
+            atoms = candidates[name].atoms
+            if self.failed[name] & {"", str(_Crystal.of(atoms.numbers, atoms.cell))}:
+                done.add(name)
+        return done
+
+    def queue(
+        self, candidates: Mapping[str, Candidate], left_out: Collection[str], order: Sequence[str] | str
+    ) -> list[str]:
+        """Ids of the others in the order in which they are computed."""
+        waiting = {name: candidate for name, candidate in candidates.items() if name not in left_out}
+        return in_order(waiting, order, elements=self.elements, recipes=self.recipe, known=candidates)
 
 
 @dataclass(frozen=True)
 class _Unpacked:
-    """Results that a stopped run left in no shard: ids computed by this recipe, or by an earlier one, and failures."""
+    """Results that a stopped run left in no shard, by id: crystals and failures, and labels of an earlier recipe."""
 
-    made: set[str]
-    outdated: set[str]
-    failed: dict[str, str]
     crystal: dict[str, _Crystal]
+    failed: dict[str, str]
+    outdated: set[str]
 
     @classmethod
     def read(cls, work: Path, names: Collection[str]) -> _Unpacked:
-        left = cls(set(), set(), {}, {})
+        left = cls({}, {}, set())
         for path in work.glob("*.json"):
             name = path.stem
             if name not in names or (record := read_record(path)) is None:
@@ -404,27 +405,36 @@ class _Unpacked:
             if "result" in record and record["settings"].get("recipe", 1) != RECIPE:
                 left.outdated.add(name)
                 continue
-            left.made.add(name)
             left.crystal[name] = _Crystal.of(record["structure"]["numbers"], record["structure"]["cell"])
             if "failed" in record:
                 left.failed[name] = _without_log(record["failed"])
         return left
 
 
-def _check_ids(candidates: Mapping[str, Candidate], known: Mapping[str, _Crystal], folder: Path) -> None:
-    """Raise ValueError if a structure has the id of another crystal."""
+def _check_parents(names: Collection[str], origin: str, parents: Mapping[str, str]) -> None:
+    """Raise ValueError if the origin is none, or parents do not go with it."""
+    if origin not in ORIGINS:
+        raise ValueError(f"origin={origin!r} must be {', '.join(map(repr, ORIGINS))}")
+    if origin == "perturbed" and (alone := [name for name in names if name not in parents]):
+        raise ValueError(f"{len(alone)} perturbed copies have no parent, such as {alone[0]}: name theirs in parents")
+    if origin == "given" and parents:
+        raise ValueError("crystals that are given have no parents: give an origin")
+
+
+def _check_ids(
+    candidates: Mapping[str, Candidate], labelled: _LabelSet, left: _Unpacked, origin: str, folder: Path
+) -> None:
+    """Raise ValueError if a structure has the id of another crystal, or of one of another origin."""
+    known = {**labelled.crystal, **left.crystal}
     for name in known.keys() & candidates.keys():
         atoms = candidates[name].atoms
         given = _Crystal.of(atoms.numbers, atoms.cell)
         if not given.is_like(known[name]):
             raise ValueError(f"{name} ({given}) has the id of another crystal in {folder}, {known[name]}: rename it")
-
-
-def _check_origin(candidates: Collection[str], known: Mapping[str, str], origin: str, folder: Path) -> None:
-    """Raise ValueError if a structure has the id of one of another origin."""
-    if wrong := [name for name in candidates if known.get(name, origin) != origin]:
-        told = f"{wrong[0]} is {known[wrong[0]]} in {folder}, and {origin} here"
-        raise ValueError(f"{told}: rename it, or say the same origin")
+    for name in candidates:
+        if (other := labelled.origin.get(name, origin)) != origin:
+            told = f"{name} is {other} in {folder}, and {origin} here"
+            raise ValueError(f"{told}: rename it, or say the same origin")
 
 
 @contextlib.contextmanager
@@ -448,34 +458,6 @@ def _tidy(work: Path, done: Collection[str]) -> None:
             path.unlink()
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """What the crystals of a run are, and the parents of those that have one."""
-
-    kind: str
-    parents: Mapping[str, str]
-
-    @classmethod
-    def of(cls, kind: str, parents: Mapping[str, str], structures: Structures | Mapping[str, Atoms]) -> _Origin:
-        if kind not in ORIGINS:
-            raise ValueError(f"origin={kind!r} must be {', '.join(map(repr, ORIGINS))}")
-        names = structures.material_id.tolist() if isinstance(structures, Structures) else list(structures)
-        if kind == "perturbed" and (alone := [name for name in names if name not in parents]):
-            raise ValueError(
-                f"{len(alone)} perturbed copies have no parent, such as {alone[0]}: name theirs in parents"
-            )
-        if kind == "given" and parents:
-            raise ValueError("crystals that are given have no parents: give an origin")
-        return cls(kind, parents)
-
-    def arrays(self, names: Collection[str]) -> dict[str, np.ndarray]:
-        """What a shard tells of it: nothing of known crystals."""
-        if self.kind == "given":
-            return {}
-        parents = np.array([self.parents.get(name, "") for name in names], np.str_)
-        return {"origin": np.full(len(parents), self.kind), "parent": parents}
-
-
 @dataclass
 class _NextShard:
     """Results as they come, packed into a shard whenever there are enough."""
@@ -484,7 +466,8 @@ class _NextShard:
     work: Path
     candidates: Mapping[str, Candidate]
     recipe: int
-    made: _Origin
+    origin: str
+    parents: Mapping[str, str]
     failed: dict[str, str]
     labels: dict[str, ElectronicStructure] = field(default_factory=dict)
     written: list[Path] = field(default_factory=list)
@@ -503,51 +486,46 @@ class _NextShard:
             self.pack()
 
     def pack(self) -> None:
-        if self.labels:
-            told = {"recipe": np.int16(self.recipe), **self.made.arrays(self.labels)}
-            path = _pack(self.folder, self.work, self.candidates, self.labels, self.failed, told)
-            self.written.append(path)
-            self.packed += len(self.labels)
-            self.labels.clear()
+        """Write a shard and then remove what it holds from `work`. The only place that knows how a shard is written."""
+        if not self.labels:
+            return
+        names, results = list(self.labels), list(self.labels.values())
+        crystals = [self.candidates[name].atoms for name in names]
+        failed = {name: reason for name, reason in self.failed.items() if (self.work / f"{name}.json").exists()}
+        failures = [self.candidates[name].atoms for name in failed]
+        arrays: dict[str, Any] = {
+            "material_id": names, "split": [self.candidates[name].split for name in names],
+            "atom_offset": np.cumsum([0, *map(len, crystals)], dtype=np.int32),
+            "cell": np.array([a.cell.array.ravel() for a in crystals], np.float32),
+            "atomic_numbers": np.concatenate([a.numbers for a in crystals]).astype(np.int16),
+            "frac_coords": np.concatenate([a.get_scaled_positions() for a in crystals]).astype(np.float32),
+            "energies": results[0].energies.astype(np.float32),
+            "site_dos": _integers(np.concatenate([r.orbital_dos for r in results]), np.uint16),
+            "total_dos": _integers([r.total.values for r in results], np.uint32),
+            "spin_polarised": [r.spin_polarised for r in results],
+            "num_kpoints_ibz": np.array([r.num_kpoints for r in results], np.int16),
+            "recipe": np.int16(self.recipe),
+        }  # fmt: skip
+        if self.origin != "given":
+            arrays["origin"] = np.full(len(names), self.origin)
+            arrays["parent"] = np.array([self.parents.get(name, "") for name in names], np.str_)
+        arrays |= {
+            "failed_id": np.array(list(failed), np.str_),
+            "failed_reason": np.array(list(failed.values()), np.str_),
+            "failed_crystal": np.array([str(_Crystal.of(a.numbers, a.cell)) for a in failures], np.str_),
+            **pack_bands([r.bands for r in results]),
+        }
+        for name in ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment", "fermi_level"):
+            arrays[name.replace("fermi_level", "efermi")] = np.array([getattr(r, name) for r in results], np.float32)
+        digest = zlib.crc32("".join(names).encode())  # two runs may pack in one second
+        path = self.folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{digest:08x}.npz"
+        write_npz(path, **arrays)
+        for name in [*names, *failed]:
+            (self.work / f"{name}.json").unlink()
+        self.written.append(path)
+        self.packed += len(names)
+        self.labels.clear()
 
 
-def _pack(
-    folder: Path,
-    work: Path,
-    candidates: Mapping[str, Candidate],
-    labels: Mapping[str, ElectronicStructure],
-    failed: Mapping[str, str],
-    told: Mapping[str, Any],
-) -> Path:
-    """Write one shard and then remove what it holds from `work`. The only place that knows how a shard is written."""
-
-    def integers(values: Any, kind: type) -> np.ndarray:
-        return np.round(np.asarray(values) / SHARD_UNIT).clip(0, np.iinfo(kind).max).astype(kind)
-
-    new = {name: reason for name, reason in failed.items() if (work / f"{name}.json").exists()}
-    crystals, results = [candidates[name].atoms for name in labels], list(labels.values())
-    arrays: dict[str, Any] = {
-        "material_id": list(labels), "split": [candidates[name].split for name in labels],
-        "atom_offset": np.cumsum([0, *map(len, crystals)], dtype=np.int32),
-        "cell": np.array([a.cell.array.ravel() for a in crystals], np.float32),
-        "atomic_numbers": np.concatenate([a.numbers for a in crystals]).astype(np.int16),
-        "frac_coords": np.concatenate([a.get_scaled_positions() for a in crystals]).astype(np.float32),
-        "energies": results[0].energies.astype(np.float32),
-        "site_dos": integers(np.concatenate([r.orbital_dos for r in results]), np.uint16),
-        "total_dos": integers([r.total.values for r in results], np.uint32),
-        "spin_polarised": [r.spin_polarised for r in results],
-        "num_kpoints_ibz": np.array([r.num_kpoints for r in results], np.int16),
-        **told,
-        "failed_id": np.array(list(new), np.str_),
-        "failed_reason": np.array(list(new.values()), np.str_),
-        "failed_crystal": np.array([str(_Crystal.of_atoms(candidates[name].atoms)) for name in new], np.str_),
-        **pack_bands([r.bands for r in results]),
-    }  # fmt: skip
-    for name in ("e_max", "band_gap", "energy", "num_electrons", "magnetic_moment", "fermi_level"):
-        arrays[name.replace("fermi_level", "efermi")] = np.array([getattr(r, name) for r in results], np.float32)
-    digest = zlib.crc32("".join(arrays["material_id"]).encode())  # two runs may pack in one second
-    path = folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{digest:08x}.npz"
-    write_npz(path, **arrays)
-    for name in [*arrays["material_id"], *new]:
-        (work / f"{name}.json").unlink()
-    return path
+def _integers(values: Any, kind: type) -> np.ndarray:
+    return np.round(np.asarray(values) / SHARD_UNIT).clip(0, np.iinfo(kind).max).astype(kind)

@@ -7,8 +7,8 @@ import itertools
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import spglib
@@ -52,10 +52,6 @@ class Candidate:
         magnetic = 1.4 if set(self.atoms.symbols) & set(MAGNETIC) else 1.0
         return float((len(self.atoms) / 4) ** 1.2 * (volume / 70) ** 0.9 * symmetry * magnetic)
 
-    def without_symmetry(self) -> Candidate:
-        """The same, in the space group P1."""
-        return replace(self, spacegroup=1)
-
     def rank(self, need: bool = False) -> float:
         """Sort by this: a random number that belongs to the name, times a power of the cost; less where in need."""
         drawn = float(np.random.default_rng(zlib.crc32(self.name.encode())).random()) * self.cost**1.25
@@ -69,16 +65,15 @@ def hard_kinds(atoms: Atoms) -> set[str]:
     """What of a crystal the forward models get wrong more often than the average: names of kinds, or none."""
     symbols = set(atoms.symbols)
     late = symbols & _LATE
-    diluted = (
-        sum(symbol in late for symbol in atoms.symbols) <= _DILUTE * len(atoms) and symbols - late <= _SP_HOSTS - late
-    )
-    return {
-        *(["late metal diluted in an sp host"] if late and symbols - late and diluted else []),
-        *(["hydride"] if "H" in symbols and "O" not in symbols else []),
-        *(["halide"] if symbols & _HALOGENS else []),
-        *(["magnetic oxide"] if "O" in symbols and symbols & set(MAGNETIC) else []),
-        *(["semicore cation"] if symbols & _SEMICORE else []),
+    few = sum(symbol in late for symbol in atoms.symbols) <= _DILUTE * len(atoms)
+    kinds = {
+        "late metal diluted in an sp host": late and symbols - late and few and symbols - late <= _SP_HOSTS,
+        "hydride": "H" in symbols and "O" not in symbols,
+        "halide": symbols & _HALOGENS,
+        "magnetic oxide": "O" in symbols and symbols & set(MAGNETIC),
+        "semicore cation": symbols & _SEMICORE,
     }
+    return {kind for kind, found in kinds.items() if found}
 
 
 def spacegroup(atoms: Atoms) -> int:
@@ -114,32 +109,24 @@ def in_order(
     ValueError
         If the order is none of these, or names an unknown id.
     """
-    need = order != "cost"
-    names = sorted(waiting, key=lambda name: waiting[name].rank(need))
+    names = sorted(waiting, key=lambda name: waiting[name].rank(need=order != "cost"))
     first: list[str] = []
-    if order == "coverage":
+    if not isinstance(order, str):
+        if unknown := [name for name in order if name not in known]:
+            raise ValueError(f"order names {len(unknown)} ids that are not among the structures, such as {unknown[0]}")
+        first = [name for name in dict.fromkeys(order) if name in waiting]
+    elif order not in ORDERS:
+        raise ValueError(f"order={order!r} must be {', '.join(map(repr, ORDERS))} or a list of ids")
+    elif order == "coverage":
         counts = Counter(elements)
         for name in names:
             held = set(waiting[name].atoms.symbols)
             if min(counts[symbol] for symbol in held) < ENOUGH:
                 first.append(name)
                 counts.update(held)
-    elif isinstance(order, str):
-        if order not in ORDERS:
-            raise ValueError(f"order={order!r} must be {', '.join(map(repr, ORDERS))} or a list of ids")
-    else:
-        unknown = [name for name in order if name not in known]
-        if unknown:
-            raise ValueError(f"order names {len(unknown)} ids that are not among the structures, such as {unknown[0]}")
-        first = [name for name in dict.fromkeys(order) if name in waiting]
     ahead = set(first)
     rest = [name for name in names if name not in ahead]
     new = [name for name in rest if name not in recipes]
     old = sorted((name for name in rest if name in recipes), key=lambda name: bisect_left(_CLASSES, recipes[name]))
-    return [*first, *_in_turn(new, old)]
-
-
-def _in_turn(new: Sequence[str], old: Sequence[str]) -> Iterator[str]:
-    """Two new ones for each old one, as long as there are both."""
-    for i in range(max(-(-len(new) // _NEW_FOR_OLD), len(old))):
-        yield from itertools.chain(new[_NEW_FOR_OLD * i : _NEW_FOR_OLD * (i + 1)], old[i : i + 1])
+    turns = itertools.zip_longest(*(new[k::_NEW_FOR_OLD] for k in range(_NEW_FOR_OLD)), old)
+    return [*first, *(name for turn in turns for name in turn if name is not None)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from ase import Atoms
@@ -53,7 +54,7 @@ def perturbed_copies(
     usable = [candidate for candidate in found if len(candidate.atoms) > 1]
     if not usable:
         raise ValueError("no structure of two atoms or more can be labelled: give others")
-    usable.sort(key=lambda candidate: candidate.without_symmetry().rank(need=True))
+    usable.sort(key=lambda candidate: replace(candidate, spacegroup=1).rank(need=True))
     copies, parents = {}, {}
     for i in range(number):
         parent = usable[i % len(usable)]

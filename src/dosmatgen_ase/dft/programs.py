@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,6 @@ _PATIENCE = 10.0  # seconds by the clock for one of CPU time, before a calculati
 class Programs:
     """``pw.x`` and ``projwfc.x`` as the settings say that they are started and limited."""
 
-    commands: Mapping[str, Sequence[str]]
     settings: EspressoSettings
     stop: threading.Event  # set from another thread to end the run
 
@@ -48,12 +47,11 @@ class Programs:
         FileNotFoundError
             If a program or the launcher is not there.
         """
-        launcher = shlex.split(settings.launcher)
-        for name in (*launcher[:1], *_BANNERS):
+        for name in (*shlex.split(settings.launcher)[:1], *_BANNERS):
             if shutil.which(name) is None:
                 told = "apt-get install quantum-espresso, or load its module"
                 raise FileNotFoundError(f"{name} is not on the PATH: {told}")
-        return cls({name: [*launcher, name] for name in _BANNERS}, settings, stop)
+        return cls(settings, stop)
 
     def run(self, program: str, folder: Path, name: str) -> str:
         """Run a program on ``name.in`` in a folder and return what it wrote to ``name.out``.
@@ -67,31 +65,32 @@ class Programs:
         OSError
             If the disk is full.
         """
-        log, limit = folder / f"{name}.out", self.settings.time_limit
+        log, limit, launcher = folder / f"{name}.out", self.settings.time_limit, self.settings.launcher
         deadline = time.monotonic() + _PATIENCE * limit
-        command = [*self.commands[program], "-in", f"{name}.in"]
+        command = [*shlex.split(launcher), program, "-in", f"{name}.in"]
         # Unbuffered: a program that MPI aborts loses what is not yet written, and seems never to have started.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GFORTRAN_UNBUFFERED_PRECONNECTED": "1"}
-        if not self.settings.launcher:  # a program alone needs none of the daemons that Open MPI starts for it
+        if not launcher:  # a program alone needs none of the daemons that Open MPI starts for it
             environment["OMPI_MCA_ess_singleton_isolated"] = "1"
         with log.open("w") as out, (folder / f"{name}.err").open("w") as err:
             # In a session of its own: what a launcher starts ends with it, and Ctrl-C reaches us alone.
             process = subprocess.Popen(
                 command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                start_new_session=True, preexec_fn=partial(_confine, math.ceil(limit), not self.settings.launcher),
+                start_new_session=True, preexec_fn=partial(_confine, math.ceil(limit), not launcher),
             )  # fmt: skip
             try:
-                guard = _guard(process.pid) if self.settings.launcher else contextlib.nullcontext()
+                guard = _guard(process.pid) if launcher else contextlib.nullcontext()
                 self._stand_back(process.pid)
                 with guard:
-                    self._wait(process, deadline)
+                    while process.poll() is None and not self.stop.is_set() and time.monotonic() < deadline:
+                        self.stop.wait(0.02)
             finally:
                 unfinished = process.poll() is None
                 if unfinished:
                     self._end(process)
         text, code = log.read_text(errors="replace"), process.returncode
         # A launcher tells of a signal as a shell does; what it says when it is ended itself is its own affair.
-        told = code - 128 if self.settings.launcher and code - 128 in signal.valid_signals() else max(-code, 0)
+        told = code - 128 if launcher and code - 128 in signal.valid_signals() else max(-code, 0)
         ended_by = signal.SIGKILL if unfinished else told
         too_slow = (unfinished and not self.stop.is_set()) or ended_by == signal.SIGXCPU
         if ended_by and not too_slow and ended_by not in _CRASHES:
@@ -109,11 +108,6 @@ class Programs:
             told = re.findall(r"Error in routine.*\n.*", text) or [f"exit code {code} {said}"]
             raise ElectronicStructureError(f"{program} ({name}) failed: {' '.join(told[0].split())}", log)
         return text
-
-    def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> None:
-        """Wait until it ends, is to be stopped, or is late."""
-        while process.poll() is None and not self.stop.is_set() and time.monotonic() < deadline:
-            self.stop.wait(0.02)
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """End a program and what it has started; a launcher is asked first, as it knows of processes elsewhere."""

@@ -8,6 +8,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from dosmatgen_ase.dft.settings import check_sigma, site_symmetry
 from dosmatgen_ase.dos import MODEL_SIGMA, Array, TargetDOS
 from dosmatgen_ase.dos.readers.common import existing
 from dosmatgen_ase.dos.readers.densities import Densities
+
+_existing = partial(existing, fix="give the output of a finished calculation")
 
 
 def read_espresso(
@@ -140,10 +143,6 @@ def _abinit_table(path: Path) -> tuple[Array, Array, float]:
         return table[0, :, 0] * Hartree, table[:, :, 1:].sum(0) / Hartree, float(fermi[1]) * Hartree
     except (ValueError, IndexError) as error:
         raise ElectronicStructureError("not a DOS file of abinit", path) from error
-
-
-def _existing(path: str | os.PathLike[str]) -> Path:
-    return existing(path, "give the output of a finished calculation")
 
 
 @dataclass(frozen=True, eq=False)
