@@ -17,7 +17,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from dosmatgen_ase.crystals.screening import KnownCrystals
+from dosmatgen_ase.crystals.screening import KnownCrystals, reduced_formula
 from dosmatgen_ase.dos import MODEL_GRID, MODEL_SIGMA, TargetDOS
 from dosmatgen_ase.files import DAMAGE, read_npz, write_npz
 from dosmatgen_ase.threads import once
@@ -238,8 +238,28 @@ class DOSIndex:
 
     def find(self, atoms: Atoms) -> str | None:
         """``material_id`` of the first crystal that is the same by `screening.KnownCrystals`, None if there is none."""
-        counts = np.bincount(atoms.numbers, minlength=self.counts.shape[1])[: self.counts.shape[1]]
-        return KnownCrystals(map(self.atoms, np.flatnonzero(of_formula(self, counts)).tolist())).find(atoms)
+        formula = reduced_formula(atoms)
+        rows = self._of_formula.get(formula, [])
+        if formula not in self._known:  # pymatgen reads those of the formulas asked for only
+            self._known[formula] = KnownCrystals(map(self.atoms, rows))
+        return self._known[formula].find(atoms)
+
+    @cached_property
+    def _of_formula(self) -> dict[tuple[tuple[int, int], ...], list[int]]:
+        unit = np.gcd.reduce(self.counts.astype(np.int64), axis=1, keepdims=True)
+        row, number = np.nonzero(self.counts)
+        share = (self.counts[row, number] // unit[row, 0]).tolist()
+        formulas: list[list[tuple[int, int]]] = [[] for _ in range(len(self))]
+        for i, z, count in zip(row.tolist(), number.tolist(), share, strict=True):
+            formulas[i].append((z, count))
+        found: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for i, formula in enumerate(formulas):
+            found.setdefault(tuple(formula), []).append(i)
+        return found
+
+    @cached_property
+    def _known(self) -> dict[tuple[tuple[int, int], ...], KnownCrystals]:
+        return {}
 
 
 @once
