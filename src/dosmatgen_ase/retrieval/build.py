@@ -281,10 +281,9 @@ def _joined(found: Sequence[_Rows], info: dict[str, Any]) -> DOSIndex:
     patterns: dict[bytes, int] = {}
 
     def pattern(mask: np.ndarray) -> int:
-        return patterns.setdefault(np.packbits(mask).tobytes(), len(patterns))
+        return patterns.setdefault(mask.tobytes(), len(patterns))
 
     masks = [([pattern(known) for known in rows.known], pattern(rows.computed)) for rows in found]
-    packed = np.array([np.frombuffer(mask, dtype=np.uint8) for mask in patterns])
     crystals = [rows.atoms for rows in found]
     hull = [atoms.info.get("energy_above_hull", np.nan) for atoms in crystals]
     row_start = np.cumsum([0, *(len(rows.values) for rows in found)], dtype=np.int64)
@@ -301,7 +300,7 @@ def _joined(found: Sequence[_Rows], info: dict[str, Any]) -> DOSIndex:
         row_start=row_start,
         values=np.concatenate([rows.values for rows in found]).astype(np.float32),
         error=np.concatenate([rows.error for rows in found]).astype(np.float32),
-        masks=np.unpackbits(packed, axis=1, count=MODEL_GRID.size).astype(bool),
+        masks=np.array([np.frombuffer(mask, dtype=bool) for mask in patterns]),
         row_mask=np.concatenate([of_rows for of_rows, _ in masks]),
         computed_mask=np.array([of_crystal for _, of_crystal in masks]),
         info=info,
