@@ -300,6 +300,7 @@ def test_left_handed_cells_are_turned(predictor: Path) -> None:
         ([named(bulk("Cu"), "x"), named(bulk("Ag"), "x")], "two crystals are named x"),
         ([named(Atoms("Cu"), "alone")], "alone cannot be indexed: it has no cell"),
         ([named(bulk("Cu"), "x", band_gap="n/a")], "band_gap='n/a' of x is no number: mend it"),
+        ([named(bulk("Cu"), "x", energy_above_hull=np.inf)], "energy_above_hull='inf' of x is no number: mend it"),
         ([named(bulk("Cu"), "x", energy_above_hull="1\n2")], r"energy_above_hull='1\\n2' of x is no number"),
         ([named(bulk("Cu"), 7), named(bulk("Ag"), "7")], "two crystals are named 7"),
         ([named(Atoms("Cu2", positions=[(0, 0, 0), (0, 0, 0.1)], cell=[4] * 3, pbc=True), "two")], "two cannot be"),

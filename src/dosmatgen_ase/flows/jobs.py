@@ -244,8 +244,10 @@ class RelaxMaker(Maker):
         from dosmatgen_ase.judge.relaxation import relax
         from dosmatgen_ase.judge.stability import load_hull
 
-        options = {key: value for key, value in asdict(self).items() if key != "name"}
-        relaxed: Any = relax(to_atoms(structure), **options)
+        relaxed: Any = relax(
+            to_atoms(structure), self.calculator, fixed_cell=self.fixed_cell, fixed_sites=self.fixed_sites,
+            fmax=self.fmax, max_steps=self.max_steps, time_limit=self.time_limit, trust_model=self.trust_model,
+        )  # fmt: skip
         report = relaxed.info["relaxation"]
         above = load_hull().above(relaxed.numbers, report["energy"]) if self.calculator == "chgnet" else None
         structure = None if report["energy"] is None else to_structure(relaxed)

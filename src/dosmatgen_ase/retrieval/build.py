@@ -126,7 +126,7 @@ def _checked(atoms: Atoms) -> Atoms:
     turned.info["material_id"] = name
     for fact in FACTS:
         value = turned.info.get(fact)
-        if value is not None and not is_real(value):
+        if value is not None and not (is_real(value) and abs(value) != np.inf):  # NaN is unknown
             raise ValueError(f"{fact}={str(value)!r:.60} of {name} is no number: mend it, or leave it out")
         turned.info[fact] = np.nan if value is None else float(value)
     return turned
