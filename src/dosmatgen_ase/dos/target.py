@@ -495,9 +495,9 @@ class TargetDOS:
         """Read energies and values from columns of text or CSV.
 
         Known by their headers are the files of Quantum ESPRESSO (``.dos``, ``.pdos_tot``, ``.pdos_atm#``, whose other
-        orbitals are added), FHI-aims, OptaDOS, VASPKIT, sumo and pyprocar. Of another file the reader takes what header
-        and names of columns say (energies relative to the Fermi level or the valence-band maximum, units, spins,
-        integrals); the rest is assumed: ``provenance["assumed"]`` lists it.
+        orbitals are added), ABINIT, FHI-aims, OptaDOS, VASPKIT, sumo and pyprocar. Of another file the reader takes
+        what header and names of columns say (energies relative to the Fermi level or the valence-band maximum, units,
+        spins, integrals); the rest is assumed: ``provenance["assumed"]`` lists it.
 
         Columns are separated by blanks, commas or semicolons; decimal commas and Fortran's exponents are understood.
         Lines that start with ``#``, ``!``, ``%``, ``@`` or ``&``, comments after the numbers, and lines of words before
@@ -548,11 +548,11 @@ class TargetDOS:
     ) -> TargetDOS:
         """Read a file of any known form, told by its content.
 
-        These are ``vasprun.xml``, ``DOSCAR`` of VASP and LOBSTER, ``.bands`` of CASTEP, JSON, ``.npz`` and columns of
-        text. JSON is `to_dict`, a pymatgen ``Dos``, ``CompleteDos`` or ``LobsterCompleteDos``, or what
-        ``dosmatgen dft`` wrote; .npz holds ``energies``, ``total``, ``pdos`` (sites, l, G), ``emax`` and ``gap`` of
-        one structure with Loewdin projections. A file may be packed with gzip, bzip2 or xz; one that unpacks to 1 GiB,
-        or to 100 times its size and more than 32 MiB, is refused.
+        These are ``vasprun.xml``, ``DOSCAR`` of VASP and LOBSTER, ``.bands`` of CASTEP, ``.pdos`` of CP2K, ``PDOS`` of
+        SIESTA and ABACUS, JSON, ``.npz`` and columns of text. JSON is `to_dict`, a pymatgen ``Dos``, ``CompleteDos`` or
+        ``LobsterCompleteDos``, or what ``dosmatgen dft`` wrote; .npz holds ``energies``, ``total``, ``pdos`` (sites, l,
+        G), ``emax`` and ``gap`` of one structure with Loewdin projections. A file may be packed with gzip, bzip2 or xz;
+        one that unpacks to 1 GiB, or to 100 times its size and more than 32 MiB, is refused.
 
         Parameters
         ----------
@@ -563,7 +563,7 @@ class TargetDOS:
             State what the file does not say. They replace what was read, with a `DOSWarning` if that was something
             else; nothing is shifted or broadened.
         columns, spin, efermi, units : optional
-            For columns of text, as in `from_text`.
+            For columns of text, as in `from_text`; `efermi` also for a ``PDOS`` without a Fermi level.
 
         Raises
         ------

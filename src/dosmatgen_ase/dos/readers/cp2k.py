@@ -11,6 +11,7 @@ import numpy as np
 
 from dosmatgen_ase.dos.grid import MIN_GAP, MODEL_SIGMA, Array
 from dosmatgen_ase.dos.readers.common import Content, Request, clip_negative_lobes, naming, read_bytes, record
+from dosmatgen_ase.dos.readers.layouts import other_spin
 from dosmatgen_ase.dos.readers.levels import broadened
 from dosmatgen_ase.dos.readers.zeros import ENERGY_UNITS
 from dosmatgen_ase.dos.target import TargetDOS
@@ -21,7 +22,8 @@ _TITLE = re.compile(
 )
 _HEADER = re.compile(r"#\s+MO\s+Eigenvalue \[(?P<unit>a\.u\.|eV)\]\s+Occupation\s+(?P<orbitals>.+)")
 _UNITS = {"a.u.": ENERGY_UNITS["ha"], "eV": 1.0}
-_HALF, _WHOLE = 0.5, 0.02  # of the electrons that a level can hold: filled above; neither filled nor empty beyond
+_FILLED = 0.5  # share of the electrons that a level can hold
+_ROUNDING = 0.02  # of that share: farther from none and from all the level is partly filled
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,14 @@ def _target(content: Content) -> TargetDOS:
     first = _parsed(content.data)
     steps: list[str] = []
     spins = [first]
-    full = 2.0 if first.electrons.max() > 1 + _WHOLE else 1.0
+    full = 2.0 if first.electrons.max() > 1 + _ROUNDING else 1.0
     if full == 1.0:
-        other = _other_spin(Path(content.name))
+        other = other_spin(Path(content.name), (("ALPHA", "BETA"),))
+        if other is None:
+            one = "a level holds one electron at most, so it is of one spin"
+            raise ValueError(f"{one}: name it as CP2K does, ...-ALPHA_k1-1.pdos")
+        if not other.is_file():
+            raise ValueError(f"it holds one spin: put {other.name} beside it")
         spins.append(_parsed(read_bytes(other)))
         steps.append(f"the other spin added from {other.name}")
     if any((file.kind, file.atoms) != (first.kind, first.atoms) for file in spins):
@@ -96,24 +103,11 @@ def _parsed(data: bytes) -> _File:
     return _File(title["kind"], atoms, fermi, rows[:, 1] * _UNITS[header["unit"]], rows[:, 2], rows[:, 3:].sum(axis=1))
 
 
-def _other_spin(path: Path) -> Path:
-    """File of the other spin beside `path`; ValueError if there is none."""
-    names = [path.name.replace(a, b) for a, b in (("ALPHA", "BETA"), ("BETA", "ALPHA")) if a in path.name]
-    if not names:
-        raise ValueError(
-            "a level holds one electron at most, so it is of one spin: name it as CP2K does, ...-ALPHA_k1-1.pdos"
-        )
-    other = path.with_name(names[0])
-    if not other.is_file():
-        raise ValueError(f"it holds one spin: put {other.name} beside it")
-    return other
-
-
 def _zero(levels: Array, share: Array, fermi: float) -> tuple[float, str, list[str]]:
     """Zero of energy, what it is, and what is assumed of it; `share` is how far each level is filled."""
-    filled = share > _HALF
+    filled = share > _FILLED
     vbm = float(levels[filled].max()) if filled.any() else fermi
-    if not filled.any() or ((share > _WHOLE) & (share < 1 - _WHOLE)).any():
+    if not filled.any() or ((share > _ROUNDING) & (share < 1 - _ROUNDING)).any():
         return fermi, "fermi", []
     if filled.all():
         return vbm, "vbm", ["zero of energy: the highest level, taken for the valence-band maximum, as none is empty"]

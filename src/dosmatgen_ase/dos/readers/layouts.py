@@ -279,7 +279,7 @@ def _aims(table: Table, path: Path) -> Layout | None:
     columns, kind, zero = tuple(range(spins + 1)), "total" if total else "site", None if raw else 0.0
     partner = None
     if re.search(r"spin-(?:up|down)", head):
-        partner = _other_spin(path, (("spin_up", "spin_down"), ("spin_up", "spin_dn")))
+        partner = other_spin(path, (("spin_up", "spin_down"), ("spin_up", "spin_dn")))
     return Layout("FHI-aims", columns, kind, zero, absolute=absolute, assumed=assumed, partner=partner)
 
 
@@ -309,7 +309,7 @@ def _vaspkit(table: Table, path: Path) -> Layout | None:
         raise ValueError(f"{table.name} is an integrated DOS: give {path.name[1:]}")
     element, partner = None, None
     if orbitals:
-        partner = _other_spin(path, (("_UP", "_DW"), ("_UP", "_DN"), ("_up", "_dw")))
+        partner = other_spin(path, (("_UP", "_DW"), ("_UP", "_DN"), ("_up", "_dw")))
         element = re.match(r"PDOS_(?!A[_.])([A-Z][a-z]?)(?:_|\.)", path.name)
     layout = _from_vasp("VASPKIT", named_columns(table.names), total, element[1] if element else None)
     return replace(layout, partner=partner)
@@ -351,7 +351,7 @@ def _from_vasp(program: str, columns: tuple[int, ...], total: bool, element: str
     return Layout(program, columns, kind, 0.0, first_pile=True, assumed=tuple(assumed))
 
 
-def _other_spin(path: Path, pairs: Sequence[tuple[str, str]]) -> Path | None:
+def other_spin(path: Path, pairs: Sequence[tuple[str, str]]) -> Path | None:
     """File of the other spin beside `path`; None where its name has no mark of a spin.
 
     The first name that could be meant is returned where there is no such file.
